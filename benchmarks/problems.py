@@ -1,0 +1,145 @@
+"""The benchmark problems: a trained model, its training data, 100 queries, and retraining targets where there are any.
+
+Data folders come from the environment: WHENCE_DATA (``concrete.npz``, ``mnist.npz``) and WHENCE_GROUNDTRUTH
+(``digits.npz``, ``digits_models.pt``, the same for concrete). What is trained here is kept in ``benchmarks/cache``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import CACHE
+
+NAMES = ("digits", "concrete", "mnist")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A trained multilayer perceptron and what is asked of it; tensors are float32, labels int64."""
+
+    name: str
+    kind: str  # "classification" (cross-entropy) or "regression" (squared error)
+    sizes: tuple[int, ...]  # layer widths, input first
+    x: Tensor  # (N, I)
+    y: Tensor  # (N,)
+    xq: Tensor  # (Q, I)
+    yq: Tensor  # (Q,)
+    states: tuple[Mapping[str, Tensor], ...]  # one trained model per seed
+    damping: float  # implied by training: 3 / (effective learning rate * steps)
+    masks: np.ndarray | None = None  # (M, N) True where subset m holds example n
+    targets: np.ndarray | None = None  # (M, R, Q) measurement after retraining on the subset
+
+    def model(self, seed: int = 0) -> nn.Sequential:
+        """The trained model of one seed, in eval mode."""
+        model = mlp(self.sizes)
+        model.load_state_dict(self.states[seed])
+        return model.eval()
+
+
+def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers of these widths with ReLU in between."""
+    layers: list[nn.Module] = []
+    for i, o in pairwise(sizes):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def load(name: str) -> Problem:
+    """Load a problem by name: digits, concrete or mnist."""
+    if name == "digits":
+        return _digits()
+    if name == "concrete":
+        return _concrete()
+    if name == "mnist":
+        return _mnist()
+    raise ValueError(f"problem must be one of {', '.join(NAMES)}, got {name!r}.")
+
+
+def folder(variable: str) -> Path:
+    """The folder that an environment variable names."""
+    value = os.environ.get(variable)
+    if not value or not Path(value).is_dir():
+        raise SystemExit(f"Set {variable} to the folder with the benchmark data (it is {value!r}).")
+    return Path(value)
+
+
+def _digits() -> Problem:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    x = torch.as_tensor(bunch.data[order] / 16, dtype=torch.float32)
+    y = torch.as_tensor(bunch.target[order], dtype=torch.int64)
+    return _retrained(
+        "digits", "classification", (64, 128, 64, 10), x[:1600], y[:1600], x[1600:1700], y[1600:1700], 0.01
+    )
+
+
+def _concrete() -> Problem:
+    with np.load(folder("WHENCE_DATA") / "concrete.npz") as data:
+        x, y, xq, yq = (torch.as_tensor(data[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
+    return _retrained("concrete", "regression", (8, 128, 128, 128, 1), x, y, xq[:100], yq[:100], 0.018)
+
+
+def _retrained(
+    name: str, kind: str, sizes: tuple[int, ...], x: Tensor, y: Tensor, xq: Tensor, yq: Tensor, damping: float
+) -> Problem:
+    """A problem with models and targets in the ground-truth folder."""
+    home = folder("WHENCE_GROUNDTRUTH")
+    with np.load(home / f"{name}.npz") as truth:
+        masks = np.unpackbits(truth["masks"], axis=1, count=int(truth["n"])).astype(bool)
+        targets = truth["targets"]
+    models = torch.load(home / f"{name}_models.pt", map_location="cpu", weights_only=True)
+    states = tuple(_in_order(s, sizes) for s in models["final"])
+    return Problem(name, kind, sizes, x, y, xq, yq, states, damping, masks, targets)
+
+
+def _in_order(state: Mapping[str, Tensor], sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Rename ``K.weight``, ``K.bias`` in layer order to the names of `mlp`, whatever numbers the file gave them."""
+    numbers = sorted({int(k.split(".")[0]) for k in state})
+    if len(numbers) != len(sizes) - 1:
+        raise ValueError(f"expected {len(sizes) - 1} linear layers, the state dict has {len(numbers)}.")
+    new = {old: str(2 * place) for place, old in enumerate(numbers)}
+    return {f"{new[int(k.split('.')[0])]}.{k.split('.')[1]}": v for k, v in state.items()}
+
+
+def _mnist() -> Problem:
+    sizes = (784, 512, 256, 128, 10)
+    with np.load(folder("WHENCE_DATA") / "mnist.npz") as data:
+        x, xq = (torch.as_tensor(data[k]).flatten(1).float() / 255 for k in ("x_train", "x_test"))
+        y, yq = (torch.as_tensor(data[k]) for k in ("y_train", "y_test"))
+    file = CACHE / "mnist_model.pt"
+    if not file.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.save(train(mlp(sizes), x, y, lr=0.03, weight_decay=1e-3, batch=64, epochs=20), file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return Problem("mnist", "classification", sizes, x, y, xq[:100], yq[:100], (state,), 0.0052)
+
+
+def train(
+    model: nn.Sequential, x: Tensor, y: Tensor, lr: float, weight_decay: float, batch: int, epochs: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Train a classifier by SGD with momentum 0.9 at a constant rate, dropping the last ragged batch."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Linear):  # PyTorch's default initialisation, from our own generator
+                bound = layer.in_features**-0.5
+                layer.weight.uniform_(-bound, bound, generator=rng)
+                layer.bias.uniform_(-bound, bound, generator=rng)
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
+    for _ in range(epochs):
+        order = torch.randperm(len(x), generator=rng)
+        for rows in order[: len(x) // batch * batch].split(batch):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimiser.step()
+    return {k: v.detach() for k, v in model.state_dict().items()}

@@ -1,0 +1,169 @@
+"""The contract of a curvature matrix C, a mean over training examples, and the part that all curvatures share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from whence import gradients, vectors
+from whence.data import Batch
+from whence.errors import UnsupportedError
+from whence.gradients import Gradients
+from whence.problem import Problem
+from whence.vectors import Vectors
+
+
+class Need(Enum):
+    """What a solver asks of a curvature."""
+
+    MATVEC = "matrix-vector products"
+    KRONECKER = "Kronecker factors"
+    GRADIENTS = "per-example rows"
+
+
+class Operator(Protocol):
+    """A symmetric linear map on Vectors."""
+
+    shapes: Mapping[str, torch.Size]
+    psd: bool
+
+    def __call__(self, v: Vectors) -> Vectors:
+        """C v for all Q right-hand sides in one pass over the data."""
+        ...
+
+
+class Product:
+    """An `Operator` made of a curvature: over all the data, or over a fresh minibatch at every call.
+
+    Args:
+        curvature: the matrix.
+        batch_size: examples drawn with replacement at every call; None for all the data, in order.
+        rng: the generator that draws them.
+    """
+
+    def __init__(self, curvature: Curvature, batch_size: int | None = None, rng: torch.Generator | None = None):
+        self.curvature, self.batch_size, self.rng = curvature, batch_size, rng
+        self.shapes, self.psd = curvature.problem.shapes, curvature.psd
+
+    def __call__(self, v: Vectors) -> Vectors:
+        """C v, or an unbiased estimate of it."""
+        if self.batch_size is None:
+            return self.curvature.product(v)
+        index = torch.randint(len(self.curvature.problem.train), (self.batch_size,), generator=self.rng)
+        return self.curvature.product(v, index)
+
+
+class Curvature(ABC):
+    """A symmetric matrix C, the mean over training examples of one matrix per example. Lazy; what it computes it keeps.
+
+    Args:
+        problem: the model, task, training data and parameters.
+    """
+
+    psd = True
+    offers: frozenset[Need] = frozenset({Need.MATVEC, Need.KRONECKER, Need.GRADIENTS})
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+
+    @abstractmethod
+    def product(self, v: Vectors, index: torch.Tensor | None = None) -> Vectors:
+        """C v over all training examples, or over those of the given numbers."""
+
+    def streamed(self, part: Callable[[Batch], Vectors], index: torch.Tensor | None) -> Vectors:
+        """The mean over all training examples, or over those of the given numbers, of what ``part`` sums over a batch."""
+        problem = self.problem
+        if index is None:
+            batches, n = (b for _, b in problem.batches()), len(problem.train)
+        else:
+            batches, n = (problem.batch(i) for i in index.split(problem.train.batch_size)), len(index)
+        total: Vectors = {}
+        with problem.observed(), sdpa_kernel(SDPBackend.MATH):
+            for batch in batches:
+                found = part(batch)
+                total = vectors.add_(total, found) if total else found
+        return vectors.scale(total, 1 / n)
+
+    def gradients(self) -> Iterator[Gradients]:
+        """Weighted rows b with C = (1/N) sum_n sum_r w[n, r] b[n, r] b[n, r]^T, in order.
+
+        Raises:
+            UnsupportedError: if C has no such form.
+        """
+        raise UnsupportedError(f"{type(self).__name__} is not a sum over per-example rows. Use GGN or EmpiricalFisher.")
+
+    def operator(self, rng: torch.Generator | None = None, batch_size: int = 256) -> Product:
+        """C as a linear map: on all the data, or with a generator on a fresh minibatch at every call."""
+        return Product(self, None if rng is None else batch_size, rng)
+
+    def mean_eigenvalues(self) -> dict[str, float]:
+        """Trace over dimension of each block, by parameter name; exact from rows, else by 64 random probes."""
+        N, problem = len(self.problem.train), self.problem
+        if Need.GRADIENTS in self.offers:
+            sums = dict.fromkeys((b.name for b in problem.blocks), 0.0)
+            for rows in self.gradients():
+                for name, r in rows.rows.items():
+                    norms = r.square_norms().double()
+                    sums[name] += float((norms if rows.weights is None else norms * rows.weights).sum()) / N
+        else:
+            z = vectors.random_signs(problem.shapes, 64, torch.Generator().manual_seed(0), problem.dtype)
+            z = {name: t.to(problem.device) for name, t in z.items()}
+            cz = self.product(z)
+            sums = {
+                b.name: sum(float((z[p] * cz[p]).double().sum()) / 64 for p in b.shapes) for b in problem.blocks
+            }
+        return {p: sums[b.name] / b.size for b in problem.blocks for p in b.shapes}
+
+
+class RowCurvature(Curvature):
+    """C = (1/N) B^T W B with factored rows B; kept in memory when they fit, else recomputed batch by batch."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        self._kept: Gradients | None = None
+
+    @abstractmethod
+    def rows(self, batch: Batch) -> Gradients:
+        """The weighted rows of one batch."""
+
+    def gradients(self) -> Iterator[Gradients]:
+        """Weighted rows: all in one piece when they fit into the problem's memory, else a piece per batch."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        held: list[Gradients] = []
+        fits, free = True, self.problem.memory / 4
+        for _, batch in self.problem.batches():
+            rows = self.rows(batch).compact()
+            free -= rows.bytes()
+            if free < 0:
+                fits, held = False, []
+            if fits:
+                held.append(rows)
+            yield rows
+        if fits:
+            self._kept = gradients.concatenate(held)
+
+    def product(self, v: Vectors, index: torch.Tensor | None = None) -> Vectors:
+        """C v = (1/n) sum_n sum_r w (b . v) b."""
+        if index is None:
+            pieces, n = self.gradients(), len(self.problem.train)
+        elif self._kept is not None:
+            pieces, n = iter([self._kept[index]]), len(index)
+        else:
+            size = self.problem.train.batch_size
+            pieces, n = (self.rows(self.problem.batch(i)) for i in index.split(size)), len(index)
+        out: Vectors = {}
+        packed = gradients.pack(self.problem.blocks, v)
+        for rows in pieces:
+            t = rows.dot(packed=packed)
+            t = t / n if rows.weights is None else t * (rows.weights / n).to(t.dtype)
+            part = rows.combine(t)
+            out = vectors.add_(out, part) if out else part
+        return out
+

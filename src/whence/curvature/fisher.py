@@ -1,0 +1,21 @@
+"""The empirical Fisher: the second moment of the loss gradients with the true labels.
+
+    E = (1/N) sum_n grad l_n grad l_n^T
+
+It is not the Fisher: that takes labels drawn from the model, and equals the Gauss-Newton matrix for cross-entropy and squared
+error. DataInf and HyperINF are defined on E; so is EKFAC with ``labels="true"``.
+"""
+
+from __future__ import annotations
+
+from whence.curvature.base import RowCurvature
+from whence.data import Batch
+from whence.gradients import Gradients
+
+
+class EmpiricalFisher(RowCurvature):
+    """Second moment of the loss gradients with the true labels."""
+
+    def rows(self, batch: Batch) -> Gradients:
+        """One row per example: its loss gradient."""
+        return self.problem.loss_gradients(batch)

@@ -1,0 +1,153 @@
+"""The Gauss-Newton matrix, and its products with many vectors at once.
+
+    G = (1/N) sum_n J_n^T H_n J_n,        J_n = dh_n/dtheta,  H_n = d^2 l_n / dh_n^2          (ASTRA appendix B; ALGORITHMS 2)
+
+Three products, one matrix:
+
+- rows: H_n = sum_k w_nk u_nk u_nk^T by an eigendecomposition, so that G = (1/N) sum_{n,k} w_nk b_nk b_nk^T with the factored rows
+  b_nk = J_n^T u_nk. Costs one forward and K backward passes, once if the rows fit in memory; after that a product is two
+  contractions and no pass of the model. For outputs of moderate size.
+- jvp: forward-mode then reverse-mode, vmapped over right-hand sides that share one forward pass. For any outputs.
+- finite differences: J v ~ (h(theta + d v) - h(theta - d v)) / 2d, three forwards and one backward per right-hand side
+  (Klochkov & Liu 2024). For models without forward-mode derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+
+from whence import vectors
+from whence.curvature.base import RowCurvature
+from whence.data import Batch
+from whence.errors import expected
+from whence.gradients import Gradients
+from whence.problem import Problem
+from whence.vectors import Vectors
+
+How = Literal["auto", "rows", "jvp", "finite-difference"]
+LIMIT = 128  # outputs per example up to which rows are the better product
+
+
+class GGN(RowCurvature):
+    """The Gauss-Newton matrix of the training loss.
+
+    Args:
+        problem: the model, task, training data and parameters.
+        product: how C v is computed; "auto" takes rows for up to 128 outputs per example, else jvp. The result is the same
+            matrix, but for the truncation error of finite differences (about 1e-4 relative in float32).
+        delta: length of the finite-difference step in parameter space, relative to max(1, |theta|); None: eps^(1/3).
+    """
+
+    def __init__(self, problem: Problem, product: How = "auto", delta: float | None = None):
+        super().__init__(problem)
+        if product not in ("auto", "rows", "jvp", "finite-difference"):
+            raise expected("product", "'auto', 'rows', 'jvp' or 'finite-difference'", repr(product))
+        self.how, self.delta = product, delta
+
+    @property
+    def psd(self) -> bool:  # type: ignore[override]
+        """Positive semi-definite unless the loss is found to be non-convex in the outputs."""
+        return self._convex
+
+    _convex = True
+
+    def rows(self, batch: Batch) -> Gradients:
+        """K rows per example, K the number of outputs, weighted by the eigenvalues of the output Hessian."""
+        held: dict[str, Tensor] = {}
+
+        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
+            values, directions = torch.linalg.eigh(self.output_hessian(outputs, batch).double())
+            held["weights"] = values.flip(-1)  # (n, K), largest first
+            u = directions.flip(-1).permute(2, 0, 1)  # (K, n, outputs)
+            return u.reshape(len(u), *outputs.shape).to(outputs.dtype)
+
+        found = self.problem.gradients(batch, seeds)
+        weights = held["weights"]
+        noise = 1e-6 if self.problem.dtype == torch.float32 else 1e-12
+        if float(weights.min()) < -noise * float(weights.abs().max()):
+            self._convex = False
+        return Gradients(found.blocks, found.rows, weights)
+
+    def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
+        """C v over all training examples, or over those of the given numbers."""
+        how = self.how if self.how != "auto" else ("rows" if self._outputs <= LIMIT else "jvp")
+        if how == "rows":
+            return super().product(v, index)
+        by = self._by_jvp if how == "jvp" else self._by_differences
+        return self.streamed(lambda batch: by(batch, v), index)
+
+    def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
+        h = outputs.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = self.problem.per_example(self.problem.task.loss(h, batch), batch, "loss")
+            (slope,) = torch.autograd.grad(loss.sum(), h, create_graph=True)
+        flat = slope.flatten(1)  # (n, K)
+        if not flat.requires_grad:
+            return flat.new_zeros(*flat.shape, flat.shape[1])
+        columns = [
+            torch.autograd.grad(flat[:, k].sum(), h, retain_graph=True)[0].flatten(1) for k in range(flat.shape[1])
+        ]
+        return torch.stack(columns, 1).detach()
+
+    @property
+    def _outputs(self) -> int:
+        """Numbers in the outputs of one example."""
+        if not hasattr(self, "_size"):
+            with self.problem.observed() as model, torch.no_grad():
+                self._size = self.problem.outputs(model, self.problem.batch([0])).numel()
+        return self._size
+
+    def _by_jvp(self, batch: Batch, v: Vectors) -> Vectors:
+        """The sum over a batch of J^T H J v, in groups of right-hand sides that fit in memory, one forward pass a group."""
+        outputs, theta = self.problem.functional(batch)
+        parts = []
+        for some in vectors.chunk(v, rhs_at_once(self.problem, outputs, theta)):
+
+            def linearised(p: Vectors, some: Vectors = some) -> tuple[Tensor, Tensor]:
+                h, t = vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=(None, 0))(some)
+                return h, t  # (n, ...), (Q, n, ...)
+
+            h, pull, t = vjp(linearised, theta, has_aux=True)
+            u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
+            parts.append(vmap(lambda u, pull=pull: pull(u)[0])(u))
+        return vectors.concatenate(parts)
+
+    def _by_differences(self, batch: Batch, v: Vectors) -> Vectors:
+        """The same with J v by central differences."""
+        outputs, theta = self.problem.functional(batch)
+        eps = torch.finfo(self.problem.dtype).eps
+        size = float(vectors.norm({k: t.unsqueeze(0) for k, t in theta.items()}))
+        length = self.delta if self.delta is not None else eps ** (1 / 3)
+        parts = []
+        h, pull = vjp(outputs, theta)
+        for one in vectors.chunk(v, 1):
+            d = length * max(1.0, size) / max(float(vectors.norm(one)), 1e-300)
+            with torch.no_grad():
+                ahead, behind = ({k: theta[k] + s * d * t[0] for k, t in one.items()} for s in (1, -1))
+                t = (outputs(ahead) - outputs(behind)) / (2 * d)
+            u = jvp(grad(self._loss(batch)), (h.detach(),), (t,))[1]
+            parts.append({k: t.unsqueeze(0) for k, t in pull(u)[0].items()})
+        return vectors.concatenate(parts)
+
+    def _loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
+        return lambda h: self.problem.task.loss(h, batch).sum()
+
+
+def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: Vectors) -> int:
+    """How many right-hand sides fit into the problem's memory: each needs the tensors that one backward pass keeps."""
+    kept = 0
+
+    def pack(t: Tensor) -> Tensor:
+        nonlocal kept
+        kept += t.numel() * t.element_size()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs({name: t.clone().requires_grad_() for name, t in theta.items()})
+    return max(1, int(problem.memory / 4 / max(1, kept)))

@@ -1,0 +1,234 @@
+"""Kronecker factors of the Fisher matrix: KFAC's eigenvalues and EKFAC's corrected ones.
+
+Per block, with rows W_n = sum_t g_nt a_nt^T of sampled or true labels (Grosse et al. 2023; George et al. 2018),
+
+    A = mean a a^T = Q_A D_A Q_A^T,    S = mean g g^T = Q_S D_S Q_S^T                (means over the real positions t)
+    KFAC:   Lambda = T d_S d_A^T,                                                    T: positions per example, on average
+    EKFAC:  Lambda = mean_n (Q_S^T W_n Q_A)^2                                        (ASTRA eq. 28)
+
+Differs from the papers: groups of a convolution are exact blocks; a side wider than a limit is split into blocks or left diagonal;
+parameters without a Kronecker form are one side alone, so that their block is the Fisher itself up to that limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from whence.errors import expected
+from whence.factored import Factored, Lookup, Rows
+from whence.gradients import Gradients
+from whence.problem import Problem
+
+Labels = Literal["sampled", "true"]
+CHUNK = 2**22  # numbers in an intermediate result
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal basis of one side of a block, cut into consecutive pieces.
+
+    Args:
+        pieces: (G, w, w) eigenvectors in columns, or (0, w, 0) for a piece that stays as it is.
+    """
+
+    pieces: tuple[Tensor, ...]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Coordinates in the basis: x (G, ..., d) to the same shape."""
+        return self._apply(x, transposed=False)
+
+    def back(self, x: Tensor) -> Tensor:
+        """From coordinates in the basis: the inverse of `rotate`."""
+        return self._apply(x, transposed=True)
+
+    def _apply(self, x: Tensor, transposed: bool) -> Tensor:
+        parts = []
+        for q, part in zip(self.pieces, x.split([q.shape[1] for q in self.pieces], -1), strict=True):
+            if len(q):
+                q = (q.mT if transposed else q).to(x.dtype)
+                part = (part.reshape(len(q), -1, q.shape[1]) @ q).view(part.shape)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+@dataclass(frozen=True)
+class KroneckerBlock:
+    """Eigenvectors and eigenvalues of one block.
+
+    Args:
+        left, right: bases of the O side and of the I side.
+        kfac: eigenvalues T d_S d_A^T, (G, O, I).
+        ekfac: corrected eigenvalues, (G, O, I).
+    """
+
+    left: Basis
+    right: Basis
+    kfac: Tensor
+    ekfac: Tensor
+
+    def rotate(self, v: Tensor) -> Tensor:
+        """Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
+        v = self.right.rotate(v.transpose(0, 1))  # (G, Q, O, I)
+        return self.left.rotate(v.mT).mT.transpose(0, 1)
+
+    def back(self, v: Tensor) -> Tensor:
+        """Q_S V Q_A^T: the inverse of `rotate`."""
+        v = self.right.back(v.transpose(0, 1))
+        return self.left.back(v.mT).mT.transpose(0, 1)
+
+    def rotated(self, rows: Rows) -> Rows:
+        """Rows in the eigenbasis; factored rows stay factored, one rotation per position."""
+        if isinstance(rows, Factored):
+            return Factored(self.right.rotate(rows.a), self.left.rotate(rows.g))
+        if isinstance(rows, Lookup) and not any(len(q) for q in self.left.pieces):
+            return Lookup(rows.ids, self.right.rotate(rows.g.unsqueeze(0))[0], rows.size)
+        written = rows.written()
+        n, R, _ = written.rows.shape
+        v = self.rotate(written.rows.reshape(n * R, *written.sides))
+        return type(written)(v.reshape(n, R, -1), written.sides)
+
+
+def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int = 4096) -> dict[str, KroneckerBlock]:
+    """Two passes over the training data: covariances, then corrected eigenvalues with fresh labels.
+
+    Args:
+        problem: the model, task, training data and parameters.
+        labels: "sampled" from the model (the Fisher) or "true" (the empirical Fisher).
+        seed: of the label draws.
+        limit: widest eigenbasis; a wider side is split into blocks of this width, one wider than 8 blocks is left diagonal.
+
+    Returns:
+        Block name to factors, float32 or the model's wider dtype. Covariances and eigendecompositions are in float64.
+    """
+    if labels not in ("sampled", "true"):
+        raise expected("labels", "'sampled' or 'true'", repr(labels))
+    rng = torch.Generator().manual_seed(seed)
+    kept: list[Gradients] = []
+    free = problem.memory / 4 if labels == "true" else 0.0
+    sides: dict[str, tuple[_Side, _Side]] = {}
+    for rows, real in _passes(problem, labels, rng):
+        free -= rows.bytes()
+        kept = [*kept, rows] if free > 0 else []
+        for name, r in rows.rows.items():
+            if name not in sides:
+                sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit)
+            _accumulate(*sides[name], r, real)
+    n = len(problem.train)
+    bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
+    blocks, sums = {}, {}
+    for name, ((left, ds), (right, da)) in bases.items():
+        positions = sides[name][0].count / n
+        kfac = positions * ds.unsqueeze(-1) * da.unsqueeze(-2)
+        sums[name] = torch.zeros_like(kfac)
+        blocks[name] = KroneckerBlock(left, right, kfac.to(problem.dtype), sums[name])
+    whole = free > 0 and bool(kept)
+    for rows in kept if whole else (r for r, _ in _passes(problem, labels, rng)):
+        for name, r in rows.rows.items():
+            sums[name] += _squares(blocks[name], r)
+    return {
+        name: KroneckerBlock(b.left, b.right, b.kfac, (sums[name] / n).to(problem.dtype)) for name, b in blocks.items()
+    }
+
+
+class _Side:
+    """The covariance of one side of a block, in diagonal pieces."""
+
+    def __init__(self, groups: int, width: int, limit: int, device: torch.device):
+        self.count = 0
+        self.width = width
+        whole = width <= 8 * limit
+        widths = [min(limit, width - i) for i in range(0, width, limit)] if whole else []
+        self.covariances = [torch.zeros(groups, w, w, dtype=torch.float64, device=device) for w in widths]
+        self.diagonal = torch.zeros(groups, width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add vectors x (G, m, d)."""
+        if self.covariances:
+            for c, part in zip(self.covariances, x.split([c.shape[1] for c in self.covariances], -1), strict=True):
+                c += part.mT @ part
+        else:
+            self.diagonal += x.square().sum(1)
+
+    def eigen(self, dtype: torch.dtype) -> tuple[Basis, Tensor]:
+        """The basis and the eigenvalues of the mean, (G, d), not negative."""
+        if not self.covariances:
+            empty = self.diagonal.new_zeros(0, self.width, 0, dtype=dtype)
+            return Basis((empty,)), self.diagonal / max(1, self.count)
+        found = [torch.linalg.eigh(c / max(1, self.count)) for c in self.covariances]
+        return Basis(tuple(q.to(dtype) for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(min=0)
+
+
+def _passes(problem: Problem, labels: Labels, rng: torch.Generator) -> Iterator[tuple[Gradients, Tensor | None]]:
+    for _, batch in problem.batches():
+        rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
+        yield rows, problem.task.padding(batch)
+
+
+def _sides(rows: Rows, sides: tuple[int, int, int], limit: int) -> tuple[_Side, _Side]:
+    G, O, I = sides  # noqa: E741
+    device = rows.written()[:0].rows.device if not isinstance(rows, (Factored, Lookup)) else rows.g.device
+    one_hot = not isinstance(rows, Factored) and I > 1  # a table: its rows are tokens, already an eigenbasis
+    return _Side(G, O, 0 if one_hot else limit, device), _Side(G, I, limit, device)
+
+
+def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> None:
+    """Add a batch to the covariances of both sides, real positions only."""
+    if isinstance(rows, Factored):
+        G, n, R, T, O, I = rows.sizes  # noqa: E741
+        a, g = rows.a.reshape(G, n * T, I), rows.g
+        if real is not None and T % real.shape[1] == 0:
+            mask = real.repeat(1, T // real.shape[1])
+            a, g = a[:, mask.flatten()], g * mask.view(1, n, 1, T, 1)
+        left.add(g.reshape(G, -1, O))
+        right.add(a)
+        count = a.shape[1]
+    elif isinstance(rows, Lookup):
+        left.diagonal[0].index_add_(0, rows.ids.flatten(), torch.ones_like(rows.ids.flatten(), dtype=torch.float64))
+        right.add(rows.g.reshape(1, -1, rows.g.shape[-1]))
+        count = rows.ids.numel()
+    else:
+        written = rows.written()
+        n, R, _ = written.rows.shape
+        w = written.rows.view(n * R, *written.sides)  # (n R, 1, O, I)
+        if written.sides[2] == 1:
+            left.add(w[:, 0, :, 0].unsqueeze(0))
+            right.add(torch.ones_like(w[:, 0, :1]).view(1, -1, 1))
+        else:
+            left.diagonal[0] += w[:, 0].square().sum((0, 2)) / w.square().mean().clamp(min=1e-300)
+            right.add(w.reshape(1, -1, w.shape[-1]))
+        count = n
+    left.count += count
+    right.count += count
+
+
+def _squares(block: KroneckerBlock, rows: Rows) -> Tensor:
+    """Sum over examples of the squared rows in the eigenbasis, (G, O, I), by the cheapest order for these shapes."""
+    if isinstance(rows, Factored):
+        G, n, R, T, O, I = rows.sizes  # noqa: E741
+        if T == 1:
+            r = block.rotated(rows)
+            a, g = r.a.reshape(G, n, I).square(), r.g.square().sum(2).view(G, n, O)  # type: ignore[union-attr]
+            return (g.mT @ a).double()
+        tokens = T * (O * O + I * I) < O * I * (O + I)
+        total = rows.g.new_zeros(G, O, I, dtype=torch.float64)
+        for start in range(0, n, step := max(1, CHUNK // (G * R * O * I))):
+            some = rows[start : start + step]
+            w = (block.rotated(some) if tokens else some).written().rows
+            w = w.view(-1, G, O, I)
+            total += (w if tokens else block.rotate(w)).square().sum(0)
+        return total
+    if isinstance(rows, Lookup):  # uses of one token within an example are summed before squaring
+        r = block.rotated(rows)
+        n, R, T, d = r.g.shape  # type: ignore[union-attr]
+        key = rows.ids + torch.arange(n, device=rows.ids.device).unsqueeze(1) * rows.size
+        uses, where = key.flatten().unique(return_inverse=True)
+        sums = r.g.new_zeros(R, len(uses), d).index_add_(1, where, r.g.transpose(0, 1).reshape(R, n * T, d))  # type: ignore[union-attr]
+        total = sums.new_zeros(rows.size, d, dtype=torch.float64)
+        return total.index_add_(0, uses % rows.size, sums.square().sum(0).double()).unsqueeze(0)
+    written = rows.written()
+    return block.rotate(written.rows.reshape(-1, *written.sides)).square().sum(0).double()

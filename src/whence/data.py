@@ -1,0 +1,168 @@
+"""Training and query examples: batches in a fixed order, any subset by index, and fingerprints.
+
+Row n of every result is example n of the data set, whatever the batch size and whatever a loader would shuffle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from whence.errors import InputError, expected
+
+Batch = Any
+
+
+class Examples:
+    """A data set seen as numbered examples.
+
+    Args:
+        data: a tuple, list or dict of tensors or arrays with one leading axis of examples, a map-style ``Dataset``, or a
+            ``DataLoader`` over one (its data set, collate function and batch size are used, its shuffling is not).
+        name: what to call it in messages, "train" or "queries".
+        batch_size: examples per batch; None takes the loader's own, else 256. It changes speed and memory, not results.
+
+    Raises:
+        InputError: empty data, axes of different lengths, or an iterable without length.
+    """
+
+    def __init__(self, data: Any, name: str = "train", batch_size: int | None = None):
+        self.name = name
+        self._checksums: dict[tuple[int, int], int] = {}
+        collate: Callable[[list[Any]], Batch] = default_collate
+        if isinstance(data, DataLoader):
+            collate, batch_size, data = data.collate_fn, batch_size or data.batch_size, data.dataset
+        if batch_size is not None and batch_size < 1:
+            raise expected("batch_size", "a positive integer", batch_size)
+        self.batch_size = batch_size or 256
+        columns = _columns(data)
+        if columns is not None:
+            self._length = _common_length(columns, name)
+            self._fetch = lambda index: map_tensors(lambda t: t[index], columns)
+        else:
+            if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+                raise InputError(
+                    f"{name} must be a tuple of tensors, a map-style Dataset or a DataLoader over one, got "
+                    f"{type(data).__name__}, which has no length and no index. Collect it into a list or a Dataset first."
+                )
+            self._length = len(data)
+            self._fetch = lambda index: collate([data[int(i)] for i in index])
+        self.data = columns if columns is not None else data
+        if not self._length:
+            raise InputError(f"{name} must hold at least one example, got none.")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``."""
+        return map_tensors(lambda t: _place(t, device, dtype), self._fetch(torch.as_tensor(index)))
+
+    def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[range, Batch]]:
+        """All examples in order, as (numbers, batch) pairs.
+
+        Raises:
+            InputError: at NaN or infinity in the data, or when a batch differs from the one of an earlier pass.
+        """
+        for start in range(0, self._length, self.batch_size):
+            index = range(start, min(start + self.batch_size, self._length))
+            batch = self.batch(index, device, dtype)
+            self._check(index, batch)
+            yield index, batch
+
+    def _check(self, index: range, batch: Batch) -> None:
+        """First pass: finite values. Later passes: the same bytes."""
+        key, checksum = (index.start, index.stop), 0
+        for t in tensors(batch):
+            checksum = zlib.crc32(_bytes(t), checksum)
+        if key not in self._checksums:
+            for t in tensors(batch):
+                if t.is_floating_point() and not t.isfinite().all():
+                    bad = (~t.isfinite()).flatten(1).any(1).nonzero()[0].item() if t.ndim > 1 else int((~t.isfinite()).nonzero()[0])
+                    raise InputError(
+                        f"{self.name} data must be finite, got NaN or infinity in example {index.start + int(bad)}. "
+                        "Drop or repair such examples."
+                    )
+        elif self._checksums[key] != checksum:
+            raise InputError(
+                f"{self.name} data must be the same in every pass, but examples {index.start}..{index.stop - 1} changed "
+                "between two passes. Switch off random augmentation or shuffling inside the data set."
+            )
+        self._checksums[key] = checksum
+
+    def fingerprint(self) -> str:
+        """A hash of all examples in order, whatever the batch size; reads the data once."""
+        digest = hashlib.blake2b(str(self._length).encode(), digest_size=16)
+        rows = [self.data] if _columns(self.data) is not None else (self.data[i] for i in range(self._length))
+        for row in rows:
+            for t in tensors(map_tensors(lambda t: t, row)):
+                digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
+                digest.update(_bytes(t))
+        return digest.hexdigest()
+
+
+def batch_length(batch: Batch) -> int:
+    """Number of examples in a batch: the leading axis of its first tensor."""
+    return next(iter(tensors(batch))).shape[0]
+
+
+def tensors(batch: Batch) -> Iterator[Tensor]:
+    """All tensors in a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, dict) or hasattr(batch, "items"):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from tensors(value)
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """The same nesting with ``f`` applied to each tensor (arrays and numbers become tensors)."""
+    if isinstance(batch, Tensor):
+        return f(batch)
+    if isinstance(batch, (np.ndarray, np.generic, int, float)) and not isinstance(batch, bool):
+        return f(torch.as_tensor(batch))
+    if isinstance(batch, dict) or hasattr(batch, "items"):
+        return {k: map_tensors(f, v) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(map_tensors(f, v) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map_tensors(f, v) for v in batch)
+    return batch
+
+
+def _columns(data: Any) -> Batch | None:
+    """The data as nested columns if every leaf is a tensor or an array, else None."""
+    if isinstance(data, (Tensor, np.ndarray)):
+        return (torch.as_tensor(data),)
+    values = list(data.values()) if isinstance(data, dict) else data
+    if isinstance(values, (tuple, list)) and values and all(isinstance(v, (Tensor, np.ndarray)) for v in values):
+        if isinstance(data, list) and len({len(v) if v.ndim else 0 for v in values}) != 1:
+            return None
+        return map_tensors(lambda t: t, data)
+    return None
+
+
+def _common_length(columns: Batch, name: str) -> int:
+    lengths = [t.shape[0] if t.ndim else 0 for t in tensors(columns)]
+    if len(set(lengths)) != 1:
+        raise InputError(f"{name} tensors must have the same number of examples, got {lengths}.")
+    return lengths[0]
+
+
+def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    wider = t.is_floating_point() and torch.finfo(t.dtype).bits < torch.finfo(dtype).bits
+    return t.to(device=device, dtype=dtype if wider else t.dtype)
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

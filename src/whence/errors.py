@@ -1,0 +1,36 @@
+"""The errors of whence. Every message says what was expected, what was got and what to do."""
+
+from __future__ import annotations
+
+
+class WhenceError(Exception):
+    """Base class of every error that whence raises on purpose."""
+
+
+class InputError(WhenceError, ValueError):
+    """Bad input: data, a task, a model or an argument is not what the method needs."""
+
+
+class UnsupportedError(WhenceError, NotImplementedError):
+    """A model, curvature or solver cannot do exactly what was asked of it."""
+
+
+class DivergenceError(WhenceError, ArithmeticError):
+    """A solve produced NaN or infinity, or grew without bound."""
+
+
+class ArtefactError(WhenceError, ValueError):
+    """A file on disk is damaged, of another version, or made for another model, data set or configuration."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Some queries did not reach the tolerance of the solver."""
+
+
+class WhenceWarning(UserWarning):
+    """Something was adapted: said once, never done in silence."""
+
+
+def expected(what: str, wanted: str, got: object, do: str = "") -> InputError:
+    """The one template of input errors: ``expected(...)`` builds it, the caller raises it."""
+    return InputError(f"{what} must be {wanted}, got {got}." + (f" {do}" if do else ""))

@@ -1,0 +1,19 @@
+"""Is an attribution right? Scores compared with retraining and with labels flipped on purpose."""
+
+from whence.evaluate.lds import LDS, linear_datamodeling_score
+from whence.evaluate.mislabeled import MislabeledCurve, flip_labels, mislabeled_curve
+from whence.evaluate.retrain import SGDRecipe, random_subsets, retrain, retrain_small, run_seed, train_small
+
+__all__ = [
+    "LDS",
+    "MislabeledCurve",
+    "SGDRecipe",
+    "flip_labels",
+    "linear_datamodeling_score",
+    "mislabeled_curve",
+    "random_subsets",
+    "retrain",
+    "retrain_small",
+    "run_seed",
+    "train_small",
+]

@@ -1,0 +1,166 @@
+"""Finding mislabelled training examples: flip labels on purpose, rank by a score, see how soon the flips turn up.
+
+Used with self-influence (Schioppa et al. 2022, Arnoldi) and with influence on validation data (HyperINF, section 5).
+There the detection ratio is rt(p) = |mislabelled in the top p| / |mislabelled|, a recall; the denominator printed in
+HyperINF's eq. 8 contradicts the range it states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from whence.errors import expected
+from whence.evaluate.lds import Floats, bool_array, float_array
+
+
+def flip_labels(y: Tensor, fraction: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Give a fraction of the examples a wrong label, drawn uniformly from the other classes.
+
+    Args:
+        y: (N,) integer labels in 0..num_classes - 1.
+        fraction: share to flip; exactly round(fraction * N) examples are.
+        num_classes: number of classes, at least 2.
+        seed: of the choice of examples and labels.
+
+    Returns:
+        the labels (N,), a copy, and ``flipped`` (N,) bool, True where the label was changed.
+
+    Raises:
+        InputError: if labels are not class indices, or fraction is outside [0, 1].
+    """
+    y = torch.as_tensor(y)
+    if y.ndim != 1 or y.numel() == 0 or y.is_floating_point() or y.dtype == torch.bool:
+        raise expected("y", "(N,) integer labels, N > 0", f"{tuple(y.shape)} {y.dtype}", "Use y.long().")
+    if num_classes < 2 or int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise expected("y", f"labels in 0..num_classes - 1 = {num_classes - 1}", f"{int(y.min())}..{int(y.max())}")
+    if not 0 <= fraction <= 1:
+        raise expected("fraction", "in [0, 1]", fraction)
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(y), generator=rng)[: round(fraction * len(y))].to(y.device)
+    shift = torch.randint(1, num_classes, chosen.shape, generator=rng).to(y)
+    wrong, flipped = y.clone(), torch.zeros_like(y, dtype=torch.bool)
+    wrong[chosen] = (y[chosen] + shift) % num_classes
+    flipped[chosen] = True
+    return wrong, flipped
+
+
+@dataclass(frozen=True)
+class MislabeledCurve:
+    """How well a ranking finds mislabelled examples.
+
+    Attributes:
+        auc: P(a flipped example is ranked above a clean one), ties count one half.
+        auc_interval: percentile bootstrap interval of ``auc``; flipped and clean examples are each drawn anew.
+        average_precision: sum_n (R_n - R_{n-1}) P_n over the distinct scores, as scikit-learn's.
+        base_rate: the share of flipped examples; the AUC by chance is 1/2 and the average precision by chance is this.
+        fractions: p, the share of the examples looked at, most suspicious first.
+        detection: rt(p), the share of the flipped examples found there; its mean over random orders among ties.
+        random: rt(p) of a random order, p.
+        oracle: rt(p) of a perfect order, min(p / base_rate, 1).
+        n_examples: N.
+        level: the probability that the interval covers.
+        seed: of the bootstrap.
+    """
+
+    auc: float
+    auc_interval: tuple[float, float]
+    average_precision: float
+    base_rate: float
+    fractions: Floats
+    detection: Floats
+    random: Floats
+    oracle: Floats
+    n_examples: int
+    level: float
+    seed: int
+
+    def __str__(self) -> str:
+        low, high = self.auc_interval
+        return (
+            f"mislabelled examples: AUC {self.auc:.3f} ({self.level:.0%} interval {low:.3f} to {high:.3f}; "
+            f"chance 0.5), average precision {self.average_precision:.3f} (chance {self.base_rate:.3f}); "
+            f"{round(self.base_rate * self.n_examples)} flipped of {self.n_examples}"
+        )
+
+
+def mislabeled_curve(
+    ranking_scores: object,
+    flipped: object,
+    *,
+    higher_is_suspicious: bool = True,
+    fractions: object = None,
+    bootstrap: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> MislabeledCurve:
+    """Compare a ranking of the training examples with the labels that were flipped.
+
+    Args:
+        ranking_scores: (N,) one score per training example.
+        flipped: (N,) bool, True where the label is wrong.
+        higher_is_suspicious: True for self-influence; False for a helpful-positive influence on validation data, where
+            the most negative score is the most harmful example.
+        fractions: (P,) values of p in [0, 1]; None: 0, 0.01, ..., 1.
+        bootstrap: number of bootstrap samples of the interval.
+        level: the probability that the interval should cover.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: if shapes disagree, a score is not finite, or all or none of the examples are flipped.
+    """
+    scores, wrong = float_array(ranking_scores, "ranking_scores", (1,)), bool_array(flipped, "flipped", 1)
+    n, n_wrong = len(scores), int(wrong.sum())
+    if wrong.shape != scores.shape:
+        raise expected("flipped", f"of the shape of ranking_scores {scores.shape}", wrong.shape)
+    if n_wrong in (0, n):
+        raise expected("flipped", "True for some examples and False for others", f"{n_wrong} True of {n}")
+    p = np.linspace(0, 1, 101) if fractions is None else float_array(fractions, "fractions", (1,))
+    if p.min() < 0 or p.max() > 1:
+        raise expected("fractions", "in [0, 1]", f"{p.min()}..{p.max()}")
+    if bootstrap < 1 or not 0 < level < 1:
+        raise expected("bootstrap and level", ">= 1 and in (0, 1)", (bootstrap, level))
+
+    # Examples with the same score form a group; group 0 is the most suspicious.
+    _, group = np.unique(-scores if higher_is_suspicious else scores, return_inverse=True)
+    groups = int(group.max()) + 1
+    found = np.bincount(group[wrong], minlength=groups)  # flipped examples of each group
+    passed = np.bincount(group[~wrong], minlength=groups)  # clean ones
+    all_found, all_seen = np.cumsum(found), np.cumsum(found + passed)
+    # Within a group in random order the expected number found grows linearly, so interpolation is exact.
+    detection = np.interp(p * n, np.append(0, all_seen), np.append(0, all_found)) / n_wrong
+
+    rng = np.random.default_rng(seed)
+    samples = np.empty(bootstrap)
+    for b in range(bootstrap):
+        drawn_wrong, drawn_clean = (_redraw(group[which], groups, rng) for which in (wrong, ~wrong))
+        samples[b] = _auc(drawn_wrong, drawn_clean)
+    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return MislabeledCurve(
+        auc=_auc(found, passed),
+        auc_interval=(float(low), float(high)),
+        average_precision=float((found * (all_found / all_seen)).sum() / n_wrong),
+        base_rate=n_wrong / n,
+        fractions=p,
+        detection=detection,
+        random=p,
+        oracle=np.minimum(p * n / n_wrong, 1),
+        n_examples=n,
+        level=level,
+        seed=seed,
+    )
+
+
+def _auc(wrong: NDArray[np.int64], clean: NDArray[np.int64]) -> float:
+    """The area under the ROC curve from the numbers of wrong and clean examples per group, most suspicious first."""
+    clean_below = clean.sum() - np.cumsum(clean)
+    return float(wrong @ (clean_below + clean / 2) / (wrong.sum() * clean.sum()))
+
+
+def _redraw(group: NDArray[np.int64], groups: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Group counts of as many examples drawn with replacement."""
+    return np.bincount(group[rng.integers(len(group), size=len(group))], minlength=groups)

@@ -1,0 +1,362 @@
+"""Per-example gradients of one block of parameters, kept factored, and the contractions over them.
+
+A block is a matrix of G groups of shape (O, I). A row (n, r) is the gradient J_n^T s_r of one scalar of example n,
+
+    W[n, r] = sum_t g[n, r, t] a[n, t]^T                  t: the positions (tokens, pixels) that share the weight,
+
+so all layers look alike: T = 1 for a linear layer on vectors, tokens for one on sequences, output pixels for a convolution.
+The contractions form W only where that is cheaper: each picks its order by floating-point operations and by numbers moved to
+and from memory. Loose parameters have their rows written out; embeddings are looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MOVE = 16.0  # one number moved to and from memory costs about as much as this many operations of a matrix product
+CHUNK = 2**22  # numbers in an intermediate result
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Rows as outer products.
+
+    Args:
+        a: inputs, (G, n, T, I).
+        g: cotangents of the outputs, (G, n, R, T, O).
+    """
+
+    a: Tensor
+    g: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """(G, n, R, T, O, I)."""
+        G, n, R, T, O = self.g.shape
+        return G, n, R, T, O, self.a.shape[-1]
+
+    def __getitem__(self, index: slice | Tensor) -> Factored:
+        """The rows of some examples."""
+        return Factored(self.a[:, index], self.g[:, index])
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return self.a.numel() + self.g.numel()
+
+    def written(self) -> Written:
+        """The rows W in dense form."""
+        G, n, R, T, O, I = self.sizes  # noqa: E741
+        w = self.g.mT * self.a.unsqueeze(2) if T == 1 else self.g.mT @ self.a.unsqueeze(2)  # (G, n, R, O, I)
+        return Written(w.permute(1, 2, 0, 3, 4).reshape(n, R, -1), (G, O, I))
+
+    def compact(self) -> Factored | Written:
+        """The same rows in whichever form takes less memory."""
+        _, _, R, T, O, I = self.sizes  # noqa: E741
+        return self.written() if R * O * I < T * (I + R * O) else self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products of every row with Q matrices: v (Q, G, O, I) to (Q, n, R)."""
+        G, n, R, T, O, I = self.sizes  # noqa: E741
+        Q, v = v.shape[0], v.to(self.a.dtype)
+        outer = R * T * O * I + R * Q * O * I + MOVE * R * O * I
+        left = T * O * I * Q + R * T * O * Q + MOVE * T * O * Q  # V a first, then g
+        right = R * T * O * I * Q + R * T * I * Q + MOVE * R * T * I * Q  # g V first, then a
+        best = min(outer, left, right)
+        width = {outer: R * O * I, right: R * T * I * Q, left: T * O * Q}[best] * G
+        out = v.new_empty(n, Q, R)
+        for s in _slices(n, width):
+            rows, m = self[s], len(range(*s.indices(n)))
+            if best == outer:
+                out[s] = rows.written().dot(v).transpose(0, 1)
+            elif best == left:
+                va = rows.a.reshape(G, m * T, I) @ v.transpose(0, 1).reshape(G, Q * O, I).mT  # (G, m T, Q O)
+                if T == 1:
+                    out[s] = (va.view(G, m, Q, O) @ rows.g.reshape(G, m, R, O).mT).sum(0)
+                else:
+                    va = va.view(G, m, T, Q, O).transpose(2, 3).reshape(G, m, Q, T * O)
+                    out[s] = (va @ rows.g.reshape(G, m, R, T * O).mT).sum(0)
+            else:
+                gv = rows.g.reshape(G, 1, m * R * T, O) @ v.transpose(0, 1)  # (G, Q, m R T, I)
+                gv = gv.view(G, Q, m, R, T, I).mul_(rows.a.view(G, 1, m, 1, T, I))
+                out[s] = gv.sum((0, 4, 5)).transpose(0, 1)
+        return out.transpose(0, 1)
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows, sum_{n,r} w[q, n, r] W[n, r]: w (Q, n, R) to (Q, G, O, I)."""
+        G, n, R, T, O, I = self.sizes  # noqa: E741
+        Q, w = w.shape[0], w.to(self.a.dtype)
+        outer = R * T * O * I + R * Q * O * I + MOVE * R * O * I
+        left = R * T * O * Q + T * O * I * Q + MOVE * T * O * Q  # the cotangents first
+        right = R * T * I * Q + R * T * O * I * Q + MOVE * R * T * I * Q  # the inputs first
+        best = min(outer, left, right)
+        width = {outer: R * O * I, right: R * T * I * Q, left: T * O * Q}[best] * G
+        out = w.new_zeros(G, Q, O, I)
+        for s in _slices(n, width):
+            rows, m, ws = self[s], len(range(*s.indices(n))), w[:, s]
+            if best == outer:
+                out += rows.written().combine(ws).transpose(0, 1)
+            elif best == left:
+                if R == 1 and T == 1:
+                    wg = rows.g.reshape(G, m, 1, O) * ws.reshape(Q, m).T.reshape(1, m, Q, 1)
+                else:
+                    wg = ws.permute(1, 0, 2) @ rows.g.reshape(G, m, R, T * O)  # (G, m, Q, T O)
+                    wg = wg.view(G, m, Q, T, O).transpose(2, 3)
+                wg = wg.reshape(G, m * T, Q * O)
+                out.view(G, Q * O, I).baddbmm_(wg.mT, rows.a.reshape(G, m * T, I))
+            else:
+                wa = ws.reshape(1, Q, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
+                gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, Q, -1, -1)
+                out += gt @ wa.reshape(G, Q, m * R * T, I)
+        return out.transpose(0, 1)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R), by the ghost product where that is cheaper."""
+        G, n, R, T, O, I = self.sizes  # noqa: E741
+        if T == 1:
+            return (self.a.square().sum(-1).unsqueeze(2) * self.g.square().sum(-1)).sum((0, 3))
+        out = self.a.new_empty(n, R)
+        ghost = T * (I + R * O) < R * O * I
+        for s in _slices(n, G * (T * T * (R + 1) if ghost else R * O * I)):
+            rows = self[s]
+            if ghost:
+                inputs = rows.a @ rows.a.mT  # (G, m, T, T)
+                out[s] = ((rows.g @ rows.g.mT) * inputs.unsqueeze(2)).sum((0, 3, 4))
+            else:
+                out[s] = rows.written().square_norms()
+        return out
+
+    def gram(self, other: Factored) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        G, n, R, T, O, I = self.sizes  # noqa: E741
+        _, m, P, S, _, _ = other.sizes
+        out = self.a.new_empty(n, R, m, P)
+        ghost = n * m * T * S * (I + R * P * O + MOVE * (1 + R * P))
+        outer = (n * R * T + m * P * S + n * R * m * P) * O * I + MOVE * (n * R + m * P) * O * I
+        if ghost <= outer:
+            for s in _slices(n, G * m * T * S * (1 + R * P)):
+                rows, k = self[s], len(range(*s.indices(n)))
+                inputs = rows.a.reshape(G, k * T, I) @ other.a.reshape(G, m * S, I).mT
+                cotangents = rows.g.reshape(G, k * R * T, O) @ other.g.reshape(G, m * P * S, O).mT
+                both = cotangents.view(G, k, R, T, m, P, S) * inputs.view(G, k, 1, T, m, 1, S)
+                out[s] = both.sum((0, 3, 6))
+            return out
+        written = other.written()
+        for s in _slices(n, G * R * O * I):
+            out[s] = self[s].written().gram(written)
+        return out
+
+
+@dataclass(frozen=True)
+class Written:
+    """Rows in dense form.
+
+    Args:
+        rows: (n, R, G O I).
+        sides: (G, O, I).
+    """
+
+    rows: Tensor
+    sides: tuple[int, int, int]
+
+    def __getitem__(self, index: slice | Tensor) -> Written:
+        """The rows of some examples."""
+        return Written(self.rows[index], self.sides)
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return self.rows.numel()
+
+    def written(self) -> Written:
+        """Itself."""
+        return self
+
+    def compact(self) -> Written:
+        """Itself."""
+        return self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products with Q matrices: v (Q, G, O, I) to (Q, n, R)."""
+        n, R, _ = self.rows.shape
+        return (v.reshape(len(v), -1).to(self.rows.dtype) @ self.rows.flatten(0, 1).mT).view(-1, n, R)
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows: w (Q, n, R) to (Q, G, O, I)."""
+        return (w.flatten(1).to(self.rows.dtype) @ self.rows.flatten(0, 1)).view(-1, *self.sides)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R)."""
+        return self.rows.square().sum(2)
+
+    def gram(self, other: Written) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        product = self.rows.flatten(0, 1) @ other.rows.flatten(0, 1).mT
+        return product.view(*self.rows.shape[:2], *other.rows.shape[:2])
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of an embedding table (V, d): position t adds its cotangent to the row of its token.
+
+    Args:
+        ids: token numbers, (n, T).
+        g: cotangents of the embeddings, (n, R, T, d).
+        size: number of rows V of the table.
+    """
+
+    ids: Tensor
+    g: Tensor
+    size: int
+
+    def __getitem__(self, index: slice | Tensor) -> Lookup:
+        """The rows of some examples."""
+        return Lookup(self.ids[index], self.g[index], self.size)
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return self.ids.numel() + self.g.numel()
+
+    def written(self) -> Written:
+        """The rows in dense form."""
+        n, R, T, d = self.g.shape
+        out = self.g.new_zeros(n, R, self.size, d)
+        index = self.ids.view(n, 1, T, 1).expand_as(self.g)
+        return Written(out.scatter_add_(2, index, self.g).flatten(2), (1, self.size, d))
+
+    def compact(self) -> Lookup:
+        """Itself: tables are never written out."""
+        return self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products with Q tables: v (Q, 1, V, d) to (Q, n, R)."""
+        n, R, T, d = self.g.shape
+        out = v.new_empty(v.shape[0], n, R)
+        for s in _slices(n, v.shape[0] * T * d):
+            rows = v[:, 0, self.ids[s].flatten()].view(v.shape[0], -1, T * d)  # (Q, m, T d)
+            out[:, s] = torch.einsum("qmx,mrx->qmr", rows, self.g[s].flatten(2).to(v.dtype))
+        return out
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows: w (Q, n, R) to (Q, 1, V, d)."""
+        n, R, T, d = self.g.shape
+        out = self.g.new_zeros(w.shape[0], self.size, d)
+        for s in _slices(n, w.shape[0] * T * d):
+            wg = torch.einsum("qmr,mrx->qmx", w[:, s].to(self.g.dtype), self.g[s].flatten(2))
+            out.index_add_(1, self.ids[s].flatten(), wg.reshape(w.shape[0], -1, d))
+        return out.unsqueeze(1)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R)."""
+        same = (self.ids.unsqueeze(1) == self.ids.unsqueeze(2)).unsqueeze(1)  # (n, 1, T, T)
+        return ((self.g @ self.g.mT) * same).sum((2, 3))
+
+    def gram(self, other: Lookup) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        n, R, T, d = self.g.shape
+        m, P, S, _ = other.g.shape
+        out = self.g.new_empty(n, R, m, P)
+        for s in _slices(n, R * T * m * P * S):
+            both = (self.g[s].reshape(-1, d) @ other.g.reshape(-1, d).mT).view(-1, R, T, m, P, S)
+            same = self.ids[s].view(-1, 1, T, 1, 1, 1) == other.ids.view(1, 1, 1, m, 1, S)
+            out[s] = (both * same).sum((2, 5))
+        return out
+
+
+@dataclass(frozen=True)
+class Several:
+    """Rows of a table used both as an embedding and as a matrix (tied weights): the sum of the uses.
+
+    Linear contractions are sums over the uses; what squares rows needs them summed first, in dense form.
+    """
+
+    parts: tuple[Factored | Written | Lookup, ...]
+
+    def __getitem__(self, index: slice | Tensor) -> Several:
+        """The rows of some examples."""
+        return Several(tuple(p[index] for p in self.parts))
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return sum(p.numbers() for p in self.parts)
+
+    def written(self) -> Written:
+        """The summed rows in dense form."""
+        written = [p.written() for p in self.parts]
+        return Written(torch.stack([w.rows for w in written]).sum(0), written[0].sides)
+
+    def compact(self) -> Several:
+        """Itself."""
+        return self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products with Q matrices: v (Q, 1, O, I) to (Q, n, R)."""
+        return torch.stack([p.dot(v) for p in self.parts]).sum(0)
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows: w (Q, n, R) to (Q, 1, O, I)."""
+        return torch.stack([p.combine(w) for p in self.parts]).sum(0)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R)."""
+        return self.written().square_norms()
+
+    def gram(self, other: Several) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        return self.written().gram(other.written())
+
+
+Rows = Factored | Written | Lookup | Several
+
+
+def total(parts: Sequence[Factored | Written | Lookup]) -> Rows:
+    """The rows of a block whose weight is used several times: its uses are further positions of one sum."""
+    if len(parts) == 1:
+        return parts[0]
+    factored = [p for p in parts if isinstance(p, Factored)]
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    written = [p for p in parts if isinstance(p, Written)]
+    merged: list[Factored | Written | Lookup] = []
+    if factored:
+        merged.append(Factored(torch.cat([p.a for p in factored], 2), torch.cat([p.g for p in factored], 3)))
+    if lookups:
+        size = lookups[0].size
+        merged.append(Lookup(torch.cat([p.ids for p in lookups], 1), torch.cat([p.g for p in lookups], 2), size))
+    if written:
+        merged.append(Written(torch.stack([p.rows for p in written]).sum(0), written[0].sides))
+    return merged[0] if len(merged) == 1 else Several(tuple(merged))
+
+
+def concatenate(batches: list[Rows]) -> Rows:
+    """The rows of several batches, one after another; positions are padded with zeros to the longest."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Several):
+        uses = zip(*(b.parts for b in batches if isinstance(b, Several)), strict=True)
+        return Several(tuple(concatenate(list(use)) for use in uses))  # type: ignore[arg-type]
+    if isinstance(first, Written):
+        return Written(torch.cat([b.rows for b in batches if isinstance(b, Written)]), first.sides)
+    if isinstance(first, Lookup):
+        lookups = [b for b in batches if isinstance(b, Lookup)]
+        return Lookup(_join([b.ids for b in lookups], 0, 1), _join([b.g for b in lookups], 0, 2), first.size)
+    factored = [b for b in batches if isinstance(b, Factored)]
+    return Factored(_join([b.a for b in factored], 1, 2), _join([b.g for b in factored], 1, 3))
+
+
+def _join(parts: list[Tensor], along: int, padded: int) -> Tensor:
+    size = max(t.shape[padded] for t in parts)
+    return torch.cat([_pad(t, size, padded) for t in parts], along)
+
+
+def _pad(t: Tensor, size: int, dim: int) -> Tensor:
+    if t.shape[dim] == size:
+        return t
+    return torch.cat([t, t.new_zeros(*t.shape[:dim], size - t.shape[dim], *t.shape[dim + 1 :])], dim)
+
+
+def _slices(n: int, width: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, width))
+    return (slice(i, i + step) for i in range(0, n, step))

@@ -1,0 +1,140 @@
+"""Per-example gradients of all selected parameters, kept factored, block by block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence import factored
+from whence.factored import Rows
+from whence.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that share one matrix: a layer's weight with its bias as a last column, or loose numbers.
+
+    Args:
+        name: the layer's or parameter's name.
+        shapes: parameter name to shape.
+        matrix: (G, O) if the block is G matrices of O rows; None for loose numbers, one column of them.
+    """
+
+    name: str
+    shapes: Mapping[str, torch.Size]
+    matrix: tuple[int, int] | None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(s) for s in self.shapes.values())
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """(G, O, I)."""
+        G, O = self.matrix or (1, self.size)  # noqa: E741
+        return G, O, self.size // (G * O)
+
+    def pack(self, v: Vectors) -> Tensor:
+        """The block of Q parameter-shaped vectors as matrices: (Q, G, O, I)."""
+        rows = (-1, *self.matrix) if self.matrix else (-1, 1)
+        tail = () if self.matrix else (1,)
+        parts = [v[p].reshape(len(v[p]), *rows[1:], -1, *tail) for p in self.shapes]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 3 if self.matrix else 2)
+
+    def unpack(self, m: Tensor) -> Vectors:
+        """The inverse of `pack`."""
+        G, O = self.matrix or (1, 1)  # noqa: E741
+        widths = [math.prod(s) // (G * O) for s in self.shapes.values()]
+        parts = m.split(widths, 3 if self.matrix else 2)
+        return {p: t.reshape(len(m), *s) for (p, s), t in zip(self.shapes.items(), parts, strict=True)}
+
+
+Packed = dict[str, Tensor]  # block name -> (Q, G, O, I)
+
+
+def pack(blocks: Sequence[Block], v: Vectors) -> Packed:
+    """All blocks of Q vectors as matrices."""
+    return {b.name: b.pack(v) for b in blocks}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Rows J_n^T s_{n,r} of n examples, R a piece, over all blocks.
+
+    Args:
+        blocks: the layout.
+        rows: block name to factored rows.
+        weights: (n, R), the weight of each row in a curvature; None where the rows are plain gradients.
+    """
+
+    blocks: tuple[Block, ...]
+    rows: Mapping[str, Rows]
+    weights: Tensor | None = None
+
+    def __getitem__(self, index: slice | Tensor) -> Gradients:
+        """The gradients of some examples."""
+        weights = None if self.weights is None else self.weights[index]
+        return Gradients(self.blocks, {k: r[index] for k, r in self.rows.items()}, weights)
+
+    def compact(self) -> Gradients:
+        """The same rows, each block in the form that takes less memory."""
+        return Gradients(self.blocks, {k: r.compact() for k, r in self.rows.items()}, self.weights)
+
+    def bytes(self) -> int:
+        """Memory held, at most."""
+        return 8 * sum(r.numbers() for r in self.rows.values())
+
+    def dot(self, v: Vectors | None = None, *, packed: Packed | None = None) -> Tensor:
+        """Inner products of Q vectors with every row: (Q, n, R). Give matrices if they are `pack`-ed already."""
+        packed = pack(self.blocks, v) if packed is None and v is not None else packed or {}
+        out = None
+        for name, rows in self.rows.items():
+            part = rows.dot(packed[name])
+            out = part if out is None else out.add_(part)
+        if out is None:
+            raise KeyError("no block")
+        return out
+
+    def combine(self, w: Tensor) -> Vectors:
+        """Weighted sums of rows: w (Q, n, R) to Vectors (Q, ...)."""
+        out: Vectors = {}
+        for b in self.blocks:
+            out |= b.unpack(self.rows[b.name].combine(w))
+        return out
+
+    def dense(self) -> Vectors:
+        """Every row written out, example by example: Vectors of n R."""
+        out: Vectors = {}
+        for b in self.blocks:
+            out |= b.unpack(self.rows[b.name].written().rows.reshape(-1, *b.sides))
+        return out
+
+    def square_norms(self, by: Mapping[str, float] | None = None) -> Tensor:
+        """Squared norms of the rows (n, R); ``by`` scales each block."""
+        return torch.stack([r.square_norms() * (by[k] if by else 1.0) for k, r in self.rows.items()]).sum(0)
+
+    def gram(self, other: Gradients, by: Mapping[str, float] | None = None) -> Tensor:
+        """Inner products of all rows with all rows of another (n, R, n', R'); ``by`` scales each block."""
+        out = None
+        for name, rows in self.rows.items():
+            part = rows.gram(other.rows[name])  # type: ignore[arg-type]
+            part = part.mul_(by[name]) if by else part
+            out = part if out is None else out.add_(part)
+        if out is None:
+            raise KeyError("no block")
+        return out
+
+
+def concatenate(batches: Sequence[Gradients]) -> Gradients:
+    """The gradients of several batches, one after another."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    rows = {name: factored.concatenate([b.rows[name] for b in batches]) for name in first.rows}
+    weights = None if first.weights is None else torch.cat([b.weights for b in batches if b.weights is not None])
+    return Gradients(first.blocks, rows, weights)

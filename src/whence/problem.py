@@ -1,0 +1,307 @@
+"""Problem: a model, its task and its training data, and the way to per-example gradients of the chosen parameters.
+
+The model is observed by hooks only while a pass runs and comes back as it was. How each layer's gradient is factored is
+verified once against autograd on a few examples; what cannot be factored is computed the slow and exact way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whence.data import Batch, Examples, batch_length, map_tensors, tensors
+from whence.errors import InputError, WhenceWarning, expected
+from whence.gradients import Block, Gradients
+from whence.layout import Layout, demoted, plan
+from whence.task import Task, as_task
+from whence.trace import Seeds, Unfactorable, trace
+from whence.vectors import Vectors
+
+Select = str | Sequence[str] | Callable[[str], bool] | None
+
+
+class Problem:
+    """What is attributed: a trained model, its task, its training examples and the parameters that count.
+
+    Args:
+        model: the trained model. Parameters and inputs on one device; float32 or float64 (half precision is converted to
+            float32, which is exact). Evaluated in eval mode.
+        task: a `Task`, or an object with its methods.
+        train: see `whence.data.Examples`.
+        parameters: which trainable parameters to attribute: None for all, a regular expression (searched in the name), several
+            of them, or a predicate on the name.
+        batch_size: examples per pass of the model.
+        memory: bytes that cached factors and intermediate results may take; decides what is cached and how many
+            right-hand sides go together, never the result.
+
+    Raises:
+        InputError: an untrainable, non-finite, half-converted or scattered model; a selection that matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task | object,
+        train: Any,
+        parameters: Select = None,
+        batch_size: int | None = None,
+        memory: float = 2**31,
+    ):
+        self.task = as_task(task)
+        self.model = _ready(model)
+        self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
+        self.memory = memory
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        keep = _predicate(parameters)
+        self.parameters = {name: p for name, p in trainable.items() if keep(name)}
+        self.trainable = sum(p.numel() for p in trainable.values())
+        if not self.parameters:
+            raise InputError(
+                f"parameters={parameters!r} selects none of the {len(trainable)} trainable parameters "
+                f"({', '.join(list(trainable)[:5])}, ...). Check the pattern, and that requires_grad is True."
+            )
+        if any(m.training and "Dropout" in type(m).__name__ for m in self.model.modules()):
+            warnings.warn("the model is in training mode with dropout: it is evaluated in eval mode.", WhenceWarning, stacklevel=2)
+        first = next(iter(self.parameters.values()))
+        self.device, self.dtype = first.device, first.dtype
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Parameter name to shape, in the model's order."""
+        return {name: p.shape for name, p in self.parameters.items()}
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the layout."""
+        return self.layout.blocks
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How each parameter's gradient is found; each layer's factoring is verified on a few examples first."""
+        layout = self._verified(plan(self.model, self.parameters))
+        if layout.slow:
+            names = [p for b in layout.slow for p in b.shapes]
+            warnings.warn(
+                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one gradient per "
+                f"example): {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}. Leave them out with parameters=..., or "
+                "register a LayerKind.",
+                WhenceWarning,
+                stacklevel=2,
+            )
+        return layout
+
+    def coverage(self) -> str:
+        """One sentence: the share of trainable parameters attributed, and what is left out."""
+        size = sum(p.numel() for p in self.parameters.values())
+        left = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in self.parameters]
+        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
+        text += f"; left out by the selection: {', '.join(left)}" if left else ""
+        return text + (f"; {frozen} frozen parameters" if frozen else "")
+
+    # passes over data -------------------------------------------------------------------------------------------------
+
+    def batch(self, index: Sequence[int] | Tensor) -> Batch:
+        """Training examples by number."""
+        return self.train.batch(index, self.device, self.dtype)
+
+    def batches(self, examples: Examples | None = None) -> Iterator[tuple[range, Batch]]:
+        """All training examples, or those given, in order."""
+        return (examples or self.train).batches(self.device, self.dtype)
+
+    def gradients(self, batch: Batch, seeds: Seeds) -> Gradients:
+        """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs."""
+        layout = self.layout
+        with self.observed() as model:
+            return self._trace(model, batch, seeds, layout)
+
+    def loss_gradients(self, batch: Batch) -> Gradients:
+        """Gradients of each example's training loss, R = 1."""
+        return self.gradients(batch, self.seeds_of("loss"))
+
+    def measurement_gradients(self, batch: Batch) -> Gradients:
+        """Gradients of each query's measurement, R = 1."""
+        return self.gradients(batch, self.seeds_of("measurement"))
+
+    def seeds_of(self, what: str) -> Seeds:
+        """The cotangent of the outputs that belongs to the task's loss or measurement."""
+
+        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
+            h = outputs.detach().requires_grad_()
+            with torch.enable_grad():
+                value = self.per_example(getattr(self.task, what)(h, batch), batch, what)
+            (s,) = torch.autograd.grad(value.sum(), h)
+            return s.unsqueeze(0)
+
+        return seeds
+
+    def sampled_gradients(self, batch: Batch, rng: torch.Generator) -> Gradients:
+        """Loss gradients with labels drawn from the model, R = 1."""
+        loss = self.seeds_of("loss")
+        return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
+
+    def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
+        """The value itself if it is one finite number per example.
+
+        Raises:
+            InputError: otherwise.
+        """
+        n = batch_length(batch)
+        if not isinstance(value, Tensor) or value.shape != (n,):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise expected(
+                f"task.{what}",
+                f"one number per example, shape ({n},)",
+                got,
+                "Use reduction='none' and sum over each example's own tokens.",
+            )
+        if not value.isfinite().all():
+            bad = int((~value.isfinite()).nonzero()[0])
+            raise InputError(
+                f"task.{what} must be finite, got {value[bad].item()} for example {bad} of a batch. "
+                "Look for overflow in the loss (use logsumexp), or drop the example."
+            )
+        return value
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[nn.Module]:
+        """The model in eval mode, without parameter gradients; everything is restored afterwards, even after an error."""
+        modes = {m: m.training for m in self.model.modules()}
+        grads = {p: p.requires_grad for p in self.model.parameters()}
+        fast = torch.backends.mha.get_fastpath_enabled()
+        try:
+            self.model.eval()
+            self.model.requires_grad_(False)
+            torch.backends.mha.set_fastpath_enabled(False)
+            with torch.enable_grad():
+                yield self.model
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for m, mode in modes.items():
+                m.training = mode
+            for p, needed in grads.items():
+                p.requires_grad_(needed)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The task's outputs, with a clear error where the model rejects the batch."""
+        try:
+            outputs = self.task.outputs(model, batch)
+        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+            if isinstance(error, (InputError, NotImplementedError)):
+                raise
+            shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
+            raise InputError(
+                f"the model failed on a batch of shapes {shapes}: {error}. Train and query batches must be what "
+                f"task.outputs(model, batch) accepts, in the model's dtype ({self.dtype}) or narrower."
+            ) from error
+        n = batch_length(batch)
+        if not isinstance(outputs, Tensor) or not outputs.ndim or outputs.shape[0] != n:
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise expected("task.outputs", f"a tensor with the {n} examples of the batch first", got)
+        return outputs
+
+    def functional(self, batch: Batch) -> tuple[Callable[[Vectors], Tensor], dict[str, Tensor]]:
+        """The outputs on a batch as a function of the selected parameters, and the parameters' values."""
+        bound = _Bound(self)
+
+        def outputs(parameters: Vectors) -> Tensor:
+            named = {f"model.{name}": p for name, p in parameters.items()}
+            return torch.func.functional_call(bound, named, (batch,))
+
+        return outputs, {name: p.detach() for name, p in self.parameters.items()}
+
+    def _verified(self, layout: Layout) -> Layout:
+        """Compare each block with autograd, example by example, for random cotangents; move what differs to the slow path."""
+        batch = self.batch(range(min(3, len(self.train))))
+        generator = torch.Generator().manual_seed(0)
+        truth: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
+        cotangents: list[Tensor] = []
+        with self.observed() as model:
+            for p in self.parameters.values():
+                p.requires_grad_()
+            for i in range(batch_length(batch)):
+                h = self.outputs(model, map_tensors(lambda t, i=i: t[i : i + 1], batch))
+                cotangents.append(torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h))
+                grads = torch.autograd.grad(h, list(self.parameters.values()), cotangents[-1], allow_unused=True)
+                for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
+                    truth[name].append(torch.zeros_like(p) if grad is None else grad)
+        expectations = {name: torch.stack(rows) for name, rows in truth.items()}
+        scale = max(float(t.norm()) for t in expectations.values())
+        tolerance = 1e-3 if self.dtype == torch.float32 else 1e-8
+        while True:
+            fast = Layout(tuple(b for b in layout.blocks if layout.uses[b.name]), layout.uses)
+            try:
+                with self.observed() as model:
+                    found = self._trace(model, batch, lambda *_: torch.cat(cotangents).unsqueeze(0), fast).dense()
+                break
+            except Unfactorable as error:
+                layout = demoted(layout, {p for b in layout.blocks if b.name == error.block for p in b.shapes})
+        return demoted(
+            layout,
+            {
+                name
+                for name, rows in found.items()
+                if not (rows - expectations[name]).norm() <= tolerance * (expectations[name].norm() + 1e-3 * scale)
+            },
+        )
+
+    def _trace(self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout) -> Gradients:
+        return trace(lambda: self.outputs(model, batch), model, batch, seeds, layout, self.functional)
+
+
+class _Bound(nn.Module):
+    """The model and its task as one module, so that functional_call can swap parameters under any task."""
+
+    def __init__(self, problem: Problem):
+        super().__init__()
+        self.model = problem.model
+        self.problem = [problem]
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.problem[0].outputs(self.model, batch)
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    """The model itself, or a float32 copy of a half-precision one.
+
+    Raises:
+        InputError: no module, several devices or dtypes, non-finite weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise expected("model", "a torch.nn.Module", type(model).__name__)
+    named = dict(model.named_parameters())
+    devices = {p.device for p in named.values()}
+    if len(devices) > 1:
+        raise expected("the model's parameters", "on one device", sorted(map(str, devices)), "Move it with model.to(device).")
+    bad = [name for name, p in named.items() if p.is_floating_point() and not p.isfinite().all()]
+    if bad:
+        raise InputError(f"the model's weights must be finite, got NaN or infinity in {', '.join(bad[:5])}. Train it again.")
+    dtypes = {p.dtype for p in named.values() if p.is_floating_point()}
+    if dtypes & {torch.float16, torch.bfloat16} and torch.float64 not in dtypes:
+        warnings.warn("the model is in half precision: a float32 copy is used (the conversion is exact).", WhenceWarning, stacklevel=4)
+        copied = copy.deepcopy(model)
+        return copied.float()
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
+        raise expected(
+            "the model's parameters", "all float32 or all float64", sorted(map(str, dtypes)), "Convert it with model.float()."
+        )
+    return model
+
+
+def _predicate(select: Select) -> Callable[[str], bool]:
+    if select is None:
+        return lambda name: True
+    if callable(select):
+        return select
+    patterns = [re.compile(p) for p in ([select] if isinstance(select, str) else select)]
+    return lambda name: any(p.search(name) for p in patterns)
+
+
