@@ -57,13 +57,13 @@ def compare(name: str, args: argparse.Namespace) -> tuple[list[str], dict[str, A
     their_total = their_fit + their_scores
     label = f"{name}, {'0.1 x mean' if damping is None else f'{damping:g}'}"
     version = f"kronfluence {theirs[0].result['version']}" + (" (kept)" if args.keep_peer else "")
-    rows = [_row(label, version, their_fit, their_scores, 1.0, theirs, "")]
+    rows = [_row(label, version, their_fit, their_scores, 1.0, theirs, (*peers.FIT, f"scores {index}"), "")]
     if ours:
         our_fit = _median(ours, lambda r: r.phases["fit"]["cpu_s"])
         our_scores = _median(ours, lambda r: r.phases["scores"]["cpu_s"])
         ratio = their_total / (our_fit + our_scores)
         agreement = difference(ours[0].result["scores"], reference)
-        rows.append(_row(label, "whence", our_fit, our_scores, ratio, ours, agreement))
+        rows.append(_row(label, "whence", our_fit, our_scores, ratio, ours, ("fit", "scores"), agreement))
     bound = f"scoring matmuls alone ({physical['gflops_per_s']:g} Gflop/s)"
     rows.append(f"| {label} | {bound} | | {physical['cpu_s']:.2f} | | | | | |")
     record = {"kronfluence": [_costs(r) for r in theirs], "whence": [_costs(r) for r in ours], "bound": physical}
@@ -83,8 +83,17 @@ def _median(runs: Sequence[Run], of: Callable[[Run], float]) -> float:
     return statistics.median(of(r) for r in runs)
 
 
-def _row(label: str, who: str, fit: float, scores: float, ratio: float, runs: Sequence[Run], agreement: str) -> str:
-    wall = statistics.median(sum(v["wall_s"] for v in r.phases.values()) for r in runs)
+def _row(
+    label: str,
+    who: str,
+    fit: float,
+    scores: float,
+    ratio: float,
+    runs: Sequence[Run],
+    phases: Sequence[str],
+    agreement: str,
+) -> str:
+    wall = statistics.median(sum(r.phases[k]["wall_s"] for k in phases) for r in runs)
     peak = statistics.median(r.peak_mb for r in runs)
     return (
         f"| {label} | {who} | {fit:.2f} | {scores:.2f} | {fit + scores:.2f} | {ratio:.2f}x | {wall:.2f} | {peak:.0f} "

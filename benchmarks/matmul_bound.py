@@ -18,7 +18,7 @@ from benchmarks.harness import cpu_seconds, run
 
 CHUNKS = (128, 256, 512, 1024)
 PROBE = 1024  # examples on which the layouts are compared
-REPEATS = 3
+REPEATS = 2
 
 
 def bound(problem: str) -> dict[str, Any]:

@@ -1,0 +1,60 @@
+"""whence: which training examples made a PyTorch model behave so, how strongly, and how far the number can be trusted."""
+
+from whence.attribution import Influence, Scores, Top, attribute
+from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator
+from whence.damping import Damping
+from whence.errors import (
+    ArtefactError,
+    ConvergenceWarning,
+    DivergenceError,
+    InputError,
+    UnsupportedError,
+    WhenceError,
+    WhenceWarning,
+)
+from whence.layers import LayerKind, register
+from whence.problem import Problem
+from whence.solvers import ASTRA, CG, EKFAC, KFAC, Dual, Exact, Identity, Inverse, Neumann, Solution, Solver
+from whence.task import Classification, Regression, Task
+from whence.vectors import Vectors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ASTRA",
+    "CG",
+    "EKFAC",
+    "GGN",
+    "KFAC",
+    "ArtefactError",
+    "Classification",
+    "ConvergenceWarning",
+    "Curvature",
+    "Damping",
+    "DivergenceError",
+    "Dual",
+    "EmpiricalFisher",
+    "Exact",
+    "Hessian",
+    "Identity",
+    "Influence",
+    "InputError",
+    "Inverse",
+    "LayerKind",
+    "Need",
+    "Neumann",
+    "Operator",
+    "Problem",
+    "Regression",
+    "Scores",
+    "Solution",
+    "Solver",
+    "Task",
+    "Top",
+    "UnsupportedError",
+    "Vectors",
+    "WhenceError",
+    "WhenceWarning",
+    "attribute",
+    "register",
+]

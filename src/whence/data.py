@@ -81,7 +81,7 @@ class Examples:
         """First pass: finite values. Later passes: the same bytes."""
         key, checksum = (index.start, index.stop), 0
         for t in tensors(batch):
-            checksum = zlib.crc32(_bytes(t), checksum)
+            checksum = zlib.crc32(raw(t), checksum)
         if key not in self._checksums:
             for t in tensors(batch):
                 if t.is_floating_point() and not t.isfinite().all():
@@ -104,7 +104,7 @@ class Examples:
         for row in rows:
             for t in tensors(map_tensors(lambda t: t, row)):
                 digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-                digest.update(_bytes(t))
+                digest.update(raw(t))
         return digest.hexdigest()
 
 
@@ -164,5 +164,6 @@ def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return t.to(device=device, dtype=dtype if wider else t.dtype)
 
 
-def _bytes(t: Tensor) -> memoryview:
+def raw(t: Tensor) -> memoryview:
+    """A tensor's bytes, for hashing."""
     return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOVE = 16.0  # one number moved to and from memory costs about as much as this many operations of a matrix product
-CHUNK = 2**22  # numbers in an intermediate result
+MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
+CHUNK = 2**21  # numbers in an intermediate result, so that it stays in cache
+ROWS = 512  # positions in one matrix product
 
 
 @dataclass(frozen=True)
@@ -43,79 +44,91 @@ class Factored:
         """The rows of some examples."""
         return Factored(self.a[:, index], self.g[:, index])
 
+    def pick(self, index: Tensor, r: Tensor) -> Factored:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Factored(self.a[:, index], self.g[:, index, r].unsqueeze(2))
+
     def numbers(self) -> int:
         """How many numbers are stored."""
         return self.a.numel() + self.g.numel()
 
     def written(self) -> Written:
         """The rows W in dense form."""
-        G, n, R, T, O, I = self.sizes  # noqa: E741
+        G, n, R, T, O, I = self.sizes
         w = self.g.mT * self.a.unsqueeze(2) if T == 1 else self.g.mT @ self.a.unsqueeze(2)  # (G, n, R, O, I)
         return Written(w.permute(1, 2, 0, 3, 4).reshape(n, R, -1), (G, O, I))
 
     def compact(self) -> Factored | Written:
         """The same rows in whichever form takes less memory."""
-        _, _, R, T, O, I = self.sizes  # noqa: E741
+        _, _, R, T, O, I = self.sizes
         return self.written() if R * O * I < T * (I + R * O) else self
 
     def dot(self, v: Tensor) -> Tensor:
         """Inner products of every row with Q matrices: v (Q, G, O, I) to (Q, n, R)."""
-        G, n, R, T, O, I = self.sizes  # noqa: E741
-        Q, v = v.shape[0], v.to(self.a.dtype)
-        outer = R * T * O * I + R * Q * O * I + MOVE * R * O * I
-        left = T * O * I * Q + R * T * O * Q + MOVE * T * O * Q  # V a first, then g
-        right = R * T * O * I * Q + R * T * I * Q + MOVE * R * T * I * Q  # g V first, then a
-        best = min(outer, left, right)
-        width = {outer: R * O * I, right: R * T * I * Q, left: T * O * Q}[best] * G
-        out = v.new_empty(n, Q, R)
-        for s in _slices(n, width):
-            rows, m = self[s], len(range(*s.indices(n)))
-            if best == outer:
-                out[s] = rows.written().dot(v).transpose(0, 1)
-            elif best == left:
-                va = rows.a.reshape(G, m * T, I) @ v.transpose(0, 1).reshape(G, Q * O, I).mT  # (G, m T, Q O)
+        G, n, R, T, O, I = self.sizes
+        Q, v = v.shape[0], v.transpose(0, 1).to(self.a.dtype)  # (G, Q, O, I)
+        order = self._order(Q)
+        out = v.new_empty(Q, n, R)
+        if order == "outer":
+            for s in _slices(n, G * R * O * I):
+                out[:, s] = self[s].written().dot(v.transpose(0, 1))
+            return out
+        for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
+            rows, vq = self[s], v[:, q]
+            m, k = rows.a.shape[1], vq.shape[1]
+            if order == "left":
+                va = rows.a.reshape(G, m * T, I) @ vq.reshape(G, k * O, I).mT  # (G, m T, k O)
                 if T == 1:
-                    out[s] = (va.view(G, m, Q, O) @ rows.g.reshape(G, m, R, O).mT).sum(0)
+                    va, g = va.view(G, m, k, O), rows.g.reshape(G, m, R, O)
                 else:
-                    va = va.view(G, m, T, Q, O).transpose(2, 3).reshape(G, m, Q, T * O)
-                    out[s] = (va @ rows.g.reshape(G, m, R, T * O).mT).sum(0)
+                    va, g = va.view(G, m, T, k, O).transpose(2, 3).flatten(3), rows.g.reshape(G, m, R, T * O)
+                out[q, s] = (va @ g.mT).sum(0).transpose(0, 1)
             else:
-                gv = rows.g.reshape(G, 1, m * R * T, O) @ v.transpose(0, 1)  # (G, Q, m R T, I)
-                gv = gv.view(G, Q, m, R, T, I).mul_(rows.a.view(G, 1, m, 1, T, I))
-                out[s] = gv.sum((0, 4, 5)).transpose(0, 1)
-        return out.transpose(0, 1)
+                gv = rows.g.reshape(G, 1, m * R * T, O) @ vq  # (G, k, m R T, I)
+                gv = gv.view(G, k, m, R, T, I).mul_(rows.a.view(G, 1, m, 1, T, I))
+                out[q, s] = gv.sum((0, 4, 5))
+        return out
 
     def combine(self, w: Tensor) -> Tensor:
         """Weighted sums of rows, sum_{n,r} w[q, n, r] W[n, r]: w (Q, n, R) to (Q, G, O, I)."""
-        G, n, R, T, O, I = self.sizes  # noqa: E741
+        G, n, R, T, O, I = self.sizes
         Q, w = w.shape[0], w.to(self.a.dtype)
-        outer = R * T * O * I + R * Q * O * I + MOVE * R * O * I
-        left = R * T * O * Q + T * O * I * Q + MOVE * T * O * Q  # the cotangents first
-        right = R * T * I * Q + R * T * O * I * Q + MOVE * R * T * I * Q  # the inputs first
-        best = min(outer, left, right)
-        width = {outer: R * O * I, right: R * T * I * Q, left: T * O * Q}[best] * G
+        order = self._order(Q)
         out = w.new_zeros(G, Q, O, I)
-        for s in _slices(n, width):
-            rows, m, ws = self[s], len(range(*s.indices(n))), w[:, s]
-            if best == outer:
-                out += rows.written().combine(ws).transpose(0, 1)
-            elif best == left:
+        if order == "outer":
+            for s in _slices(n, G * R * O * I):
+                out += self[s].written().combine(w[:, s]).transpose(0, 1)
+            return out.transpose(0, 1)
+        for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
+            rows, wq = self[s], w[q, s]
+            k, m = wq.shape[:2]
+            if order == "left":
                 if R == 1 and T == 1:
-                    wg = rows.g.reshape(G, m, 1, O) * ws.reshape(Q, m).T.reshape(1, m, Q, 1)
+                    wg = rows.g.reshape(G, m, 1, O) * wq.reshape(k, m).T.reshape(1, m, k, 1)
                 else:
-                    wg = ws.permute(1, 0, 2) @ rows.g.reshape(G, m, R, T * O)  # (G, m, Q, T O)
-                    wg = wg.view(G, m, Q, T, O).transpose(2, 3)
-                wg = wg.reshape(G, m * T, Q * O)
-                out.view(G, Q * O, I).baddbmm_(wg.mT, rows.a.reshape(G, m * T, I))
+                    wg = wq.transpose(0, 1) @ rows.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
+                    wg = wg.view(G, m, k, T, O).transpose(2, 3)
+                wg = wg.reshape(G, m * T, k * O)
+                out[:, q] += (wg.mT @ rows.a.reshape(G, m * T, I)).view(G, k, O, I)
             else:
-                wa = ws.reshape(1, Q, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
-                gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, Q, -1, -1)
-                out += gt @ wa.reshape(G, Q, m * R * T, I)
+                wa = wq.reshape(1, k, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
+                gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)
+                out[:, q] += gt @ wa.reshape(G, k, m * R * T, I)
         return out.transpose(0, 1)
+
+    def _order(self, Q: int) -> str:
+        """The cheapest order of a contraction with Q matrices: rows written out, or V a or g V first."""
+        _, _, R, T, O, I = self.sizes
+        costs = {
+            "outer": R * T * O * I + R * Q * O * I + MOVE * R * O * I,
+            "left": T * O * I * Q + R * T * O * Q + MOVE * T * O * Q,
+            "right": R * T * O * I * Q + R * T * I * Q + MOVE * R * T * I * Q,
+        }
+        return min(costs, key=lambda order: costs[order])
 
     def square_norms(self) -> Tensor:
         """Squared norms of the rows, (n, R), by the ghost product where that is cheaper."""
-        G, n, R, T, O, I = self.sizes  # noqa: E741
+        G, n, R, T, O, I = self.sizes
         if T == 1:
             return (self.a.square().sum(-1).unsqueeze(2) * self.g.square().sum(-1)).sum((0, 3))
         out = self.a.new_empty(n, R)
@@ -131,7 +144,7 @@ class Factored:
 
     def gram(self, other: Factored) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        G, n, R, T, O, I = self.sizes  # noqa: E741
+        G, n, R, T, O, I = self.sizes
         _, m, P, S, _, _ = other.sizes
         out = self.a.new_empty(n, R, m, P)
         ghost = n * m * T * S * (I + R * P * O + MOVE * (1 + R * P))
@@ -165,6 +178,10 @@ class Written:
     def __getitem__(self, index: slice | Tensor) -> Written:
         """The rows of some examples."""
         return Written(self.rows[index], self.sides)
+
+    def pick(self, index: Tensor, r: Tensor) -> Written:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Written(self.rows[index, r].unsqueeze(1), self.sides)
 
     def numbers(self) -> int:
         """How many numbers are stored."""
@@ -214,6 +231,10 @@ class Lookup:
     def __getitem__(self, index: slice | Tensor) -> Lookup:
         """The rows of some examples."""
         return Lookup(self.ids[index], self.g[index], self.size)
+
+    def pick(self, index: Tensor, r: Tensor) -> Lookup:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Lookup(self.ids[index], self.g[index, r].unsqueeze(1), self.size)
 
     def numbers(self) -> int:
         """How many numbers are stored."""
@@ -277,6 +298,10 @@ class Several:
     def __getitem__(self, index: slice | Tensor) -> Several:
         """The rows of some examples."""
         return Several(tuple(p[index] for p in self.parts))
+
+    def pick(self, index: Tensor, r: Tensor) -> Several:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Several(tuple(p.pick(index, r) for p in self.parts))
 
     def numbers(self) -> int:
         """How many numbers are stored."""
@@ -358,5 +383,15 @@ def _pad(t: Tensor, size: int, dim: int) -> Tensor:
 
 
 def _slices(n: int, width: int) -> Iterator[slice]:
+    """Pieces of n examples whose intermediate result, ``width`` numbers each, stays small."""
     step = max(1, CHUNK // max(1, width))
-    return (slice(i, i + step) for i in range(0, n, step))
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def _tiles(n: int, Q: int, width: int, positions: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of examples x right-hand sides: enough positions for an efficient product, few enough numbers to stay in cache."""
+    m = min(n, max(1, ROWS // positions))
+    k = max(1, CHUNK // max(1, m * width))
+    return (
+        (slice(i, min(i + m, n)), slice(j, min(j + k, Q))) for j in range(0, Q, k) for i in range(0, n, m)
+    )

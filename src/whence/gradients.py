@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Block:
     @property
     def sides(self) -> tuple[int, int, int]:
         """(G, O, I)."""
-        G, O = self.matrix or (1, self.size)  # noqa: E741
+        G, O = self.matrix or (1, self.size)
         return G, O, self.size // (G * O)
 
     def pack(self, v: Vectors) -> Tensor:
@@ -48,7 +48,7 @@ class Block:
 
     def unpack(self, m: Tensor) -> Vectors:
         """The inverse of `pack`."""
-        G, O = self.matrix or (1, 1)  # noqa: E741
+        G, O = self.matrix or (1, 1)
         widths = [math.prod(s) // (G * O) for s in self.shapes.values()]
         parts = m.split(widths, 3 if self.matrix else 2)
         return {p: t.reshape(len(m), *s) for (p, s), t in zip(self.shapes.items(), parts, strict=True)}
@@ -69,21 +69,33 @@ class Gradients:
     Args:
         blocks: the layout.
         rows: block name to factored rows.
-        weights: (n, R), the weight of each row in a curvature; None where the rows are plain gradients.
+        weights: (n, R) float64, the weight of each row in a curvature; 1 for plain gradients.
     """
 
     blocks: tuple[Block, ...]
     rows: Mapping[str, Rows]
-    weights: Tensor | None = None
+    weights: Tensor
 
     def __getitem__(self, index: slice | Tensor) -> Gradients:
         """The gradients of some examples."""
-        weights = None if self.weights is None else self.weights[index]
-        return Gradients(self.blocks, {k: r[index] for k, r in self.rows.items()}, weights)
+        return Gradients(self.blocks, {k: r[index] for k, r in self.rows.items()}, self.weights[index])
+
+    def __len__(self) -> int:
+        """Number of examples n."""
+        return len(self.weights)
+
+    def pick(self, index: Tensor, r: Tensor) -> Gradients:
+        """Chosen rows (index, r) as examples of one row each."""
+        rows = {k: found.pick(index, r) for k, found in self.rows.items()}
+        return Gradients(self.blocks, rows, self.weights[index, r].unsqueeze(1))
+
+    def map(self, f: Callable[[str, Rows], Rows]) -> Gradients:
+        """The same examples with each block's rows, given with its name, replaced."""
+        return Gradients(self.blocks, {k: f(k, r) for k, r in self.rows.items()}, self.weights)
 
     def compact(self) -> Gradients:
         """The same rows, each block in the form that takes less memory."""
-        return Gradients(self.blocks, {k: r.compact() for k, r in self.rows.items()}, self.weights)
+        return self.map(lambda _, r: r.compact())
 
     def bytes(self) -> int:
         """Memory held, at most."""
@@ -136,5 +148,4 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     if len(batches) == 1:
         return first
     rows = {name: factored.concatenate([b.rows[name] for b in batches]) for name in first.rows}
-    weights = None if first.weights is None else torch.cat([b.weights for b in batches if b.weights is not None])
-    return Gradients(first.blocks, rows, weights)
+    return Gradients(first.blocks, rows, torch.cat([b.weights for b in batches]))

@@ -60,7 +60,7 @@ class ConvKind:
 
     def rows(self, layer: nn.Conv1d | nn.Conv2d, x: Tensor, g: Tensor, parts: Sequence[str]) -> Factored:
         """Patches by unfolding, with the layer's stride, padding and its mode, dilation and groups."""
-        G, O = self.matrix(layer)  # noqa: E741
+        G, O = self.matrix(layer)
         R, n = g.shape[:2]
         kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
         x = F.pad(x, _padding(layer), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)

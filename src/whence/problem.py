@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whence.data import Batch, Examples, batch_length, map_tensors, tensors
+from whence.data import Batch, Examples, batch_length, map_tensors, raw, tensors
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layout import Layout, demoted, plan
@@ -41,6 +42,7 @@ class Problem:
         batch_size: examples per pass of the model.
         memory: bytes that cached factors and intermediate results may take; decides what is cached and how many
             right-hand sides go together, never the result.
+        progress: show progress bars; None shows them on a terminal.
 
     Raises:
         InputError: an untrainable, non-finite, half-converted or scattered model; a selection that matches nothing.
@@ -54,11 +56,12 @@ class Problem:
         parameters: Select = None,
         batch_size: int | None = None,
         memory: float = 2**31,
+        progress: bool | None = None,
     ):
         self.task = as_task(task)
         self.model = _ready(model)
         self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
-        self.memory = memory
+        self.memory, self.progress = memory, progress
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         keep = _predicate(parameters)
         self.parameters = {name: p for name, p in trainable.items() if keep(name)}
@@ -117,6 +120,15 @@ class Problem:
         """All training examples, or those given, in order."""
         return (examples or self.train).batches(self.device, self.dtype)
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of the model's parameters and buffers, of the selection and of the training data."""
+        weights = hashlib.blake2b(digest_size=16)
+        for name, t in self.model.state_dict().items():
+            weights.update(name.encode())
+            weights.update(raw(t))
+        chosen = hashlib.blake2b("|".join(self.parameters).encode(), digest_size=16)
+        return {"model": weights.hexdigest(), "parameters": chosen.hexdigest(), "train": self.train.fingerprint()}
+
     def gradients(self, batch: Batch, seeds: Seeds) -> Gradients:
         """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs."""
         layout = self.layout
@@ -131,13 +143,14 @@ class Problem:
         """Gradients of each query's measurement, R = 1."""
         return self.gradients(batch, self.seeds_of("measurement"))
 
-    def seeds_of(self, what: str) -> Seeds:
-        """The cotangent of the outputs that belongs to the task's loss or measurement."""
+    def seeds_of(self, what: str, value_of: Callable[[Tensor, Batch], Tensor] | None = None) -> Seeds:
+        """The cotangent of the outputs that belongs to the task's loss or measurement, or to another function given."""
+        function = value_of or getattr(self.task, what)
 
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
             h = outputs.detach().requires_grad_()
             with torch.enable_grad():
-                value = self.per_example(getattr(self.task, what)(h, batch), batch, what)
+                value = self.per_example(function(h, batch), batch, what)
             (s,) = torch.autograd.grad(value.sum(), h)
             return s.unsqueeze(0)
 

@@ -72,7 +72,8 @@ def trace(
     if layout.slow:
         for name, dense in _slow(batch, cotangents, layout, functional).items():
             rows[name] = Written(dense.flatten(2), (1, dense[0, 0].numel(), 1))
-    return Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks})
+    weights = outputs.new_ones(len(outputs), len(cotangents), dtype=torch.float64)
+    return Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
 
 
 @contextmanager

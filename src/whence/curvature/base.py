@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,6 +70,13 @@ class Curvature(ABC):
 
     def __init__(self, problem: Problem):
         self.problem = problem
+        self._memory: dict[Hashable, Any] = {}
+
+    def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when this key was first asked for: fits are shared by solvers and dampings."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
 
     @abstractmethod
     def product(self, v: Vectors, index: torch.Tensor | None = None) -> Vectors:
@@ -103,13 +110,15 @@ class Curvature(ABC):
 
     def mean_eigenvalues(self) -> dict[str, float]:
         """Trace over dimension of each block, by parameter name; exact from rows, else by 64 random probes."""
+        return self.remember("mean eigenvalues", self._mean_eigenvalues)
+
+    def _mean_eigenvalues(self) -> dict[str, float]:
         N, problem = len(self.problem.train), self.problem
         if Need.GRADIENTS in self.offers:
             sums = dict.fromkeys((b.name for b in problem.blocks), 0.0)
             for rows in self.gradients():
                 for name, r in rows.rows.items():
-                    norms = r.square_norms().double()
-                    sums[name] += float((norms if rows.weights is None else norms * rows.weights).sum()) / N
+                    sums[name] += float((r.square_norms().double() * rows.weights).sum()) / N
         else:
             z = vectors.random_signs(problem.shapes, 64, torch.Generator().manual_seed(0), problem.dtype)
             z = {name: t.to(problem.device) for name, t in z.items()}
@@ -162,8 +171,7 @@ class RowCurvature(Curvature):
         packed = gradients.pack(self.problem.blocks, v)
         for rows in pieces:
             t = rows.dot(packed=packed)
-            t = t / n if rows.weights is None else t * (rows.weights / n).to(t.dtype)
-            part = rows.combine(t)
+            part = rows.combine(t * (rows.weights / n).to(t.dtype))
             out = vectors.add_(out, part) if out else part
         return out
 

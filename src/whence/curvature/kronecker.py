@@ -116,7 +116,7 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
         kept = [*kept, rows] if free > 0 else []
         for name, r in rows.rows.items():
             if name not in sides:
-                sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit)
+                sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
             _accumulate(*sides[name], r, real)
     n = len(problem.train)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
@@ -169,9 +169,8 @@ def _passes(problem: Problem, labels: Labels, rng: torch.Generator) -> Iterator[
         yield rows, problem.task.padding(batch)
 
 
-def _sides(rows: Rows, sides: tuple[int, int, int], limit: int) -> tuple[_Side, _Side]:
-    G, O, I = sides  # noqa: E741
-    device = rows.written()[:0].rows.device if not isinstance(rows, (Factored, Lookup)) else rows.g.device
+def _sides(rows: Rows, sides: tuple[int, int, int], limit: int, device: torch.device) -> tuple[_Side, _Side]:
+    G, O, I = sides
     one_hot = not isinstance(rows, Factored) and I > 1  # a table: its rows are tokens, already an eigenbasis
     return _Side(G, O, 0 if one_hot else limit, device), _Side(G, I, limit, device)
 
@@ -179,7 +178,7 @@ def _sides(rows: Rows, sides: tuple[int, int, int], limit: int) -> tuple[_Side, 
 def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> None:
     """Add a batch to the covariances of both sides, real positions only."""
     if isinstance(rows, Factored):
-        G, n, R, T, O, I = rows.sizes  # noqa: E741
+        G, n, R, T, O, I = rows.sizes
         a, g = rows.a.reshape(G, n * T, I), rows.g
         if real is not None and T % real.shape[1] == 0:
             mask = real.repeat(1, T // real.shape[1])
@@ -209,7 +208,7 @@ def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> N
 def _squares(block: KroneckerBlock, rows: Rows) -> Tensor:
     """Sum over examples of the squared rows in the eigenbasis, (G, O, I), by the cheapest order for these shapes."""
     if isinstance(rows, Factored):
-        G, n, R, T, O, I = rows.sizes  # noqa: E741
+        G, n, R, T, O, I = rows.sizes
         if T == 1:
             r = block.rotated(rows)
             a, g = r.a.reshape(G, n, I).square(), r.g.square().sum(2).view(G, n, O)  # type: ignore[union-attr]

@@ -56,7 +56,7 @@ class LDS:
         ceiling = "unknown (one repeat)" if self.ceiling is None else f"{self.ceiling:.3f}"
         left_out = f"; {self.n_constant} constant queries left out" if self.n_constant else ""
         return (
-            f"LDS {self.mean:.3f} ({self.level:.0%} interval {low:.3f} to {high:.3f}; ceiling {ceiling}; "
+            f"LDS {self.mean:.3f} ({100 * self.level:g}% interval {low:.3f} to {high:.3f}; ceiling {ceiling}; "
             f"{len(self.per_query)} queries, {self.n_subsets} subsets x {self.n_repeats} repeats{left_out})"
         )
 
@@ -163,11 +163,10 @@ def _bootstrap_means(a: Floats, b: Floats, count: int, resample: str, rng: np.ra
 
 def _resampled_ranks(values: Floats, weights: Floats) -> Floats:
     """Centred average ranks (M, B) of values (M,) in samples that hold value m weights[m, b] times."""
-    order = np.argsort(values)
-    _, starts, groups = np.unique(values[order], return_index=True, return_inverse=True)
-    held = np.add.reduceat(weights[order], starts, axis=0)  # (distinct values, B)
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    held = np.add.reduceat(weights[np.argsort(group)], np.cumsum(sizes) - sizes, axis=0)  # (distinct values, B)
     ranks = np.cumsum(held, axis=0) - held / 2 - len(values) / 2
-    return ranks[groups[np.argsort(order)]]
+    return ranks[group]
 
 
 def _ceiling(f: Floats, splits: int, rng: np.random.Generator) -> float | None:

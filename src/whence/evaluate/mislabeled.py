@@ -82,7 +82,7 @@ class MislabeledCurve:
     def __str__(self) -> str:
         low, high = self.auc_interval
         return (
-            f"mislabelled examples: AUC {self.auc:.3f} ({self.level:.0%} interval {low:.3f} to {high:.3f}; "
+            f"mislabelled examples: AUC {self.auc:.3f} ({100 * self.level:g}% interval {low:.3f} to {high:.3f}; "
             f"chance 0.5), average precision {self.average_precision:.3f} (chance {self.base_rate:.3f}); "
             f"{round(self.base_rate * self.n_examples)} flipped of {self.n_examples}"
         )

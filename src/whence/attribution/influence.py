@@ -1,0 +1,264 @@
+"""Influence: fit an inverse once, then score any queries against one stream of the training set.
+
+    score(q, z) = grad f(q)^T (C + damping I)^-1 grad l(z)                       (Koh & Liang 2017; ASTRA eq. 2)
+
+The sign is the one of removal: a positive score means that removing z would raise f(q).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whence import gradients, store
+from whence.attribution.scores import Scores
+from whence.curvature.base import Curvature
+from whence.curvature.ggn import GGN
+from whence.damping import Damping
+from whence.data import Batch, Examples
+from whence.errors import InputError, expected
+from whence.problem import Problem, Select
+from whence.progress import track
+from whence.gradients import Gradients
+from whence.solvers.base import Inverse, Solution, Solver
+from whence.solvers.cg import CG
+from whence.solvers.kronecker import EKFAC
+from whence.task import Task
+
+Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
+
+
+@dataclass
+class Influence:
+    """Influence functions with any curvature and any solver, fitted once and used for many queries.
+
+    Args:
+        solver: how (C + damping I)^-1 is applied.
+        damping: a number, or a `Damping`.
+        curvature: which C, a function of the `Problem`: GGN, Hessian, EmpiricalFisher, or ``functools.partial`` of one.
+        parameters: which trainable parameters; see `Problem`.
+        batch_size: examples per pass of the model; changes speed and memory only.
+        memory: bytes that may be cached; changes speed and memory only.
+        seed: replaces the seed of every solver that has one; None leaves them.
+        progress: show progress bars; None shows them on a terminal.
+    """
+
+    solver: Solver = field(default_factory=lambda: CG(preconditioner=EKFAC()))
+    damping: float | Damping = field(default_factory=Damping.relative)
+    curvature: Callable[[Problem], Curvature] = GGN
+    parameters: Select = None
+    batch_size: int | None = None
+    memory: float = 2**31
+    seed: int | None = None
+    progress: bool | None = None
+
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> Influence:
+        """Fit the inverse to a trained model and its training data; everything that needs no query.
+
+        Args:
+            model: the trained model; it comes back as it was.
+            task: what was trained and what is measured.
+            train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
+
+        Returns:
+            Itself.
+
+        Raises:
+            InputError, UnsupportedError: see `Problem` and the solver.
+        """
+        start = time.perf_counter()
+        problem, solver = self._prepare(model, task, train)
+        self._curvature = self.curvature(problem)
+        solver.check(self._curvature)
+        self._inverse = solver.fit(self._curvature, Damping.of(self.damping))
+        self._seconds = {"fit": time.perf_counter() - start}
+        return self
+
+    def score(
+        self,
+        queries: Any,
+        measurement: Measurement | None = None,
+        certify: bool = True,
+        self_influence: bool = False,
+    ) -> Scores:
+        """Scores of all training examples on all queries, solved together and streamed once.
+
+        Args:
+            queries: Q queries, in the form of the training data.
+            measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
+            certify: measure each query's residual with the true operator (one more pass over the training data).
+            self_influence: compute the training examples' self-influence too.
+
+        Raises:
+            InputError: queries that the model does not accept, or a measurement that is not one finite number per query.
+            DivergenceError: if a solve does not stay finite.
+        """
+        inverse, problem = self.inverse, self.problem
+        start = time.perf_counter()
+        rows = self.query_gradients(queries, measurement)
+        turn: Callable[[Gradients], Gradients] = lambda g: g  # noqa: E731
+        short = None if certify else inverse.pairing(rows)
+        if short is not None:
+            packed, turn = short
+            solution = Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
+        else:
+            solution = inverse(rows.dense(), certify)
+            packed = gradients.pack(problem.blocks, solution.x)
+        solved = time.perf_counter()
+        values = torch.empty(len(rows), len(problem.train), dtype=problem.dtype, device=problem.device)
+        for index, g in self._training_gradients("scores"):
+            values[:, index.start : index.stop] = turn(g).dot(packed=packed)[..., 0]
+        seconds = self._seconds | {"solve": solved - start, "scores": time.perf_counter() - solved}
+        return Scores(
+            values,
+            solution.residual,
+            solution.converged,
+            solution.history,
+            self.provenance() | {"seconds": seconds, "passes": solution.passes, "steps": solution.steps},
+            self.self_influence() if self_influence else None,
+        )
+
+    def self_influence(self) -> Tensor:
+        """g^T (C + damping)^-1 g of every training example's loss gradient, (N,)."""
+        parts = [self.inverse.quadratic(rows) for _, rows in self._training_gradients("self-influence")]
+        return torch.cat(parts).to(self.problem.dtype)
+
+    def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
+        """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
+        problem = self.problem
+        examples = Examples(queries, "queries", self.batch_size)
+        seeds = problem.seeds_of("measurement", measurement)
+        return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""
+        header = {"config": self._config(), "fingerprint": self.problem.fingerprint(), "shift": self.inverse.shift}
+        store.save(path, "influence", self.inverse.state(), header)
+
+    def load(self, path: str | Path, model: nn.Module, task: Task | object, train: Any) -> Influence:
+        """Take the fit from a file that was saved with the same configuration, model and data.
+
+        Raises:
+            ArtefactError: naming what differs: the configuration, the model's weights, the parameters or the data.
+        """
+        problem, solver = self._prepare(model, task, train)
+        tensors, header = store.load(path, "influence")
+        store.same(path, header["config"], self._config())
+        store.same(path, header["fingerprint"], problem.fingerprint())
+        self._curvature = self.curvature(problem)
+        state = {name: t.to(problem.device) for name, t in tensors.items()}
+        self._inverse = solver.restore(self._curvature, header["shift"], state)
+        self._seconds = {"fit": 0.0}
+        return self
+
+    @property
+    def inverse(self) -> Inverse:
+        """The fitted inverse.
+
+        Raises:
+            InputError: before `fit` or `load`.
+        """
+        if not hasattr(self, "_inverse"):
+            raise InputError("Influence must be fitted before it is used. Call fit(model, task, train) or load(path, ...).")
+        return self._inverse
+
+    @property
+    def problem(self) -> Problem:
+        """The model, task, data and parameters of the fit."""
+        return self.inverse.curvature.problem
+
+    def provenance(self) -> dict[str, Any]:
+        """The configuration, versions and coverage, in a form that JSON can hold."""
+        return self._config() | {
+            "coverage": self.problem.coverage(),
+            "damping by parameter": self.inverse.shift,
+            "torch": torch.__version__,
+            "examples": len(self.problem.train),
+        }
+
+    def _prepare(self, model: nn.Module, task: Task | object, train: Any) -> tuple[Problem, Solver]:
+        if not isinstance(self.solver, Solver):
+            raise expected("solver", "an instance such as whence.EKFAC()", repr(self.solver))
+        Damping.of(self.damping)
+        problem = Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
+        return problem, self.solver if self.seed is None else _seeded(self.solver, self.seed)
+
+    def _config(self) -> dict[str, Any]:
+        solver = self.solver if self.seed is None else _seeded(self.solver, self.seed)
+        return {"solver": repr(solver), "damping": repr(Damping.of(self.damping)), "curvature": _name(self.curvature)}
+
+    def _training_gradients(self, what: str):  # type: ignore[no-untyped-def]
+        problem = self.problem
+        total = -(-len(problem.train) // problem.train.batch_size)
+        for index, batch in track(problem.batches(), what, total=total, enabled=self.progress):
+            yield index, problem.loss_gradients(batch)
+
+
+def attribute(
+    model: nn.Module,
+    task: Task | object,
+    train: Any,
+    queries: Any,
+    *,
+    solver: Solver | None = None,
+    damping: float | Damping | None = None,
+    curvature: Callable[[Problem], Curvature] = GGN,
+    parameters: Select = None,
+    measurement: Measurement | None = None,
+    self_influence: bool = False,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    progress: bool | None = None,
+) -> Scores:
+    """Which training examples made the model behave so on each query: the whole library in one call.
+
+    Args:
+        model: the trained model; it comes back as it was.
+        task: `Classification()`, `Regression()`, or your own `Task`.
+        train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
+        queries: Q queries, in the same form.
+        solver: how (C + damping I)^-1 is applied; None takes CG(preconditioner=EKFAC()).
+        damping: a number or a `Damping`; None takes Damping.relative(0.1).
+        curvature, parameters, batch_size, seed, progress: see `Influence`.
+        measurement: f of a query, lower is better; None takes the task's.
+        self_influence: compute the training examples' self-influence too.
+
+    Returns:
+        `Scores`: values (Q, N), positive where removing the example would raise f, and each query's residual (Q,).
+
+    Raises:
+        InputError, UnsupportedError, DivergenceError: each says what was expected, what was got and what to do.
+    """
+    influence = Influence(
+        solver=solver or CG(preconditioner=EKFAC()),
+        damping=damping if damping is not None else Damping.relative(),
+        curvature=curvature,
+        parameters=parameters,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    return influence.fit(model, task, train).score(queries, measurement, self_influence=self_influence)
+
+
+def _seeded(solver: Solver, seed: int) -> Solver:
+    """The same solver, and those nested in it, with this seed."""
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(solver):
+        value = getattr(solver, f.name)
+        if f.name == "seed":
+            changes["seed"] = seed
+        elif isinstance(value, Solver):
+            changes[f.name] = _seeded(value, seed)
+    return dataclasses.replace(solver, **changes)
+
+
+def _name(curvature: Callable[[Problem], Curvature]) -> str:
+    return getattr(curvature, "__name__", None) or repr(curvature)

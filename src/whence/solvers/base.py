@@ -1,0 +1,161 @@
+"""The contract of a solver, of the inverse it fits, and of a solution with its certificate."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from whence import vectors
+from whence.curvature.base import Curvature, Need
+from whence.damping import Damping, Shift
+from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
+from whence.gradients import Gradients, Packed
+from whence.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class Solution:
+    """x with (C + damping) x ~ b, and how good it is.
+
+    Args:
+        x: the solution, (Q, ...) per parameter.
+        residual: |(C + damping) x - b| / |b| per query, with the true operator on all the data, (Q,); None if not certified.
+        converged: whether a query met the solver's tolerance, (Q,); True where the method has none.
+        steps: iterations made.
+        history: relative residuals as the method saw them, (steps + 1, Q); empty for methods that do not iterate.
+        passes: passes over the training data spent, certificate included.
+    """
+
+    x: Vectors
+    residual: Tensor | None
+    converged: Tensor
+    steps: int = 0
+    history: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    passes: float = 0.0
+
+    def __str__(self) -> str:
+        """One line."""
+        q = len(self.converged)
+        worst = "not certified" if self.residual is None else f"worst {float(self.residual.max()):.1e}"
+        return f"{q} right-hand sides, {self.steps} steps, {self.passes:.1f} passes, residual {worst}, {int(self.converged.sum())} converged"
+
+
+class Inverse(ABC):
+    """(C + damping I)^-1, or an approximation of it, ready for any right-hand side."""
+
+    tolerance: float | None = None
+
+    def __init__(self, curvature: Curvature, shift: Shift):
+        self.curvature, self.shift = curvature, shift
+
+    @abstractmethod
+    def apply(self, b: Vectors) -> Vectors:
+        """x for all Q right-hand sides, without a certificate; linear in b for direct methods."""
+
+    def __call__(self, b: Vectors, certify: bool = True) -> Solution:
+        """Solve for Q right-hand sides together.
+
+        Args:
+            b: (Q, *param.shape) per parameter.
+            certify: measure the residual with the true operator, one pass over the training data.
+
+        Raises:
+            DivergenceError: if x is not finite.
+        """
+        return self.certified(self.apply(b), b, certify)
+
+    def certified(
+        self,
+        x: Vectors,
+        b: Vectors,
+        certify: bool = True,
+        history: Tensor | None = None,
+        passes: float = 0.0,
+    ) -> Solution:
+        """The solution with its true residual; a query that misses the tolerance is named in a warning."""
+        size = vectors.norm(x)
+        if not size.isfinite().all():
+            bad = (~size.isfinite()).nonzero().flatten().tolist()
+            raise DivergenceError(
+                f"{type(self).__name__} gave NaN or infinity for queries {bad[:10]}. Expected finite solutions: raise the "
+                "damping, or lower the step size of a stochastic solver."
+            )
+        history = torch.empty(0, len(size)) if history is None else history
+        residual, converged = None, torch.ones(len(size), dtype=torch.bool, device=size.device)
+        if certify:
+            residual, passes = relative(self.residual_vector(x, b), b), passes + 1
+        final = residual if residual is not None else (history[-1] if len(history) else None)
+        if self.tolerance is not None and final is not None:
+            converged = final <= self.tolerance
+            if not converged.all():
+                late = (~converged).nonzero().flatten().tolist()
+                warnings.warn(
+                    f"{len(late)} of {len(converged)} queries did not converge: residual above {self.tolerance:g} for queries "
+                    f"{late[:10]}{'...' if len(late) > 10 else ''} (worst {float(final.max()):.1e}). "
+                    "Allow more steps, take a better preconditioner, or raise the damping.",
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
+        return Solution(x, residual, converged, max(0, len(history) - 1), history, passes)
+
+    def residual_vector(self, x: Vectors, b: Vectors) -> Vectors:
+        """b - (C + damping) x with the true operator on all the data."""
+        cx = self.curvature.product(x)
+        return {name: b[name] - cx[name] - self.shift[name] * x[name] for name in b}
+
+    def quadratic(self, rows: Gradients) -> Tensor:
+        """Self-influence g^T (C + damping)^-1 g of each of n gradients: (n,)."""
+        g = rows.dense()
+        return vectors.dot(g, self(g, certify=False).x)
+
+    def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]] | None:  # unused: rows
+        """A shorter way to scores that need no x: (matrices of the solved rows, map of gradients into their coordinates).
+
+        None where there is none. Inner products of the matrices with mapped gradients are the scores.
+        """
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """What is saved; `Solver.restore` takes it back."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Solver(ABC):
+    """A frozen record of hyper-parameters that fits an `Inverse` to a curvature. Solvers nest."""
+
+    needs: ClassVar[Need] = Need.MATVEC
+
+    @abstractmethod
+    def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
+        """The work that needs no right-hand side."""
+
+    @abstractmethod
+    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
+        """The inverse from its resolved damping and what `Inverse.state` saved."""
+
+    def check(self, curvature: Curvature) -> None:
+        """Raise UnsupportedError, before any pass over the data, if the curvature cannot give what the solver needs."""
+        if self.needs not in curvature.offers:
+            raise UnsupportedError(
+                f"{type(self).__name__} needs {self.needs.value}, which {type(curvature).__name__} cannot give (it offers "
+                f"{', '.join(sorted(n.value for n in curvature.offers))}). Take GGN or EmpiricalFisher, or CG."
+            )
+
+
+def relative(r: Vectors, b: Vectors) -> Tensor:
+    """|r| / |b| per right-hand side; 0 where both vanish."""
+    return vectors.norm(r) / vectors.norm(b).clamp(min=1e-300)
+
+
+def positive(**values: float | None) -> None:
+    """Raise InputError for a hyper-parameter that is given but not positive."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise expected(name, "positive", value)

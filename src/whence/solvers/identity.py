@@ -1,0 +1,41 @@
+"""No curvature at all: x = b, so that scores are gradient dot products.
+
+It is TracIn at one checkpoint, and the plain preconditioner of CG and Neumann.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from whence.curvature.base import Curvature
+from whence.damping import Damping, Shift
+from whence.gradients import Gradients
+from whence.solvers.base import Inverse, Solver
+from whence.vectors import Vectors
+
+
+class Unit(Inverse):
+    """The identity."""
+
+    def apply(self, b: Vectors) -> Vectors:
+        """B itself."""
+        return b
+
+    def quadratic(self, rows: Gradients) -> Tensor:
+        """Squared gradient norms, (n,)."""
+        return rows.square_norms().sum(1)
+
+
+@dataclass(frozen=True)
+class Identity(Solver):
+    """Gradient dot: C + damping I replaced by I."""
+
+    def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
+        """Nothing to fit."""
+        return Unit(curvature, Damping.of(damping).resolve(curvature))
+
+    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:  # unused: state
+        """Nothing to restore."""
+        return Unit(curvature, shift)

@@ -1,0 +1,126 @@
+"""KFAC and EKFAC: a diagonal in a Kronecker-factored eigenbasis, block by block.
+
+    x = Q_S [ (Q_S^T V Q_A) / (Lambda + damping) ] Q_A^T                       (Grosse et al. 2023; ASTRA appendix B)
+
+Lambda are KFAC's products of eigenvalues or EKFAC's corrected second moments; see `whence.curvature.kronecker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from whence.curvature.base import Curvature, Need
+from whence.curvature.kronecker import Basis, KroneckerBlock, Labels, fit
+from whence.damping import Damping, Shift
+from whence.factored import Factored
+from whence.gradients import Gradients, Packed
+from whence.solvers.base import Inverse, Solver
+from whence.vectors import Vectors
+
+
+class EigenInverse(Inverse):
+    """Divides by eigenvalues + damping in the eigenbasis of each block."""
+
+    def __init__(self, curvature: Curvature, shift: Shift, factors: Mapping[str, KroneckerBlock], corrected: bool):
+        super().__init__(curvature, shift)
+        self.factors, self.corrected = factors, corrected
+
+    def denominators(self, name: str) -> Tensor:
+        """Eigenvalues + damping of a block, (G, O, I)."""
+        block = next(b for b in self.curvature.problem.blocks if b.name == name)
+        f = self.factors[name]
+        return (f.ekfac if self.corrected else f.kfac) + self.shift[next(iter(block.shapes))]
+
+    def apply(self, b: Vectors) -> Vectors:
+        """Rotate, divide, rotate back."""
+        x: Vectors = {}
+        for block in self.curvature.problem.blocks:
+            f = self.factors[block.name]
+            x |= block.unpack(f.back(f.rotate(block.pack(b)) / self.denominators(block.name)))
+        return x
+
+    def turned(self, rows: Gradients) -> Gradients:
+        """Rows in the eigenbases, still factored."""
+        return rows.map(lambda name, r: self.factors[name].rotated(r))
+
+    def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]]:
+        """Scores stay in the eigenbases: rotating factors is cheaper than rotating solutions back."""
+        packed: Packed = {}
+        for block in rows.blocks:
+            turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
+            packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
+        return packed, self.turned
+
+    def quadratic(self, rows: Gradients) -> Tensor:
+        """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
+        total = torch.zeros(len(rows), device=rows.weights.device)
+        for name, r in self.turned(rows).rows.items():
+            weight = 1 / self.denominators(name)
+            if isinstance(r, Factored) and r.sizes[3] == 1:  # a row is one outer product, never formed
+                a, g = r.a[:, :, 0].square(), r.g[:, :, 0, 0].square()  # (G, n, I), (G, n, O)
+                total = total + ((g @ weight) * a).sum((0, 2))
+            else:
+                flat = weight.flatten()
+                parts = [r[i : i + 64].written().rows.square() @ flat for i in range(0, len(rows), 64)]
+                total = total + torch.cat(parts).sum(1)
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Bases and both sets of eigenvalues."""
+        out: dict[str, Tensor] = {}
+        for name, f in self.factors.items():
+            out |= {f"{name}|kfac": f.kfac, f"{name}|ekfac": f.ekfac}
+            for side, basis in (("left", f.left), ("right", f.right)):
+                out |= {f"{name}|{side}|{i}": q for i, q in enumerate(basis.pieces)}
+        return out
+
+
+@dataclass(frozen=True)
+class EKFAC(Solver):
+    """Eigenvalue-corrected KFAC (George et al. 2018; Grosse et al. 2023).
+
+    Args:
+        labels: "sampled" from the model (the Fisher, as published) or "true" (the empirical Fisher).
+        seed: of the label draws.
+        limit: widest eigenbasis; wider sides become block-diagonal, very wide ones diagonal.
+    """
+
+    labels: Labels = "sampled"
+    seed: int = 0
+    limit: int = 4096
+    needs: ClassVar[Need] = Need.KRONECKER
+    corrected: ClassVar[bool] = True
+
+    def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
+        """Two passes over the training data (the factors of a curvature are kept: another damping costs nothing)."""
+        self.check(curvature)
+        key = ("kronecker", self.labels, self.seed, self.limit)
+        factors = curvature.remember(key, lambda: fit(curvature.problem, self.labels, self.seed, self.limit))
+        return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
+
+    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
+        """From saved bases and eigenvalues."""
+
+        def basis(name: str, side: str) -> Basis:
+            pieces = sorted((k for k in state if k.startswith(f"{name}|{side}|")), key=lambda k: int(k.rsplit("|", 1)[1]))
+            return Basis(tuple(state[k] for k in pieces))
+
+        factors = {
+            b.name: KroneckerBlock(
+                basis(b.name, "left"), basis(b.name, "right"), state[f"{b.name}|kfac"], state[f"{b.name}|ekfac"]
+            )
+            for b in curvature.problem.blocks
+        }
+        return EigenInverse(curvature, shift, factors, self.corrected)
+
+
+@dataclass(frozen=True)
+class KFAC(EKFAC):
+    """KFAC without eigenvalue correction (Martens & Grosse 2015), with the number of positions T in its eigenvalues."""
+
+    corrected: ClassVar[bool] = False

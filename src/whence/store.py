@@ -1,0 +1,91 @@
+"""Artefacts on disk: safetensors with a JSON header, written atomically, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from whence.data import raw
+from whence.errors import ArtefactError
+
+VERSION = 1
+
+
+def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write an artefact, complete or not at all.
+
+    Args:
+        path: file name.
+        kind: what it holds, such as "influence" or "scores".
+        tensors: name to tensor.
+        header: anything JSON can hold.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    meta = {"kind": kind, "version": VERSION, "checksum": _checksum(tensors), "header": header}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, {"whence": json.dumps(meta)})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an artefact.
+
+    Returns:
+        Its tensors (on the CPU) and its header.
+
+    Raises:
+        ArtefactError: if it is missing, truncated, damaged, of another kind or of another version.
+    """
+    if not Path(path).is_file():
+        raise ArtefactError(f"{path} must be a file written by whence, got nothing there. Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("whence")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} is damaged or cut short ({error}). Write it again.") from error
+    if text is None:
+        raise ArtefactError(f"{path} was not written by whence: it has no header of ours. Check the path.")
+    meta = json.loads(text)
+    for what, wanted in (("version", VERSION), ("kind", kind)):
+        if meta.get(what) != wanted:
+            raise ArtefactError(f"{path} must have {what} {wanted!r}, got {meta.get(what)!r}. Write it again with this version.")
+    if meta["checksum"] != _checksum(tensors):
+        raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
+    return tensors, meta["header"]
+
+
+def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse an artefact made for something else, by name of what differs.
+
+    Raises:
+        ArtefactError: naming each entry that differs, with both values.
+    """
+    differing = [key for key in current if saved.get(key) != current[key]]
+    if differing:
+        details = "; ".join(f"{key}: file {saved.get(key)!r}, now {current[key]!r}" for key in differing)
+        raise ArtefactError(
+            f"{path} was made for another {', '.join(differing)} ({details}). Fit again, or pass what it was made with."
+        )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        digest.update(raw(tensors[name]))
+    return digest.hexdigest()
