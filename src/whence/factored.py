@@ -19,7 +19,7 @@ from torch import Tensor
 
 MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
 CHUNK = 2**21  # numbers in an intermediate result, so that it stays in cache
-ROWS = 512  # positions in one matrix product
+ROWS = 1024  # positions in one matrix product
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Factored:
                     wg = wq.transpose(0, 1) @ rows.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
                     wg = wg.view(G, m, k, T, O).transpose(2, 3)
                 wg = wg.reshape(G, m * T, k * O)
-                out[:, q] += (wg.mT @ rows.a.reshape(G, m * T, I)).view(G, k, O, I)
+                out[:, q].view(G, k * O, I).baddbmm_(wg.mT, rows.a.reshape(G, m * T, I))
             else:
                 wa = wq.reshape(1, k, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
                 gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)

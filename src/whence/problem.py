@@ -243,7 +243,8 @@ class Problem:
             for i in range(batch_length(batch)):
                 h = self.outputs(model, map_tensors(lambda t, i=i: t[i : i + 1], batch))
                 cotangents.append(torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h))
-                grads = torch.autograd.grad(h, list(self.parameters.values()), cotangents[-1], allow_unused=True)
+                pulled = (h * cotangents[-1]).sum()
+                grads = torch.autograd.grad(pulled, list(self.parameters.values()), allow_unused=True)
                 for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
                     truth[name].append(torch.zeros_like(p) if grad is None else grad)
         expectations = {name: torch.stack(rows) for name, rows in truth.items()}

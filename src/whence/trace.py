@@ -112,7 +112,8 @@ def _backward(outputs: Tensor, cotangents: Tensor, calls: dict[str, list[_Call]]
     for r, cotangent in enumerate(cotangents):
         if outputs.requires_grad:
             keep = r + 1 < len(cotangents)
-            grads = torch.autograd.grad(outputs, [c.edge for c in flat], cotangent, retain_graph=keep, allow_unused=True)
+            pulled = (outputs * cotangent).sum()  # a scalar: passing grad_outputs would import sympy, half a second
+            grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=keep, allow_unused=True)
             for stack, grad in zip(stacks, grads, strict=True):
                 if grad is not None:
                     stack[r] = grad

@@ -71,6 +71,11 @@ def chunk(v: Vectors, size: int) -> Iterator[Vectors]:
         yield {name: t[start : start + size] for name, t in v.items()}
 
 
+def select(v: Vectors, index: Tensor) -> Vectors:
+    """Some right-hand sides, as new tensors."""
+    return {name: t[index] for name, t in v.items()}
+
+
 def concatenate(parts: Sequence[Vectors]) -> Vectors:
     """The right-hand sides of all parts, one after another."""
     if len(parts) == 1:
@@ -101,9 +106,14 @@ def _wide(t: Tensor) -> Tensor:
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
 
 
+def expand(by: Tensor, t: Tensor) -> Tensor:
+    """One number per right-hand side (Q,), shaped to multiply (Q, ...)."""
+    return by.to(t).view(-1, *[1] * (t.ndim - 1))
+
+
 def _factor(by: Scalar | Mapping[str, float], name: str, t: Tensor) -> Scalar:
     if isinstance(by, Mapping):
         by = by[name]
     if isinstance(by, Tensor) and by.ndim:
-        return by.to(t).view(-1, *[1] * (t.ndim - 1))
+        return expand(by, t)
     return float(by)

@@ -44,33 +44,36 @@ class ConjugateGradients(Inverse):
         return self.certified(x, b, certify, history, passes=len(history) - 1)
 
     def _iterate(self, b: Vectors) -> tuple[Vectors, Tensor]:
-        x, r = vectors.zeros_like(b), vectors.clone(b)
+        x = vectors.zeros_like(b)
         size = vectors.norm(b).clamp(min=1e-300)
-        history = [vectors.norm(r) / size]
-        p: Vectors = {}
-        rz = torch.zeros_like(size)
+        residual = vectors.norm(b) / size  # (Q,)
+        history = [residual]
+        alive = (residual > self.tolerance).nonzero()[:, 0]  # queries still iterated; r, p and rz hold these alone
+        r, p, rz = vectors.select(b, alive), {}, torch.empty(0)
         for step in track(range(self.steps), "conjugate gradients", enabled=self.curvature.problem.progress):
-            active = history[-1] > self.tolerance  # (Q,)
-            if not active.any():
+            if not len(alive):
                 break
             z = self.preconditioner.apply(r)
             rz, before = vectors.dot(r, z), rz
-            if step == 0:
-                p = vectors.clone(z)
-            else:
-                p = vectors.add_(z if z is not r else vectors.clone(z), p, rz / before.where(before != 0, 1.0))
+            p = vectors.clone(z) if step == 0 else vectors.add(z, p, rz / before)
             ap = vectors.add_(self.curvature.product(p), p, self.shift)
             pap = vectors.dot(p, ap)
-            if bool((active & (pap <= 0)).any()):
+            if bool((pap <= 0).any()):
                 raise DivergenceError(
                     f"CG met a direction of non-positive curvature at step {step + 1} (p.(C + damping)p = "
-                    f"{float(pap[active].min()):.1e}): it needs a positive definite matrix. Raise the damping, take the GGN "
+                    f"{float(pap.min()):.1e}): it needs a positive definite matrix. Raise the damping, take the GGN "
                     "instead of the Hessian, or Exact()."
                 )
-            alpha = torch.where(active, rz / pap.where(active, 1.0), 0.0)
-            vectors.add_(x, p, alpha)
+            alpha = rz / pap
+            for name, t in x.items():
+                t.index_add_(0, alive, p[name] * vectors.expand(alpha, t))
             vectors.add_(r, ap, -alpha)
-            history.append(vectors.norm(r) / size)
+            residual = residual.index_copy(0, alive, vectors.norm(r) / size[alive])
+            history.append(residual)
+            going = residual[alive] > self.tolerance
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                alive, rz, r, p = alive[keep], rz[keep], vectors.select(r, keep), vectors.select(p, keep)
         return x, torch.stack(history)
 
     def state(self) -> dict[str, Tensor]:

@@ -47,16 +47,16 @@ class DualInverse(Inverse):
     def apply(self, b: Vectors) -> Vectors:
         """Two contractions with the rows and one triangular solve each way."""
         scaled = {name: t / self.shift[name] for name, t in b.items()}
-        y = torch.zeros(len(next(iter(b.values()))), *self.kept.shape, device=self.kept.device, dtype=torch.float64)
         packed = gradients.pack(self.curvature.problem.blocks, scaled)
-        for s, rows, root in self._pieces():
-            y[:, s] = rows.dot(packed=packed).double() * root
-        y[:, self.kept] = torch.cholesky_solve(y[:, self.kept].mT, self.factor).mT
-        y[:, ~self.kept] = 0
-        x = scaled
-        for s, rows, root in self._pieces():
-            part = rows.combine((y[:, s] * root).to(next(iter(b.values())).dtype))
-            x = {name: t - part[name] / self.shift[name] for name, t in x.items()}
+        parts = [(rows.dot(packed=packed).double() * root)[:, kept] for rows, root, kept in self._pieces()]
+        y = torch.cholesky_solve(torch.cat(parts, 1).mT, self.factor).mT  # (Q, kept rows)
+        x, start = scaled, 0
+        for (rows, root, kept), part in zip(self._pieces(), parts, strict=True):
+            w = torch.zeros(len(y), *kept.shape, dtype=y.dtype, device=y.device)
+            w[:, kept] = y[:, start : start + part.shape[1]]
+            start += part.shape[1]
+            found = rows.combine(w * root)
+            x = {name: t - found[name] / self.shift[name] for name, t in x.items()}
         return x
 
     def quadratic(self, rows: Gradients) -> Tensor:
@@ -64,20 +64,22 @@ class DualInverse(Inverse):
         by = block_inverses(self.curvature, self.shift)
         k = torch.cat(
             [
-                (piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1)).flatten(0, 1)
-                for _, piece, root in self._pieces()
+                (piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1))[kept] for piece, root, kept in self._pieces()
             ]
-        )[self.kept.flatten()]
+        )
         half = torch.linalg.solve_triangular(self.factor, k, upper=False)
         return rows.square_norms(by)[:, 0].double() - half.square().sum(0)
 
-    def _pieces(self) -> Iterator[tuple[slice, Gradients, Tensor]]:
-        """Where the rows stand, the rows, and the roots of their weights (n, R): they turn rows b into rows of B."""
+    def _pieces(self) -> Iterator[tuple[Gradients, Tensor, Tensor]]:
+        """Examples with a kept row: their rows b, the roots of their weights (they turn b into rows of B), and which are kept."""
         start = 0
         for rows in self.curvature.gradients():
-            n = len(rows)
-            yield slice(start, start + n), rows, rows.weights.clamp(min=0).sqrt()
-            start += n
+            kept = self.kept[start : start + len(rows)]
+            start += len(rows)
+            some = kept.any(1)
+            if not some.all():
+                rows, kept = rows[some.nonzero()[:, 0]], kept[some]
+            yield rows, rows.weights.clamp(min=0).sqrt(), kept
 
     def state(self) -> dict[str, Tensor]:
         """Kept rows and the factor."""
@@ -93,8 +95,8 @@ class Dual(Solver):
         memory: bytes for the Gram matrix; the largest rows that fit are kept.
     """
 
-    drop: float = 1.0
-    memory: float = 2**30
+    drop: float = 10.0
+    memory: float = 2**29
     needs: ClassVar[Need] = Need.GRADIENTS
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:

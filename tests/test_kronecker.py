@@ -1,0 +1,348 @@
+"""What KFAC and EKFAC must fulfil exactly: traces, optimality, cases in which they are the Fisher itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from problems import IGNORE, NAMES, PAD, TinyProblem, problem
+from whence import EKFAC, GGN, KFAC, Classification, InputError, Problem, Regression, factored
+from whence.curvature import kronecker
+from whence.curvature.kronecker import KroneckerBlock
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")
+
+
+def library(p: TinyProblem, train=None, **options) -> Problem:
+    return Problem(p.model, p.task, p.train if train is None else train, progress=False, **options)
+
+
+def dense_blocks(p: TinyProblem, lib: Problem) -> dict[str, torch.Tensor]:
+    """The empirical Fisher of each block, its coordinates in the order of the block's matrices: (P, P)."""
+    gradients = p.unflatten(p.loss_gradients())
+    rows = {block.name: block.pack(gradients).reshape(p.n, -1) for block in lib.blocks}
+    return {name: r.T @ r / p.n for name, r in rows.items()}
+
+
+def basis(block: KroneckerBlock) -> torch.Tensor:
+    """The eigenvectors as columns: (P, P), in the order of `dense_blocks`."""
+    sides = block.ekfac.shape
+    eye = torch.eye(sides.numel(), dtype=torch.float64).view(-1, *sides)
+    return block.rotate(eye).reshape(len(eye), -1)  # row i: coordinates of e_i
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> None:
+    assert found.shape == wanted.shape
+    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+
+
+def equal_factors(first: dict[str, KroneckerBlock], second: dict[str, KroneckerBlock], tolerance: float = 1e-9) -> None:
+    """As matrices: eigenvectors are determined up to their signs only."""
+    for name, block in first.items():
+        for what in ("kfac", "ekfac"):
+            matrices = []
+            for b in (block, second[name]):
+                Q = basis(b)
+                matrices.append((Q * getattr(b, what).flatten()) @ Q.T)
+            close(*matrices, tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eigenvalues_are_the_diagonal_of_the_fisher_in_an_orthonormal_basis(name):
+    p = problem(name)
+    lib = library(p, batch_size=4)
+    fisher = dense_blocks(p, lib)
+    for block, f in kronecker.fit(lib, "true").items():
+        Q = basis(f)
+        close(Q.T @ Q, torch.eye(len(Q), dtype=torch.float64))
+        close(f.ekfac.flatten(), (Q.T @ fisher[block] @ Q).diagonal())
+        v = torch.randn(3, *f.ekfac.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        close(f.back(f.rotate(v)), v)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trace_is_the_mean_squared_gradient_norm(name):
+    p = problem(name)
+    lib = library(p, batch_size=4)
+    truth = p.unflatten(p.loss_gradients().square().mean(0, keepdim=True))
+    for block, f in kronecker.fit(lib, "true").items():
+        wanted = sum(float(truth[q].sum()) for b in lib.blocks if b.name == block for q in b.shapes)
+        assert float(f.ekfac.sum()) == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_trace_with_sampled_labels_is_the_one_of_the_second_pass(name, monkeypatch):
+    p = problem(name)
+    lib = library(p, batch_size=4)
+    drawn = []
+    made = lib.sampled_gradients
+    monkeypatch.setattr(lib, "sampled_gradients", lambda *a: drawn.append(made(*a)) or drawn[-1])
+    factors = kronecker.fit(lib, "sampled")
+    second = drawn[len(drawn) // 2 :]
+    assert sum(len(g) for g in second) == p.n
+    for block, f in factors.items():
+        total = sum(float(g.rows[block].square_norms().sum()) for g in second)
+        assert float(f.ekfac.sum()) == pytest.approx(total / p.n, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ekfac_is_the_best_diagonal_in_its_basis(name):
+    p = problem(name)
+    lib = library(p)
+    fisher = dense_blocks(p, lib)
+    better = 0.0
+    for block, f in kronecker.fit(lib, "true").items():
+        Q = basis(f)
+        error = {}
+        for what in ("kfac", "ekfac"):
+            values = getattr(f, what).flatten()
+            assert (values >= 0).all()
+            error[what] = float((fisher[block] - (Q * values) @ Q.T).norm())
+        assert error["ekfac"] <= error["kfac"] + 1e-10 * float(fisher[block].norm())
+        better += error["kfac"] - error["ekfac"]
+    assert better > 1e-3
+
+
+def test_a_table_used_in_two_ways_keeps_its_trace():
+    """Its rows are dense, one matrix an example, so that KFAC's eigenvalues have the Fisher's trace as well."""
+    p = problem("tied_embedding")
+    f = kronecker.fit(library(p, batch_size=4), "true")["embed.weight"]
+    assert float(f.kfac.sum()) == pytest.approx(float(f.ekfac.sum()), rel=1e-9)
+
+
+def test_kfac_is_the_kronecker_product_times_the_number_of_positions():
+    """A linear layer on tokens, written out by hand: T S (x) A with means over examples and real positions."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 4, generator=rng, dtype=torch.float64)
+    y = torch.randint(0, 6, (5, 3), generator=rng)
+    y[0, 1:] = y[3, :2] = IGNORE
+    model = nn.Linear(4, 6).double()
+    factors = next(iter(kronecker.fit(Problem(model, Classification(), (x, y), batch_size=2), "true").values()))
+    S, A, count = torch.zeros(6, 6).double(), torch.zeros(5, 5).double(), 0
+    for i in range(5):
+        for t in range(3):
+            if y[i, t] != IGNORE:
+                s = model(x[i, t]).softmax(0).detach() - torch.eye(6).double()[y[i, t]]
+                a = torch.cat([x[i, t], torch.ones(1).double()])
+                S, A, count = S + torch.outer(s, s), A + torch.outer(a, a), count + 1
+    Q = basis(factors)
+    found = (Q * factors.kfac.flatten()) @ Q.T
+    close(found, count / 5 * torch.kron(S / count, A / count))
+
+
+@pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true")])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_linear_regression_is_solved_exactly(solver, outputs):
+    """Residuals sqrt(K / 2) e_k, once in each direction for each input, make the Fisher of the labels the GGN."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 5, generator=rng, dtype=torch.float64).repeat_interleave(outputs, 0)
+    model = nn.Linear(5, outputs).double()
+    y = model(x).detach() - (outputs / 2) ** 0.5 * torch.eye(outputs, dtype=torch.float64).repeat(9, 1)
+    lib = Problem(model, Regression(), (x, y))
+    a = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    ggn = torch.kron(2 * torch.eye(outputs).double(), a.T @ a / len(x))
+    b = torch.randn(4, outputs, 6, generator=rng, dtype=torch.float64)
+    for damping in (1e-4 * float(ggn.diagonal().mean()), 0.3):
+        inverse = solver.fit(GGN(lib), damping)
+        solution = inverse({"weight": b[..., :5], "bias": b[..., 5]})
+        found = torch.cat([solution.x["weight"], solution.x["bias"].unsqueeze(-1)], 2).flatten(1)
+        close(found.T, torch.linalg.solve(ggn + damping * torch.eye(len(ggn)).double(), b.flatten(1).T), 1e-8)
+        assert solution.residual is not None and float(solution.residual.max()) < 1e-8
+
+
+@pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true")])
+def test_true_labels_on_one_example_give_the_exact_blocks(solver):
+    p = problem("mlp")
+    lib = library(p, tuple(t[:1] for t in p.train))
+    g = p.unflatten(p.loss_gradients()[:1])
+    b = torch.randn(3, p.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = solver.fit(GGN(lib), 0.01)(p.unflatten(b), certify=False).x
+    for block in lib.blocks:
+        row, rhs, found = (block.pack(v).flatten(1) for v in (g, p.unflatten(b), x))
+        matrix = row.T @ row + 0.01 * torch.eye(row.shape[1]).double()
+        close(found.T, torch.linalg.solve(matrix, rhs.T), 1e-8)
+
+
+# --- one layer seen as another ---
+
+
+def solved(solver, model: nn.Module, task, data, right_hand_sides):
+    return solver.fit(GGN(Problem(model, task, data, batch_size=4)), 0.05)(right_hand_sides, certify=False).x
+
+
+@pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true"), KFAC(), EKFAC()])
+def test_a_convolution_of_one_pixel_is_a_linear_layer(solver):
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 3, generator=rng, dtype=torch.float64), torch.randint(0, 4, (40,), generator=rng)
+    linear, conv = nn.Linear(3, 4).double(), nn.Conv2d(3, 4, 1).double()
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.view(4, 3, 1, 1))
+        conv.bias.copy_(linear.bias)
+    w, b = torch.randn(2, 4, 3, generator=rng, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
+    first = solved(solver, linear, Classification(), (x, y), {"weight": w, "bias": b})
+    model = nn.Sequential(conv, nn.Flatten())
+    rhs = {"0.weight": w.view(2, 4, 3, 1, 1), "0.bias": b}
+    second = solved(solver, model, Classification(), (x.view(40, 3, 1, 1), y), rhs)
+    close(second["0.weight"].view(2, 4, 3), first["weight"])
+    close(second["0.bias"], first["bias"])
+
+
+@pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true")])
+@pytest.mark.parametrize("positions", [1, 3])
+def test_an_embedding_is_a_linear_layer_on_one_hot_tokens(solver, positions):
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 5, (12, positions), generator=rng)
+    y = torch.randn(12, positions, 3, generator=rng, dtype=torch.float64)
+    embedding, linear = nn.Embedding(5, 3).double(), nn.Linear(5, 3, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(embedding.weight.T)
+    v = torch.randn(2, 5, 3, generator=rng, dtype=torch.float64)
+    first = solved(solver, embedding, Regression(), (tokens, y), {"weight": v})
+    one_hot = nn.functional.one_hot(tokens, 5).double()
+    second = solved(solver, linear, Regression(), (one_hot, y), {"weight": v.mT.contiguous()})
+    close(second["weight"].mT, first["weight"])
+
+
+class Split(nn.Module):
+    """A grouped convolution written as separate ones."""
+
+    def __init__(self, grouped: nn.Conv2d):
+        super().__init__()
+        out, into = grouped.out_channels // grouped.groups, grouped.in_channels // grouped.groups
+        self.parts = nn.ModuleList(nn.Conv2d(into, out, grouped.kernel_size, padding=1) for _ in range(grouped.groups))
+        for g, part in enumerate(self.parts):
+            part.weight.data = grouped.weight.data[g * out : (g + 1) * out].clone()
+            part.bias.data = grouped.bias.data[g * out : (g + 1) * out].clone()
+
+    def forward(self, x):
+        pieces = x.chunk(len(self.parts), 1)
+        return torch.cat([part(piece) for part, piece in zip(self.parts, pieces, strict=True)], 1)
+
+
+@pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true")])
+def test_groups_of_a_convolution_are_blocks_of_their_own(solver):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, 3, 3, generator=rng, dtype=torch.float64)
+    grouped = nn.Conv2d(4, 6, 2, padding=1, groups=2).double()
+    y = torch.randn(12, *grouped(x).shape[1:], generator=rng, dtype=torch.float64)
+    split = Split(grouped)
+    w = torch.randn(2, *grouped.weight.shape, generator=rng, dtype=torch.float64)
+    b = torch.randn(2, 6, generator=rng, dtype=torch.float64)
+    first = solved(solver, grouped, Regression(), (x, y), {"weight": w, "bias": b})
+    rhs = {}
+    for g in range(2):
+        rhs |= {f"parts.{g}.weight": w[:, 3 * g : 3 * g + 3], f"parts.{g}.bias": b[:, 3 * g : 3 * g + 3]}
+    second = solved(solver, split, Regression(), (x, y), rhs)
+    close(torch.cat([second[f"parts.{g}.weight"] for g in range(2)], 1), first["weight"])
+    close(torch.cat([second[f"parts.{g}.bias"] for g in range(2)], 1), first["bias"])
+
+
+# --- limits of width ---
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ["mlp", "cnn_groups", "masked_sequence", "norms", "tied_embedding"])
+def test_wide_sides_become_blocks_or_stay_diagonal(name, limit):
+    p = problem(name)
+    lib = library(p, batch_size=4)
+    fisher = dense_blocks(p, lib)
+    for block, f in kronecker.fit(lib, "true", limit=limit).items():
+        for side in (f.left, f.right):
+            assert all(q.shape[2] <= limit for q in side.pieces)
+            width = sum(q.shape[1] for q in side.pieces)
+            assert any(len(q) for q in side.pieces) or width > 8 * limit or "embed" in block or "position" in block
+        Q = basis(f)
+        close(Q.T @ Q, torch.eye(len(Q), dtype=torch.float64))
+        close(f.ekfac.flatten(), (Q.T @ fisher[block] @ Q).diagonal())
+        if limit == 1:
+            close(f.ekfac.flatten(), fisher[block].diagonal())
+
+
+def test_pieces_of_a_split_side_are_eigenvectors_of_its_diagonal_blocks():
+    p = problem("mlp_no_bias")
+    f = kronecker.fit(library(p), "true", limit=4)["0.weight"]  # 8 x 6: inputs in pieces of 4 and 2
+    x = p.train[0]
+    assert [tuple(q.shape) for q in f.right.pieces] == [(1, 4, 4), (1, 2, 2)]
+    for q, part in zip(f.right.pieces, x.split([4, 2], 1), strict=True):
+        rotated = q[0].T @ (part.T @ part / p.n) @ q[0]
+        assert float((rotated - torch.diag(rotated.diagonal())).abs().max()) < 1e-12
+
+
+# --- what must change nothing ---
+
+
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_size_changes_nothing(name, labels):
+    p = problem(name)
+    whole = kronecker.fit(library(p), labels)
+    for options in ({"batch_size": 3}, {"batch_size": 4, "memory": 1.0}):
+        equal_factors(kronecker.fit(library(p, **options), labels), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_labels_do_not_depend_on_the_batch_size(name):
+    p = problem(name)
+    drawn = []
+    for size, seed in ((1, 3), (3, 3), (p.n, 3), (p.n, 5)):
+        lib, rng = library(p, batch_size=size), torch.Generator().manual_seed(seed)
+        outputs = p.outputs().split(size)
+        labels = [lib.task.resample(h, b, rng)[1] for h, (_, b) in zip(outputs, lib.batches(), strict=True)]
+        drawn.append(torch.cat(labels))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[2], drawn[3])
+
+
+def test_the_seed_draws_the_labels():
+    lib = library(problem("mlp"))
+    first, again, other = (kronecker.fit(lib, "sampled", seed=s) for s in (1, 1, 2))
+    equal_factors(first, again, 1e-12)
+    assert float((first["0"].ekfac - other["0"].ekfac).norm()) > 1e-3
+
+
+def padded(data, more: int = 3):
+    tokens, labels = data
+    fill = [torch.full((len(t), more), value) for t, value in ((tokens, PAD), (labels, IGNORE))]
+    return torch.cat([tokens, fill[0]], 1), torch.cat([labels, fill[1]], 1)
+
+
+@pytest.mark.parametrize("labels", ["true", "sampled"])
+@pytest.mark.parametrize("name", ["masked_sequence", "masked_sequence_left", "tied_embedding"])
+def test_more_padding_changes_nothing(name, labels):
+    p = problem(name)
+    equal_factors(kronecker.fit(library(p, padded(p.train)), labels), kronecker.fit(library(p), labels))
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_of_work_change_nothing(name, chunk, monkeypatch):
+    p = problem(name)
+    whole = kronecker.fit(library(p), "true")
+    monkeypatch.setattr(kronecker, "CHUNK", chunk)
+    monkeypatch.setattr(factored, "CHUNK", chunk)
+    equal_factors(kronecker.fit(library(p), "true"), whole)
+
+
+# --- sampled labels and their limit ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["logistic", "linear_regression"])
+def test_many_draws_of_sampled_labels_mean_the_gauss_newton_matrix(name):
+    """In the basis of the factors the corrected eigenvalues are unbiased for the diagonal of the GGN."""
+    p = problem(name)
+    copies = tuple(t.repeat(2000, *[1] * (t.ndim - 1)) for t in p.train)
+    f = next(iter(kronecker.fit(library(p, copies, batch_size=5000), "sampled").values()))
+    lib = library(p)
+    Q = basis(f)
+    block = lib.blocks[0]
+    ggn = p.ggn()
+    packed = block.pack(p.unflatten(ggn)).flatten(1)  # rows in the library's order
+    matrix = block.pack(p.unflatten(packed.T.contiguous())).flatten(1)
+    found, wanted = f.ekfac.flatten(), (Q.T @ matrix @ Q).diagonal()
+    assert float((found - wanted).norm()) < 0.03 * float(wanted.norm())
+
+
+def test_unknown_labels_are_refused():
+    with pytest.raises(InputError, match="labels must be 'sampled' or 'true', got 'fake'"):
+        EKFAC(labels="fake").fit(GGN(library(problem("mlp"))), 0.1)  # type: ignore[arg-type]

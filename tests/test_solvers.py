@@ -1,0 +1,500 @@
+"""Every solver against the dense damped solve at a small damping, and what each promises besides."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from problems import NAMES, TinyProblem, problem
+from whence import (
+    ASTRA,
+    CG,
+    EKFAC,
+    GGN,
+    KFAC,
+    ConvergenceWarning,
+    Damping,
+    DivergenceError,
+    Dual,
+    EmpiricalFisher,
+    Exact,
+    Hessian,
+    Identity,
+    InputError,
+    Neumann,
+    Problem,
+    UnsupportedError,
+    vectors,
+)
+from whence.solvers.neumann import spectrum
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+DIRECT = {  # the answer itself, to 1e-8
+    "primal": Exact(form="primal"),
+    "dual": Exact(form="dual"),
+    "kept": Dual(drop=0.0),
+    "cg": CG(tolerance=1e-10, steps=3000),
+    "cg-ekfac": CG(preconditioner=EKFAC(), tolerance=1e-10, steps=3000),
+    "cg-kfac": CG(preconditioner=KFAC(labels="true"), tolerance=1e-10, steps=3000),
+    "cg-dual": CG(preconditioner=Dual(), tolerance=1e-10),
+}
+SOME = ("mlp", "masked_sequence", "tied_embedding", "odd_parameters")
+
+
+def library(p: TinyProblem, **options) -> Problem:
+    return Problem(p.model, p.task, p.train, progress=False, **options)
+
+
+def right_hand_sides(p: TinyProblem, Q: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(Q, p.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def small(matrix: torch.Tensor, factor: float = 1e-4) -> float:
+    return factor * float(matrix.diagonal().mean())
+
+
+def dense(matrix: torch.Tensor, damping: float | torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(C + diag(damping))^-1 b, for rows b (Q, D)."""
+    shift = torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix))
+    return torch.linalg.solve(matrix + torch.diag(shift), b.T).T
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
+    assert found.shape == wanted.shape
+    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
+
+
+def solve(p: TinyProblem, inverse, b: torch.Tensor, **options) -> torch.Tensor:
+    return p.flatten(inverse(p.unflatten(b), **options).x)
+
+
+# --- exact answers ---
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [(name, solver) for solver in DIRECT for name in (SOME if solver.startswith("cg-") else NAMES)],
+)
+def test_exact_solvers_equal_the_dense_solve_at_small_damping(name, solver):
+    p = problem(name)
+    damping = small(p.ggn(), 1e-4 if "cg" not in solver else 1e-2)
+    b = torch.cat([right_hand_sides(p, 2), p.measurement_gradients()])
+    inverse = DIRECT[solver].fit(GGN(library(p, batch_size=4)), damping)
+    close(solve(p, inverse, b), dense(p.ggn(), damping, b))
+    close(solve(p, inverse, b[1:2]), dense(p.ggn(), damping, b[1:2]))
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual", "cg"])
+def test_the_empirical_fisher_is_solved_exactly(solver):
+    p = problem("mlp")
+    b, damping = right_hand_sides(p), small(p.empirical_fisher(), 1e-3)
+    inverse = DIRECT[solver].fit(EmpiricalFisher(library(p)), damping)
+    close(solve(p, inverse, b), dense(p.empirical_fisher(), damping, b))
+
+
+@pytest.mark.parametrize("solver", [Exact(), Exact(form="primal"), CG(tolerance=1e-10)])
+def test_the_hessian_is_solved_exactly_where_it_can_be(solver):
+    p = problem("mlp")
+    b, lowest = right_hand_sides(p), float(torch.linalg.eigvalsh(p.hessian())[0])
+    assert lowest < 0
+    inverse = solver.fit(Hessian(library(p)), 0.05 - lowest)
+    close(solve(p, inverse, b), dense(p.hessian(), 0.05 - lowest, b))
+
+
+def test_an_indefinite_hessian_is_solved_by_exact_alone():
+    p = problem("mlp")
+    values = torch.linalg.eigvalsh(p.hessian())
+    damping = -0.4 * float(values[0])
+    b = right_hand_sides(p)
+    close(solve(p, Exact().fit(Hessian(library(p)), damping), b), dense(p.hessian(), damping, b))
+    with pytest.raises(DivergenceError, match="non-positive curvature.*[Rr]aise the damping, take the GGN"):
+        CG(tolerance=1e-10).fit(Hessian(library(p)), damping)(p.unflatten(b))
+
+
+def test_a_singular_matrix_is_refused():
+    p = problem("mlp")
+    values = torch.linalg.eigvalsh(p.hessian())
+    with pytest.raises(DivergenceError, match="singular.*Raise the damping"):
+        Exact().fit(Hessian(library(p)), -float(values[0]))
+
+
+@pytest.mark.parametrize("solver", [*DIRECT.values(), EKFAC(), KFAC(), Identity(), Neumann(batch=4, steps=20)])
+@pytest.mark.parametrize("curvature", [GGN, EmpiricalFisher])
+def test_the_certificate_is_the_true_residual(solver, curvature):
+    p = problem("mlp")
+    matrix = p.ggn() if curvature is GGN else p.empirical_fisher()
+    b = right_hand_sides(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        solution = solver.fit(curvature(library(p, batch_size=3)), 0.02)(p.unflatten(b))
+    x = p.flatten(solution.x)
+    wanted = (b - x @ matrix - 0.02 * x).norm(dim=1) / b.norm(dim=1)
+    torch.testing.assert_close(solution.residual, wanted, rtol=1e-6, atol=1e-12)
+
+
+# --- damping ---
+
+
+@pytest.mark.parametrize("solver", ["primal", "dual", "cg", "cg-ekfac", "cg-dual"])
+@pytest.mark.parametrize("name", SOME)
+def test_relative_damping_is_a_diagonal_of_its_own_for_each_block(name, solver):
+    p = problem(name)
+    lib = library(p)
+    shift = torch.empty(p.dim, dtype=torch.float64)
+    for block in lib.blocks:
+        entries = torch.cat([torch.arange(p.dim)[p.slices[q]] for q in block.shapes])
+        shift[entries] = 0.1 * p.ggn().diagonal()[entries].mean()
+    assert len(shift.unique()) > 1
+    b = right_hand_sides(p)
+    inverse = DIRECT[solver].fit(GGN(lib), Damping.relative(0.1))
+    close(solve(p, inverse, b), dense(p.ggn(), shift, b))
+    rows = lib.loss_gradients(lib.batch(range(4)))
+    wanted = (p.loss_gradients()[:4] * dense(p.ggn(), shift, p.loss_gradients()[:4])).sum(1)
+    close(inverse.quadratic(rows), wanted)
+
+
+@pytest.mark.parametrize("solver", [EKFAC(labels="true"), KFAC(labels="true")])
+def test_relative_damping_enters_the_eigenvalues_of_each_block(solver):
+    p = problem("mlp")
+    curvature = GGN(library(p))
+    relative, b = solver.fit(curvature, Damping.relative(0.1)), right_hand_sides(p)
+    for name, level in relative.shift.items():
+        layer = torch.cat([p.ggn().diagonal()[p.slices[q]] for q in p.shapes if q[0] == name[0]])
+        mean = float(layer.mean())
+        assert level == pytest.approx(0.1 * mean, rel=1e-9)
+        absolute = solver.fit(curvature, level)
+        found, wanted = (i(p.unflatten(b), certify=False).x[name] for i in (relative, absolute))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_training_implies_a_damping():
+    assert Damping.from_training(0.1, 1000).value == pytest.approx(1 / (0.1 * 1000))
+    assert Damping.from_training(0.1, 1000, momentum=0.9).value == pytest.approx(0.1 / (0.1 * 1000))
+    assert Damping.from_training([0.2, 0.1, 0.0], 30).value == pytest.approx(1 / (0.1 * 30))
+    assert "lr=0.1" in Damping.from_training(0.1, 10).origin and "steps=10" in repr(Damping.from_training(0.1, 10))
+    assert Damping.of(0.3) == Damping.absolute(0.3) and Damping.of(Damping.relative(0.2)) == Damping.relative(0.2)
+    shift = Damping.of(0.3).resolve(GGN(library(problem("mlp"))))
+    assert set(shift.values()) == {0.3} and list(shift) == list(problem("mlp").shapes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Damping.of(0.0), "damping must be a positive finite number, got 0.0.*from_training"),
+        (lambda: Damping.of(-1), "positive finite number, got -1"),
+        (lambda: Damping.of(math.nan), "positive finite number, got nan"),
+        (lambda: Damping.of(math.inf), "positive finite number, got inf"),
+        (lambda: Damping.of(True), "damping must be a positive number or a whence.Damping, got True"),
+        (lambda: Damping.of("0.1"), "damping must be a positive number or a whence.Damping, got '0.1'"),
+        (lambda: Damping.relative(0.0), "damping must be a positive finite number"),
+        (lambda: Damping.from_training(0.1, 0), "steps must be a positive number of optimiser steps, got 0"),
+        (lambda: Damping.from_training(0.0, 10), "lr must be a positive learning rate"),
+        (lambda: Damping.from_training([], 10), "lr must be a positive learning rate"),
+        (lambda: Damping.from_training(0.1, 10, momentum=1.0), r"momentum must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_dampings_are_refused(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+# --- self-influence ---
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [*DIRECT.values(), Dual(), Identity(), KFAC(), EKFAC(), EKFAC(labels="true"), Neumann(batch=4, steps=9)],
+)
+@pytest.mark.parametrize("name", SOME)
+def test_self_influence_is_the_quadratic_form(name, solver):
+    p = problem(name)
+    lib = library(p)
+    inverse = solver.fit(GGN(lib), 0.05)
+    rows = lib.loss_gradients(lib.batch(range(5)))
+    g = p.loss_gradients()[:5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        wanted = (g * solve(p, inverse, g, certify=False)).sum(1)
+        close(inverse.quadratic(rows), wanted)
+    if solver in DIRECT.values():
+        close(inverse.quadratic(rows), (g * dense(p.ggn(), 0.05, g)).sum(1))
+
+
+# --- the pruned dual ---
+
+
+@pytest.mark.parametrize("drop", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("name", ["mlp", "logistic", "masked_sequence", "norms"])
+def test_the_pruned_dual_bounds_the_condition_number(name, drop):
+    p = problem(name)
+    damping = 3 * small(p.ggn(), 1e-1)
+    inverse = Dual(drop=drop).fit(GGN(library(p)), damping)
+    assert 0 <= inverse.dropped <= drop
+    P = solve(p, inverse, torch.eye(p.dim, dtype=torch.float64))  # the preconditioner's inverse, symmetric
+    close(P, P.T)
+    root = torch.linalg.cholesky(p.ggn() + damping * torch.eye(p.dim).double())
+    values = torch.linalg.eigvalsh(root.T @ P @ root)
+    assert float(values[0]) >= 1 - 1e-8
+    assert float(values[-1]) <= 1 + drop + 1e-8
+    if drop == 10:
+        assert not inverse.kept.all() and float(values[-1]) > 1.01, "nothing was dropped: the test says nothing"
+
+
+def test_the_largest_rows_that_fit_are_kept():
+    p = problem("mlp")
+    full = Dual(drop=0.0).fit(GGN(library(p)), 0.1)
+    few = Dual(drop=0.0, memory=8 * 10**2).fit(GGN(library(p)), 0.1)
+    assert int(full.kept.sum()) > 10 and int(few.kept.sum()) == 10
+    curvature = GGN(library(p))
+    sizes = torch.cat([rows.square_norms().double() * rows.weights for rows in curvature.gradients()])
+    assert float(sizes[few.kept].min()) >= float(sizes[~few.kept].max())
+
+
+def test_a_dual_that_may_drop_everything_is_the_identity_over_the_damping():
+    p = problem("mlp")
+    b = right_hand_sides(p)
+    close(solve(p, Dual(drop=1e12).fit(GGN(library(p)), 0.1), b), b / 0.1)
+
+
+# --- conjugate gradients ---
+
+
+def test_converged_queries_are_frozen():
+    p = problem("mlp")
+    values, directions = torch.linalg.eigh(p.ggn())
+    b = torch.cat([directions[:, -1:].T, right_hand_sides(p, 1), torch.zeros(1, p.dim).double()])
+    inverse = CG(tolerance=1e-6).fit(GGN(library(p)), 0.05)
+    solution = inverse(p.unflatten(b))
+    assert solution.history.shape == (solution.steps + 1, 3) and solution.steps > 3
+    assert solution.history[1, 0] < 1e-6, "an eigenvector takes one step"
+    assert (solution.history[1:, 0] == solution.history[1, 0]).all()
+    assert (solution.history[1:, 2] == 0).all() and p.flatten(solution.x)[2].abs().max() == 0
+    close(p.flatten(solution.x)[:1], b[:1] / (values[-1] + 0.05), 1e-6)
+    assert solution.converged.all() and (solution.residual <= 1e-6).all()
+    assert solution.passes == solution.steps + 1
+
+
+def test_queries_that_miss_the_tolerance_are_named():
+    p = problem("mlp")
+    b = torch.cat([torch.zeros(1, p.dim).double(), right_hand_sides(p, 2)])
+    inverse = CG(tolerance=1e-8, steps=2).fit(GGN(library(p)), 1e-4)
+    with pytest.warns(ConvergenceWarning, match=r"2 of 3 queries did not converge.*for queries \[1, 2\].*Allow more"):
+        solution = inverse(p.unflatten(b))
+    assert solution.converged.tolist() == [True, False, False] and solution.steps == 2
+
+
+def test_a_good_preconditioner_needs_few_steps():
+    p = problem("mlp")
+    b, damping = p.unflatten(right_hand_sides(p)), small(p.ggn(), 1e-2)
+    steps = {}
+    for name, inner in (("none", Identity()), ("dual", Dual(drop=1.0)), ("exact", Exact())):
+        steps[name] = CG(preconditioner=inner, tolerance=1e-8).fit(GGN(library(p)), damping)(b).steps
+    assert steps["exact"] == 1
+    assert steps["dual"] <= 12 < steps["none"]  # condition number 2: a factor 0.17 a step
+
+
+# --- stochastic iterations ---
+
+
+class FullBatch(GGN):
+    """Every minibatch is the whole data set, whose size is asked for."""
+
+    def product(self, v, index=None):
+        return super().product(v)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("preconditioner", [Identity(), EKFAC(labels="true"), KFAC(), Exact()])
+def test_full_batches_converge_to_the_dense_solve(preconditioner, momentum):
+    p = problem("mlp")
+    damping, b = 0.2, right_hand_sides(p)
+    curvature = FullBatch(library(p))
+    nu, _ = spectrum(preconditioner.fit(curvature, damping))
+    solver = Neumann(preconditioner, step=1 / (1.2 * nu), steps=400, momentum=momentum)
+    solution = solver.fit(curvature, damping)(p.unflatten(b))
+    close(p.flatten(solution.x), dense(p.ggn(), damping, b))
+    assert (solution.residual < 1e-8).all() and solution.steps == 400
+
+
+def test_full_batches_converge_at_the_predicted_rate():
+    """Along an eigenvector of eigenvalue mu the residual shrinks by 1 - a (mu + damping) a step."""
+    p = problem("mlp")
+    values, directions = torch.linalg.eigh(p.ggn())
+    b = directions[:, [-1, -4]].T
+    step, damping = 0.3 / float(values[-1]), 0.1
+    solver = Neumann(step=step, steps=20, start="zero")
+    history = solver.fit(FullBatch(library(p)), damping)(p.unflatten(b)).history
+    rate = 1 - step * (values[[-1, -4]] + damping)
+    close(history[:20], rate ** torch.arange(20).unsqueeze(1))
+
+
+def test_too_long_a_step_diverges_and_says_which():
+    p = problem("mlp")
+    largest = float(torch.linalg.eigvalsh(p.ggn())[-1])
+    solver = Neumann(step=3 / largest, steps=400)
+    with pytest.raises(DivergenceError, match="diverged at step .* of 400.*step size.*Lower the step size"):
+        solver.fit(FullBatch(library(p)), 0.01)(p.unflatten(right_hand_sides(p)))
+
+
+def test_one_step_of_astra_from_zero_is_ekfac():
+    p = problem("mlp")
+    b = p.unflatten(right_hand_sides(p))
+    curvature = GGN(library(p))
+    ekfac = EKFAC().fit(curvature, 0.1)
+    astra = ASTRA(step=1.0, steps=1, momentum=0.0, start="zero", batch=3).fit(curvature, 0.1)
+    close(p.flatten(astra(b).x), p.flatten(ekfac(b).x), 1e-12)
+    none = Neumann(preconditioner=EKFAC(), step=1e-12, steps=1).fit(curvature, 0.1)  # and so is where it starts from
+    close(p.flatten(none(b).x), p.flatten(ekfac(b).x), 1e-9)
+
+
+def test_an_exact_preconditioner_solves_in_one_full_step():
+    p = problem("mlp")
+    b = right_hand_sides(p)
+    solver = Neumann(Exact(), step=1.0, steps=1, start="zero")
+    close(solve(p, solver.fit(FullBatch(library(p)), 0.05), b), dense(p.ggn(), 0.05, b))
+
+
+def test_the_published_schedule_is_heavy_ball_with_a_step_that_halves():
+    """Two hundred steps written out again, on the same minibatches."""
+    p = problem("mlp")
+    b, damping = right_hand_sides(p, 2), 0.1
+    curvature = GGN(library(p))
+    solver = ASTRA(step=0.02, batch=6, steps=120, decay_every=50, seed=4)
+    inverse = solver.fit(curvature, damping)
+    P, rng = EKFAC().fit(curvature, damping), torch.Generator().manual_seed(4)
+    jacobian, hessian = p.jacobian(), p.output_hessians()
+    x, m = solve(p, P, b, certify=False), torch.zeros_like(b)
+    for k in range(120):
+        i = torch.randint(p.n, (6,), generator=rng)
+        matrix = torch.einsum("nkd,nkl,nle->de", jacobian[i], hessian[i], jacobian[i]) / 6
+        m = 0.9 * m + solve(p, P, b - x @ matrix - damping * x, certify=False)
+        x = x + 0.02 * 0.5 ** (k // 50) * m
+    close(solve(p, inverse, b), x)
+
+
+def test_the_step_and_the_number_of_steps_follow_from_the_spectrum():
+    p = problem("mlp")
+    damping = 0.1
+    A = p.ggn() + damping * torch.eye(p.dim).double()
+    plan = Neumann(batch=64).fit(GGN(library(p)), damping).plan
+    nu, trace = float(torch.linalg.eigvalsh(A)[-1]), float(p.ggn().trace())
+    assert plan.nu == pytest.approx(nu, rel=0.05)
+    assert plan.effective_dimension == pytest.approx(trace, rel=0.3)
+    assert plan.step == pytest.approx(1 / (1.1 * plan.nu + 2 * plan.effective_dimension / 64))
+    assert plan.steps == math.ceil(2 / (plan.step * damping)) and plan.batch == 64
+    heavy = ASTRA(batch=64).fit(GGN(library(p)), damping).plan
+    assert heavy.step == pytest.approx(0.1 / (1.1 * heavy.nu + 2 * heavy.effective_dimension / 64))
+    assert heavy.steps == 200
+    given = Neumann(step=0.1, steps=7).fit(GGN(library(p)), damping).plan
+    assert (given.step, given.steps, given.nu) == (0.1, 7, 0.0)
+
+
+@pytest.mark.parametrize("solver", [Neumann(batch=8), ASTRA(batch=8), Neumann(EKFAC(), batch=4)])
+@pytest.mark.parametrize("name", ["mlp", "masked_sequence", "mlp_regression"])
+def test_what_is_chosen_does_not_diverge(name, solver):
+    p = problem(name)
+    solution = solver.fit(GGN(library(p)), 0.1)(p.unflatten(p.measurement_gradients()))
+    assert (solution.residual < 1).all() and (solution.history < 3).all()
+
+
+def test_the_mean_over_seeds_is_the_full_batch():
+    """The expected iterate is the one of the whole matrix: the noise has mean zero and the map is linear."""
+    p = problem("mlp")
+    b, runs = right_hand_sides(p, 1), 200
+    options = {"step": 0.05, "steps": 5, "start": "zero"}
+    wanted = solve(p, Neumann(**options).fit(FullBatch(library(p)), 0.1), b)
+    curvature = GGN(library(p))
+    found = torch.cat(
+        [solve(p, Neumann(batch=4, seed=s, **options).fit(curvature, 0.1), b, certify=False) for s in range(runs)]
+    )
+    error = float((found.mean(0) - wanted[0]).norm())
+    expected = float(found.std(0).norm()) / runs**0.5
+    assert error < 3 * expected and expected < 0.05 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("options", [{"step": 0.0}, {"batch": 0}, {"steps": -1}, {"decay": 0.0}, {"momentum": 1.0}])
+def test_bad_hyperparameters_are_refused(options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} must be"):
+        Neumann(**options)
+    with pytest.raises(InputError, match="start must be 'preconditioned' or 'zero', got 'warm'"):
+        Neumann(start="warm")  # type: ignore[arg-type]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("solver", [Dual(), Exact(form="dual"), CG(preconditioner=Dual())])
+def test_rows_are_asked_of_a_curvature_that_has_them(solver):
+    curvature = Hessian(library(problem("mlp")))
+    with pytest.raises(UnsupportedError, match="Dual needs per-example rows, which Hessian cannot give.*matrix-vector"):
+        solver.fit(curvature, 0.1)
+
+
+def test_exact_says_how_much_memory_it_would_need():
+    p = problem("mlp")
+    for form in ("auto", "primal", "dual"):
+        with pytest.raises(
+            UnsupportedError, match=r"Exact \(\w+\) needs 0.0 GiB for \d+ x \d+.*allowed are 0.0 GiB.*CG"
+        ):
+            Exact(form=form, memory=1000).fit(GGN(library(p)), 0.1)
+    with pytest.raises(UnsupportedError, match=f"for {p.dim} x {p.dim} matrices"):
+        Exact(form="primal", memory=3 * 8 * p.dim**2 - 1).fit(GGN(library(p)), 0.1)
+    Exact(form="primal", memory=3 * 8 * p.dim**2).fit(GGN(library(p)), 0.1)
+
+
+def test_exact_takes_the_smaller_matrix():
+    p = problem("mlp")  # 130 parameters, 11 x 4 rows
+    assert type(Exact().fit(GGN(library(p)), 0.1)).__name__ == "DualInverse"
+    p = problem("linear_regression")  # 21 parameters, 13 x 3 rows
+    assert type(Exact().fit(GGN(library(p)), 0.1)).__name__ == "DenseInverse"
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(InputError, match="form must be 'auto', 'primal' or 'dual', got 'both'"):
+        Exact(form="both").fit(GGN(library(problem("mlp"))), 0.1)  # type: ignore[arg-type]
+
+
+def test_a_preconditioner_must_be_an_instance():
+    with pytest.raises(InputError, match="preconditioner must be.*EKFAC"):
+        CG(preconditioner=EKFAC)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="preconditioner must be.*EKFAC"):
+        Neumann(preconditioner=EKFAC)  # type: ignore[arg-type]
+
+
+def test_a_solution_that_is_not_finite_raises():
+    p = problem("mlp")
+    b = right_hand_sides(p)
+    b[1, 0] = math.nan
+    for solver in (Identity(), EKFAC(), Exact()):
+        with pytest.raises(DivergenceError, match=r"NaN or infinity for queries \[1\].*raise the damping"):
+            solver.fit(GGN(library(p)), 0.1)(p.unflatten(b))
+
+
+def test_another_damping_costs_no_pass(monkeypatch):
+    p = problem("mlp")
+    curvature = GGN(library(p))
+    for solver in (EKFAC(), KFAC(), Exact(form="primal")):
+        solver.fit(curvature, 0.1)
+        with monkeypatch.context() as m:
+            m.setattr(curvature.problem, "gradients", lambda *_: pytest.fail("a pass over the data"))
+            solver.fit(curvature, 0.01)
+
+
+def test_dual_refuses_a_loss_that_is_not_convex():
+    p = problem("mlp")
+
+    class Concave(type(p.task)):
+        def loss(self, outputs, batch):
+            return -super().loss(outputs, batch)
+
+    for solver in (Dual(), Exact(form="dual")):
+        with pytest.raises(UnsupportedError, match="positive semi-definite"):
+            solver.fit(GGN(Problem(p.model, Concave(), p.train)), 0.1)
+
+
+def test_a_solution_prints_as_one_line():
+    p = problem("mlp")
+    solution = Exact().fit(GGN(library(p)), 0.1)(p.unflatten(right_hand_sides(p)))
+    assert "3 right-hand sides" in str(solution) and "3 converged" in str(solution)
+    assert vectors.count(solution.x) == 3
