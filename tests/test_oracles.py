@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from problems import TinyProblem, problem
-from whence import EKFAC, GGN, KFAC, Classification, Damping, Influence, Problem, Regression, Solver
+from whence import EKFAC, GGN, KFAC, Classification, Damping, EmpiricalFisher, Influence, Problem, Regression, Solver
 from whence.data import Examples
 
 SEED = 0
@@ -168,8 +168,10 @@ def test_kfac_scores_are_those_of_kronfluence(make, tmp_path):
 
 
 def scores(solver: Solver, damping: float | None, model, task, train, queries) -> torch.Tensor:
-    amount = Damping.relative(0.1) if damping is None else damping
-    influence = Influence(solver, amount, batch_size=100, progress=False).fit(model, task, train)
+    """``damping`` None is relative to the mean eigenvalues of the empirical Fisher, as kronfluence has it."""
+    options = {"curvature": EmpiricalFisher, "batch_size": 100, "progress": False}
+    influence = Influence(solver, Damping.relative(0.1) if damping is None else damping, **options)
+    influence.fit(model, task, train)
     return influence.score(queries, certify=False).values.double()
 
 

@@ -1,4 +1,4 @@
-"""whence: which training examples made a PyTorch model behave so, how strongly, and how far the number can be trusted."""
+"""whence: which training examples made a PyTorch model behave so, how strongly, and how sure is the number."""
 
 from whence.attribution import Influence, Scores, Top, attribute
 from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator

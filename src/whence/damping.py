@@ -1,7 +1,8 @@
 """Damping as a choice: absolute, relative to each block's mean eigenvalue, or the one that training implies.
 
-An influence is taken with C + diag(lambda): one number for all parameters, or one per block. Too little damping amplifies
-directions that training never settled; too much forgets the curvature. `Damping.from_training` needs no sweep.
+An influence is taken with C + diag(lambda): one number for all parameters, or one per block. Too little damping
+amplifies directions that training never settled; too much forgets the curvature. `Damping.from_training` needs no
+sweep.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Damping:
     def from_training(cls, lr: float | Iterable[float], steps: int, momentum: float = 0.0) -> Damping:
         """The damping that stopping gradient descent after ``steps`` implies.
 
-            lambda = 1 / (eta K),        eta = mean learning rate / (1 - momentum)             (SOURCE; ASTRA appendix B)
+            lambda = 1 / (eta K),        eta = mean learning rate / (1 - momentum)        (SOURCE; ASTRA appendix B)
 
         Args:
             lr: learning rate, or the schedule's values, which are averaged.
@@ -88,5 +89,7 @@ class Damping:
         empty = [name for name, mean in means.items() if not mean > 0]
         floor = self.value * max(means.values()) * 1e-6
         if not floor > 0 or len(empty) == len(means):
-            raise expected("the curvature's mean eigenvalues", "positive for relative damping", 0.0, "Give an absolute one.")
+            raise expected(
+                "the curvature's mean eigenvalues", "positive for relative damping", 0.0, "Give an absolute one."
+            )
         return {name: max(self.value * mean, floor) for name, mean in means.items()}

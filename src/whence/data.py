@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ class Examples:
     """A data set seen as numbered examples.
 
     Args:
-        data: a tuple, list or dict of tensors or arrays with one leading axis of examples, a map-style ``Dataset``, or a
-            ``DataLoader`` over one (its data set, collate function and batch size are used, its shuffling is not).
+        data: a tuple, list or dict of tensors or arrays with one leading axis of examples, a map-style ``Dataset``, or
+            a ``DataLoader`` over one (its data set, collate function and batch size are used, its shuffling is not).
         name: what to call it in messages, "train" or "queries".
         batch_size: examples per batch; None takes the loader's own, else 256. It changes speed and memory, not results.
 
@@ -50,7 +50,8 @@ class Examples:
             if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
                 raise InputError(
                     f"{name} must be a tuple of tensors, a map-style Dataset or a DataLoader over one, got "
-                    f"{type(data).__name__}, which has no length and no index. Collect it into a list or a Dataset first."
+                    f"{type(data).__name__}, which has no length and no index. Collect it into a list or a "
+                    "Dataset first."
                 )
             self._length = len(data)
             self._fetch = lambda index: collate([data[int(i)] for i in index])
@@ -85,14 +86,19 @@ class Examples:
         if key not in self._checksums:
             for t in tensors(batch):
                 if t.is_floating_point() and not t.isfinite().all():
-                    bad = (~t.isfinite()).flatten(1).any(1).nonzero()[0].item() if t.ndim > 1 else int((~t.isfinite()).nonzero()[0])
+                    bad = (
+                        (~t.isfinite()).flatten(1).any(1).nonzero()[0].item()
+                        if t.ndim > 1
+                        else int((~t.isfinite()).nonzero()[0])
+                    )
                     raise InputError(
                         f"{self.name} data must be finite, got NaN or infinity in example {index.start + int(bad)}. "
                         "Drop or repair such examples."
                     )
         elif self._checksums[key] != checksum:
             raise InputError(
-                f"{self.name} data must be the same in every pass, but examples {index.start}..{index.stop - 1} changed "
+                f"{self.name} data must be the same in every pass, but examples {index.start}..{index.stop - 1} "
+                "changed "
                 "between two passes. Switch off random augmentation or shuffling inside the data set."
             )
         self._checksums[key] = checksum
@@ -117,7 +123,7 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     """All tensors in a nested batch, in order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, dict) or hasattr(batch, "items"):
+    elif isinstance(batch, Mapping):
         for value in batch.values():
             yield from tensors(value)
     elif isinstance(batch, (tuple, list)):
@@ -131,7 +137,7 @@ def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return f(batch)
     if isinstance(batch, (np.ndarray, np.generic, int, float)) and not isinstance(batch, bool):
         return f(torch.as_tensor(batch))
-    if isinstance(batch, dict) or hasattr(batch, "items"):
+    if isinstance(batch, Mapping):
         return {k: map_tensors(f, v) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(f, v) for v in batch))
@@ -166,4 +172,4 @@ def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def raw(t: Tensor) -> memoryview:
     """A tensor's bytes, for hashing."""
-    return memoryview(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

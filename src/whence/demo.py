@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ POOL = 1300  # of the 1,797 digits; the others are never trained on
 
 @dataclass(frozen=True)
 class Digits:
-    """The data: N training digits, some with a wrong label, and Q held-out ones."""
+    """N training digits, some with a wrong label, and held-out ones."""
 
     x: Tensor  # (N, 64) in [0, 1]
     y: Tensor  # (N,) as trained
@@ -52,20 +52,6 @@ class Digits:
     def train(self) -> tuple[Tensor, Tensor]:
         """What the model is trained on."""
         return self.x, self.y
-
-
-@dataclass
-class Clock:
-    """Seconds of each part of the work."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def time(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 def run(
@@ -94,11 +80,11 @@ def run(
         raise expected("examples", f"in 100..{POOL}", examples)
     if Path(out).is_dir():
         raise expected("out", "a file", f"the folder {out}", f"Give {Path(out) / 'report.html'}.")
-    clock = Clock()
+    seconds: dict[str, float] = {}
     with one_thread():
         data = load(examples, seed)
         task, damping = whence.Classification(), damping_of(examples)
-        with clock.time("training"):
+        with timed(seconds, "training"):
             model = train_small(build, task, data.train, RECIPE, seed)[0]
         right, fooled = accuracy(model, *data.held_out), accuracy(model, *data.train)
         wrong = int(data.flipped.sum())
@@ -117,24 +103,21 @@ def run(
         shown = choose(model, asked, queries)
         say_queries(say, scores, data, asked, predictions(model, asked[0]), shown)
 
-        with clock.time("self-influence"):
+        with timed(seconds, "self-influence"):
             values = whence.Influence(ROUGHLY, damping, seed=seed).fit(model, task, data.train).self_influence()
         curve = mislabeled_curve(values, data.flipped)
         say_detection(say, curve, values, data)
-        with clock.time("retraining"):
+        with timed(seconds, "retraining"):
             found = retrained(model, data, asked, scores, seed) if lds else {}
         say_lds(say, found)
 
     provenance = scores.provenance | {"tolerance": SOLVED.tolerance, "seed": seed}
     scores = dataclasses.replace(scores, self_values=values, provenance=provenance)
-    with clock.time("report"):
-        write(out, scores, data, asked, model, shown, curve, found, clock)
-    seconds = scores.provenance["seconds"] | clock.seconds
-    say(
-        "\nSeconds   "
-        + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-        + f": {sum(seconds.values()):.1f} in all"
-    )
+    with timed(seconds, "report"):
+        write(out, scores, data, asked, model, shown, curve, found, seconds)
+    seconds = scores.provenance["seconds"] | seconds
+    parts = ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
+    say(f"\nSeconds   {parts}: {sum(seconds.values()):.1f} in all")
     say(f"Report    {out}")
     return scores
 
@@ -147,9 +130,8 @@ def load(examples: int, seed: int) -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UnsupportedError(
-            'The demo needs scikit-learn, which is not installed. Run: pip install "whence[demo]"'
-        ) from error
+        advice = 'Run: pip install "whence[demo]"'
+        raise UnsupportedError(f"The demo needs scikit-learn, which is not installed. {advice}") from error
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     x, y = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels).long()[order]
@@ -199,6 +181,14 @@ def retrained(
         influence = whence.Influence(solver, damping, seed=seed).fit(model, task, data.train)
         rivals[name] = influence.score(asked, certify=False).values
     return {name: linear_datamodeling_score(values, masks, targets) for name, values in rivals.items()}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Enter the seconds that a block takes."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
 
 
 @contextmanager
@@ -283,7 +273,7 @@ def write(
     shown: Sequence[int],
     curve: MislabeledCurve,
     found: dict[str, LDS],
-    clock: Clock,
+    seconds: dict[str, float],
 ) -> None:
     """The report."""
     n, wrong = len(data.x), int(data.flipped.sum())
@@ -319,10 +309,6 @@ def write(
             "simply the first. Self-influence was solved less exactly than the queries, to a residual of "
             f"{ROUGHLY.tolerance:g}: enough for a ranking."
         ],
-        configuration={
-            "self-influence": ROUGHLY,
-            "training": RECIPE,
-            "whence": whence.__version__,
-        },
-        cost=clock.seconds,
+        configuration={"self-influence": ROUGHLY, "training": RECIPE, "whence": whence.__version__},
+        cost=seconds,
     )

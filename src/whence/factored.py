@@ -4,17 +4,17 @@ A block is a matrix of G groups of shape (O, I). A row (n, r) is the gradient J_
 
     W[n, r] = sum_t g[n, r, t] a[n, t]^T                  t: the positions (tokens, pixels) that share the weight,
 
-so all layers look alike: T = 1 for a linear layer on vectors, tokens for one on sequences, output pixels for a convolution.
-The contractions form W only where that is cheaper: each picks its order by floating-point operations and by numbers moved to
-and from memory. Loose parameters have their rows written out; embeddings are looked up.
+so all layers look alike: T = 1 for a linear layer on vectors, tokens for one on sequences, output pixels for a
+convolution. The contractions form W only where that is cheaper: each picks its order by floating-point operations and
+by numbers moved to and from memory. Loose parameters have their rows written out; embeddings are looked up, see
+`whence.rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
@@ -70,7 +70,7 @@ class Factored:
         order = self._order(Q)
         out = v.new_empty(Q, n, R)
         if order == "outer":
-            for s in _slices(n, G * R * O * I):
+            for s in slices(n, G * R * O * I):
                 out[:, s] = self[s].written().dot(v.transpose(0, 1))
             return out
         for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
@@ -96,7 +96,7 @@ class Factored:
         order = self._order(Q)
         out = w.new_zeros(G, Q, O, I)
         if order == "outer":
-            for s in _slices(n, G * R * O * I):
+            for s in slices(n, G * R * O * I):
                 out += self[s].written().combine(w[:, s]).transpose(0, 1)
             return out.transpose(0, 1)
         for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
@@ -133,7 +133,7 @@ class Factored:
             return (self.a.square().sum(-1).unsqueeze(2) * self.g.square().sum(-1)).sum((0, 3))
         out = self.a.new_empty(n, R)
         ghost = T * (I + R * O) < R * O * I
-        for s in _slices(n, G * (T * T * (R + 1) if ghost else R * O * I)):
+        for s in slices(n, G * (T * T * (R + 1) if ghost else R * O * I)):
             rows = self[s]
             if ghost:
                 inputs = rows.a @ rows.a.mT  # (G, m, T, T)
@@ -150,7 +150,7 @@ class Factored:
         ghost = n * m * T * S * (I + R * P * O + MOVE * (1 + R * P))
         outer = (n * R * T + m * P * S + n * R * m * P) * O * I + MOVE * (n * R + m * P) * O * I
         if ghost <= outer:
-            for s in _slices(n, G * m * T * S * (1 + R * P)):
+            for s in slices(n, G * m * T * S * (1 + R * P)):
                 rows, k = self[s], len(range(*s.indices(n)))
                 inputs = rows.a.reshape(G, k * T, I) @ other.a.reshape(G, m * S, I).mT
                 cotangents = rows.g.reshape(G, k * R * T, O) @ other.g.reshape(G, m * P * S, O).mT
@@ -158,7 +158,7 @@ class Factored:
                 out[s] = both.sum((0, 3, 6))
             return out
         written = other.written()
-        for s in _slices(n, G * R * O * I):
+        for s in slices(n, G * R * O * I):
             out[s] = self[s].written().gram(written)
         return out
 
@@ -214,184 +214,14 @@ class Written:
         return product.view(*self.rows.shape[:2], *other.rows.shape[:2])
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of an embedding table (V, d): position t adds its cotangent to the row of its token.
-
-    Args:
-        ids: token numbers, (n, T).
-        g: cotangents of the embeddings, (n, R, T, d).
-        size: number of rows V of the table.
-    """
-
-    ids: Tensor
-    g: Tensor
-    size: int
-
-    def __getitem__(self, index: slice | Tensor) -> Lookup:
-        """The rows of some examples."""
-        return Lookup(self.ids[index], self.g[index], self.size)
-
-    def pick(self, index: Tensor, r: Tensor) -> Lookup:
-        """Chosen rows (index, r) as examples of one row each."""
-        return Lookup(self.ids[index], self.g[index, r].unsqueeze(1), self.size)
-
-    def numbers(self) -> int:
-        """How many numbers are stored."""
-        return self.ids.numel() + self.g.numel()
-
-    def written(self) -> Written:
-        """The rows in dense form."""
-        n, R, T, d = self.g.shape
-        out = self.g.new_zeros(n, R, self.size, d)
-        index = self.ids.view(n, 1, T, 1).expand_as(self.g)
-        return Written(out.scatter_add_(2, index, self.g).flatten(2), (1, self.size, d))
-
-    def compact(self) -> Lookup:
-        """Itself: tables are never written out."""
-        return self
-
-    def dot(self, v: Tensor) -> Tensor:
-        """Inner products with Q tables: v (Q, 1, V, d) to (Q, n, R)."""
-        n, R, T, d = self.g.shape
-        out = v.new_empty(v.shape[0], n, R)
-        for s in _slices(n, v.shape[0] * T * d):
-            rows = v[:, 0, self.ids[s].flatten()].view(v.shape[0], -1, T * d)  # (Q, m, T d)
-            out[:, s] = torch.einsum("qmx,mrx->qmr", rows, self.g[s].flatten(2).to(v.dtype))
-        return out
-
-    def combine(self, w: Tensor) -> Tensor:
-        """Weighted sums of rows: w (Q, n, R) to (Q, 1, V, d)."""
-        n, R, T, d = self.g.shape
-        out = self.g.new_zeros(w.shape[0], self.size, d)
-        for s in _slices(n, w.shape[0] * T * d):
-            wg = torch.einsum("qmr,mrx->qmx", w[:, s].to(self.g.dtype), self.g[s].flatten(2))
-            out.index_add_(1, self.ids[s].flatten(), wg.reshape(w.shape[0], -1, d))
-        return out.unsqueeze(1)
-
-    def square_norms(self) -> Tensor:
-        """Squared norms of the rows, (n, R)."""
-        same = (self.ids.unsqueeze(1) == self.ids.unsqueeze(2)).unsqueeze(1)  # (n, 1, T, T)
-        return ((self.g @ self.g.mT) * same).sum((2, 3))
-
-    def gram(self, other: Lookup) -> Tensor:
-        """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        n, R, T, d = self.g.shape
-        m, P, S, _ = other.g.shape
-        out = self.g.new_empty(n, R, m, P)
-        for s in _slices(n, R * T * m * P * S):
-            both = (self.g[s].reshape(-1, d) @ other.g.reshape(-1, d).mT).view(-1, R, T, m, P, S)
-            same = self.ids[s].view(-1, 1, T, 1, 1, 1) == other.ids.view(1, 1, 1, m, 1, S)
-            out[s] = (both * same).sum((2, 5))
-        return out
-
-
-@dataclass(frozen=True)
-class Several:
-    """Rows of a table used both as an embedding and as a matrix (tied weights): the sum of the uses.
-
-    Linear contractions are sums over the uses; what squares rows needs them summed first, in dense form.
-    """
-
-    parts: tuple[Factored | Written | Lookup, ...]
-
-    def __getitem__(self, index: slice | Tensor) -> Several:
-        """The rows of some examples."""
-        return Several(tuple(p[index] for p in self.parts))
-
-    def pick(self, index: Tensor, r: Tensor) -> Several:
-        """Chosen rows (index, r) as examples of one row each."""
-        return Several(tuple(p.pick(index, r) for p in self.parts))
-
-    def numbers(self) -> int:
-        """How many numbers are stored."""
-        return sum(p.numbers() for p in self.parts)
-
-    def written(self) -> Written:
-        """The summed rows in dense form."""
-        written = [p.written() for p in self.parts]
-        return Written(torch.stack([w.rows for w in written]).sum(0), written[0].sides)
-
-    def compact(self) -> Several:
-        """Itself."""
-        return self
-
-    def dot(self, v: Tensor) -> Tensor:
-        """Inner products with Q matrices: v (Q, 1, O, I) to (Q, n, R)."""
-        return torch.stack([p.dot(v) for p in self.parts]).sum(0)
-
-    def combine(self, w: Tensor) -> Tensor:
-        """Weighted sums of rows: w (Q, n, R) to (Q, 1, O, I)."""
-        return torch.stack([p.combine(w) for p in self.parts]).sum(0)
-
-    def square_norms(self) -> Tensor:
-        """Squared norms of the rows, (n, R)."""
-        return self.written().square_norms()
-
-    def gram(self, other: Several) -> Tensor:
-        """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        return self.written().gram(other.written())
-
-
-Rows = Factored | Written | Lookup | Several
-
-
-def total(parts: Sequence[Factored | Written | Lookup]) -> Rows:
-    """The rows of a block whose weight is used several times: its uses are further positions of one sum."""
-    if len(parts) == 1:
-        return parts[0]
-    factored = [p for p in parts if isinstance(p, Factored)]
-    lookups = [p for p in parts if isinstance(p, Lookup)]
-    written = [p for p in parts if isinstance(p, Written)]
-    merged: list[Factored | Written | Lookup] = []
-    if factored:
-        merged.append(Factored(torch.cat([p.a for p in factored], 2), torch.cat([p.g for p in factored], 3)))
-    if lookups:
-        size = lookups[0].size
-        merged.append(Lookup(torch.cat([p.ids for p in lookups], 1), torch.cat([p.g for p in lookups], 2), size))
-    if written:
-        merged.append(Written(torch.stack([p.rows for p in written]).sum(0), written[0].sides))
-    return merged[0] if len(merged) == 1 else Several(tuple(merged))
-
-
-def concatenate(batches: list[Rows]) -> Rows:
-    """The rows of several batches, one after another; positions are padded with zeros to the longest."""
-    first = batches[0]
-    if len(batches) == 1:
-        return first
-    if isinstance(first, Several):
-        uses = zip(*(b.parts for b in batches if isinstance(b, Several)), strict=True)
-        return Several(tuple(concatenate(list(use)) for use in uses))  # type: ignore[arg-type]
-    if isinstance(first, Written):
-        return Written(torch.cat([b.rows for b in batches if isinstance(b, Written)]), first.sides)
-    if isinstance(first, Lookup):
-        lookups = [b for b in batches if isinstance(b, Lookup)]
-        return Lookup(_join([b.ids for b in lookups], 0, 1), _join([b.g for b in lookups], 0, 2), first.size)
-    factored = [b for b in batches if isinstance(b, Factored)]
-    return Factored(_join([b.a for b in factored], 1, 2), _join([b.g for b in factored], 1, 3))
-
-
-def _join(parts: list[Tensor], along: int, padded: int) -> Tensor:
-    size = max(t.shape[padded] for t in parts)
-    return torch.cat([_pad(t, size, padded) for t in parts], along)
-
-
-def _pad(t: Tensor, size: int, dim: int) -> Tensor:
-    if t.shape[dim] == size:
-        return t
-    return torch.cat([t, t.new_zeros(*t.shape[:dim], size - t.shape[dim], *t.shape[dim + 1 :])], dim)
-
-
-def _slices(n: int, width: int) -> Iterator[slice]:
+def slices(n: int, width: int) -> Iterator[slice]:
     """Pieces of n examples whose intermediate result, ``width`` numbers each, stays small."""
     step = max(1, CHUNK // max(1, width))
     return (slice(i, min(i + step, n)) for i in range(0, n, step))
 
 
 def _tiles(n: int, Q: int, width: int, positions: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles of examples x right-hand sides: enough positions for an efficient product, few enough numbers to stay in cache."""
+    """Tiles of examples x right-hand sides: positions enough to multiply fast, numbers few enough for the cache."""
     m = min(n, max(1, ROWS // positions))
     k = max(1, CHUNK // max(1, m * width))
-    return (
-        (slice(i, min(i + m, n)), slice(j, min(j + k, Q))) for j in range(0, Q, k) for i in range(0, n, m)
-    )
+    return ((slice(i, min(i + m, n)), slice(j, min(j + k, Q))) for j in range(0, Q, k) for i in range(0, n, m))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whence import factored
-from whence.factored import Rows
+from whence import rows as forms
+from whence.rows import Rows
 from whence.vectors import Vectors
 
 
@@ -147,5 +147,5 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     first = batches[0]
     if len(batches) == 1:
         return first
-    rows = {name: factored.concatenate([b.rows[name] for b in batches]) for name in first.rows}
+    rows = {name: forms.concatenate([b.rows[name] for b in batches]) for name in first.rows}
     return Gradients(first.blocks, rows, torch.cat([b.weights for b in batches]))

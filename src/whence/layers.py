@@ -1,8 +1,9 @@
 """One entry per layer type: how a layer looks as y[n, t] = W a[n, t], t running over the positions that share W.
 
-An entry turns a layer's input and the cotangents of its output into the per-example gradients of its weight and bias, kept
-factored. To support a new layer type, write one entry and `register` it; each use of an entry on a model is verified against
-autograd before it is believed, so a layer that behaves otherwise (a subclass with its own ``forward``) is found out.
+An entry turns a layer's input and the cotangents of its output into the per-example gradients of its weight and bias,
+kept factored. To support a new layer type, write one entry and `register` it; each use of an entry on a model is
+verified against autograd before it is believed, so a layer that behaves otherwise (a subclass with its own
+``forward``) is found out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whence.factored import Factored, Lookup, Written
+from whence.factored import Factored, Written
+from whence.rows import Lookup
 
 
 class LayerKind(Protocol):
@@ -154,7 +156,8 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
     """Padding as F.pad takes it: (left, right) of the last axis first."""
     if isinstance(layer.padding, str):
         extra = [
-            d * (k - 1) if layer.padding == "same" else 0 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
+            d * (k - 1) if layer.padding == "same" else 0
+            for k, d in zip(layer.kernel_size, layer.dilation, strict=True)
         ]
         return [side for e in reversed(extra) for side in (e // 2, e - e // 2)]
     return [side for p in reversed(layer.padding) for side in (p, p)]

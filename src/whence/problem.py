@@ -6,39 +6,35 @@ verified once against autograd on a few examples; what cannot be factored is com
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import hashlib
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from whence.data import Batch, Examples, batch_length, map_tensors, raw, tensors
+from whence.data import Batch, Examples, batch_length, map_tensors, tensors
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layout import Layout, demoted, plan
+from whence.models import Select, chosen, fingerprint, observed, ready
 from whence.task import Task, as_task
 from whence.trace import Seeds, Unfactorable, trace
 from whence.vectors import Vectors
-
-Select = str | Sequence[str] | Callable[[str], bool] | None
 
 
 class Problem:
     """What is attributed: a trained model, its task, its training examples and the parameters that count.
 
     Args:
-        model: the trained model. Parameters and inputs on one device; float32 or float64 (half precision is converted to
-            float32, which is exact). Evaluated in eval mode.
+        model: the trained model. Parameters and inputs on one device; float32 or float64 (half precision is converted
+            to float32, which is exact). Evaluated in eval mode.
         task: a `Task`, or an object with its methods.
         train: see `whence.data.Examples`.
-        parameters: which trainable parameters to attribute: None for all, a regular expression (searched in the name), several
-            of them, or a predicate on the name.
+        parameters: which trainable parameters to attribute: None for all, a regular expression (searched in the name),
+            several of them, or a predicate on the name.
         batch_size: examples per pass of the model.
         memory: bytes that cached factors and intermediate results may take; decides what is cached and how many
             right-hand sides go together, never the result.
@@ -59,11 +55,11 @@ class Problem:
         progress: bool | None = None,
     ):
         self.task = as_task(task)
-        self.model = _ready(model)
+        self.model = ready(model)
         self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
         self.memory, self.progress = memory, progress
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        keep = _predicate(parameters)
+        keep = chosen(parameters)
         self.parameters = {name: p for name, p in trainable.items() if keep(name)}
         self.trainable = sum(p.numel() for p in trainable.values())
         if not self.parameters:
@@ -72,7 +68,9 @@ class Problem:
                 f"({', '.join(list(trainable)[:5])}, ...). Check the pattern, and that requires_grad is True."
             )
         if any(m.training and "Dropout" in type(m).__name__ for m in self.model.modules()):
-            warnings.warn("the model is in training mode with dropout: it is evaluated in eval mode.", WhenceWarning, stacklevel=2)
+            warnings.warn(
+                "the model is in training mode with dropout: it is evaluated in eval mode.", WhenceWarning, stacklevel=2
+            )
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
 
@@ -93,8 +91,10 @@ class Problem:
         if layout.slow:
             names = [p for b in layout.slow for p in b.shapes]
             warnings.warn(
-                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one gradient per "
-                f"example): {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}. Leave them out with parameters=..., or "
+                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one "
+                "gradient per "
+                f"example): {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}. Leave them out with "
+                "parameters=..., or "
                 "register a LayerKind.",
                 WhenceWarning,
                 stacklevel=2,
@@ -122,12 +122,11 @@ class Problem:
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the model's parameters and buffers, of the selection and of the training data."""
-        weights = hashlib.blake2b(digest_size=16)
-        for name, t in self.model.state_dict().items():
-            weights.update(name.encode())
-            weights.update(raw(t))
-        chosen = hashlib.blake2b("|".join(self.parameters).encode(), digest_size=16)
-        return {"model": weights.hexdigest(), "parameters": chosen.hexdigest(), "train": self.train.fingerprint()}
+        return {
+            "model": fingerprint(self.model),
+            "parameters": ", ".join(self.parameters),
+            "train": self.train.fingerprint(),
+        }
 
     def gradients(self, batch: Batch, seeds: Seeds) -> Gradients:
         """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs."""
@@ -184,24 +183,9 @@ class Problem:
             )
         return value
 
-    @contextlib.contextmanager
-    def observed(self) -> Iterator[nn.Module]:
-        """The model in eval mode, without parameter gradients; everything is restored afterwards, even after an error."""
-        modes = {m: m.training for m in self.model.modules()}
-        grads = {p: p.requires_grad for p in self.model.parameters()}
-        fast = torch.backends.mha.get_fastpath_enabled()
-        try:
-            self.model.eval()
-            self.model.requires_grad_(False)
-            torch.backends.mha.set_fastpath_enabled(False)
-            with torch.enable_grad():
-                yield self.model
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for m, mode in modes.items():
-                m.training = mode
-            for p, needed in grads.items():
-                p.requires_grad_(needed)
+    def observed(self) -> AbstractContextManager[nn.Module]:
+        """The model in eval mode without parameter gradients; it is put back afterwards, even after an error."""
+        return observed(self.model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task's outputs, with a clear error where the model rejects the batch."""
@@ -232,7 +216,7 @@ class Problem:
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
     def _verified(self, layout: Layout) -> Layout:
-        """Compare each block with autograd, example by example, for random cotangents; move what differs to the slow path."""
+        """Compare each block with autograd, example by example, for random cotangents; demote what differs."""
         batch = self.batch(range(min(3, len(self.train))))
         generator = torch.Generator().manual_seed(0)
         truth: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
@@ -281,41 +265,3 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.problem[0].outputs(self.model, batch)
-
-
-def _ready(model: nn.Module) -> nn.Module:
-    """The model itself, or a float32 copy of a half-precision one.
-
-    Raises:
-        InputError: no module, several devices or dtypes, non-finite weights.
-    """
-    if not isinstance(model, nn.Module):
-        raise expected("model", "a torch.nn.Module", type(model).__name__)
-    named = dict(model.named_parameters())
-    devices = {p.device for p in named.values()}
-    if len(devices) > 1:
-        raise expected("the model's parameters", "on one device", sorted(map(str, devices)), "Move it with model.to(device).")
-    bad = [name for name, p in named.items() if p.is_floating_point() and not p.isfinite().all()]
-    if bad:
-        raise InputError(f"the model's weights must be finite, got NaN or infinity in {', '.join(bad[:5])}. Train it again.")
-    dtypes = {p.dtype for p in named.values() if p.is_floating_point()}
-    if dtypes & {torch.float16, torch.bfloat16} and torch.float64 not in dtypes:
-        warnings.warn("the model is in half precision: a float32 copy is used (the conversion is exact).", WhenceWarning, stacklevel=4)
-        copied = copy.deepcopy(model)
-        return copied.float()
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
-        raise expected(
-            "the model's parameters", "all float32 or all float64", sorted(map(str, dtypes)), "Convert it with model.float()."
-        )
-    return model
-
-
-def _predicate(select: Select) -> Callable[[str], bool]:
-    if select is None:
-        return lambda name: True
-    if callable(select):
-        return select
-    patterns = [re.compile(p) for p in ([select] if isinstance(select, str) else select)]
-    return lambda name: any(p.search(name) for p in patterns)
-
-

@@ -55,7 +55,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("whence")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} is damaged or cut short ({error}). Write it again.") from error
     if text is None:
@@ -63,7 +63,9 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     meta = json.loads(text)
     for what, wanted in (("version", VERSION), ("kind", kind)):
         if meta.get(what) != wanted:
-            raise ArtefactError(f"{path} must have {what} {wanted!r}, got {meta.get(what)!r}. Write it again with this version.")
+            raise ArtefactError(
+                f"{path} must have {what} {wanted!r}, got {meta.get(what)!r}. Write it again with this version."
+            )
     if meta["checksum"] != _checksum(tensors):
         raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
     return tensors, meta["header"]

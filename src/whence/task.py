@@ -1,7 +1,8 @@
 """Task: what was trained and what is asked.
 
-A task says how a model is called on a batch, which loss trained it, and which measurement of a query is to be explained.
-Subclass `Task`, or pass any object that has ``outputs`` and ``loss`` (the other methods then take the defaults here).
+A task says how a model is called on a batch, which loss trained it, and which measurement of a query is to be
+explained. Subclass `Task`, or pass any object that has ``outputs`` and ``loss`` (the other methods then take the
+defaults here).
 """
 
 from __future__ import annotations
@@ -118,8 +119,8 @@ class Classification(Task):
 class Regression(Task):
     """Squared error on batches ``(x, y)``; the measurement is the absolute error.
 
-        loss         l = sum_k (h_k - y_k)^2                     (output Hessian 2 I; labels y ~ N(h, 1/2))
-        measurement  f = sum_k |h_k - y_k|                       (ASTRA, appendix F.1)
+    loss         l = sum_k (h_k - y_k)^2                     (output Hessian 2 I; labels y ~ N(h, 1/2))
+    measurement  f = sum_k |h_k - y_k|                       (ASTRA, appendix F.1)
     """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -148,9 +149,11 @@ class Regression(Task):
                 f"Regression expects one target per output, got outputs {tuple(outputs.shape)} and targets "
                 f"{tuple(targets.shape)}. Give targets of the outputs' shape."
             )
-        return outputs.flatten(1) - targets.reshape(outputs.shape).flatten(1) if outputs.ndim > 1 else (
-            outputs - targets.reshape(outputs.shape)
-        ).unsqueeze(1)
+        return (
+            outputs.flatten(1) - targets.reshape(outputs.shape).flatten(1)
+            if outputs.ndim > 1
+            else (outputs - targets.reshape(outputs.shape)).unsqueeze(1)
+        )
 
 
 def as_task(task: object) -> Task:

@@ -222,9 +222,10 @@ def _needs(solver: Solver, curvature: Curvature, damping: float | Damping) -> No
 
 def _solution(name: str, inverse: Inverse, b: Vectors, tolerance: float) -> Vectors:
     """The solutions of b, after the checks of one call."""
-    before, problem = vectors.clone(b), inverse.curvature.problem
+    before, problem, Q = vectors.clone(b), inverse.curvature.problem, vectors.count(b)
+    _shaped(f"{name}: apply", inverse.apply(b), problem.shapes, Q, problem.dtype)
     solution = inverse(b)
-    x, Q = solution.x, vectors.count(b)
+    x = solution.x
     _shaped(f"{name}: the solution", x, problem.shapes, Q, problem.dtype)
     _same(f"{name}: the right-hand side after solving", b, before, 0.0)
     if not all(t.isfinite().all() for t in x.values()):

@@ -1,7 +1,7 @@
 """One forward and R backward passes, observed: the factored gradients of every block.
 
-Parameters need no gradients meanwhile, so the backward pass skips the weight gradients and yields only the cotangents at the
-layers' outputs.
+Parameters need no gradients meanwhile, so the backward pass skips the weight gradients and yields only the cotangents
+at the layers' outputs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence import factored
+from whence import rows as forms
 from whence.data import Batch, batch_length, map_tensors, tensors
 from whence.errors import UnsupportedError
-from whence.factored import Factored, Lookup, Rows, Written
+from whence.factored import Factored, Written
 from whence.gradients import Gradients
 from whence.layers import kind_of
 from whence.layout import Layout
+from whence.rows import Lookup, Rows
 from whence.vectors import Vectors
 
 Seeds = Callable[[Tensor, Batch], Tensor]  # (outputs (n, ...), batch) -> cotangents (R, n, ...)
@@ -65,7 +66,7 @@ def trace(
                 for call in calls[use.module]
             ]
             rows[block.name] = (
-                factored.total(parts)
+                forms.total(parts)
                 if parts
                 else Written(outputs.new_zeros(len(outputs), len(cotangents), block.size), block.sides)
             )
@@ -85,7 +86,9 @@ def _hooked(model: nn.Module, layout: Layout, n: int, copy: bool) -> Iterator[di
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-                raise UnsupportedError(f"{path} ({type(module).__name__}) must map one tensor to one tensor. Leave it out.")
+                raise UnsupportedError(
+                    f"{path} ({type(module).__name__}) must map one tensor to one tensor. Leave it out."
+                )
             if x.shape[0] == 1 and n > 1:  # one position table for the whole batch: give each example its own
                 x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
             if not output.requires_grad:  # the first layers: the graph begins here
@@ -120,7 +123,9 @@ def _backward(outputs: Tensor, cotangents: Tensor, calls: dict[str, list[_Call]]
     return dict(zip(flat, stacks, strict=True))
 
 
-def _rows(layer: nn.Module, call: _Call, g: Tensor, parts: tuple[str, ...], name: str, n: int) -> Factored | Written | Lookup:
+def _rows(
+    layer: nn.Module, call: _Call, g: Tensor, parts: tuple[str, ...], name: str, n: int
+) -> Factored | Written | Lookup:
     """The rows of one call; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
     kind, length = kind_of(layer), call.x.shape[0]
     if kind is None or length % n or g.shape[1] != length:
@@ -140,7 +145,9 @@ class Unfactorable(UnsupportedError):
     """The layer's input does not have the examples on its leading axis."""
 
     def __init__(self, block: str):
-        super().__init__(f"{block} does not see the examples on the first axis of its input. Leave it out with parameters=...")
+        super().__init__(
+            f"{block} does not see the examples on the first axis of its input. Leave it out with parameters=..."
+        )
         self.block = block
 
 
@@ -151,7 +158,7 @@ def _merge(g: Tensor, n: int, dim: int) -> Tensor:
 
 
 def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Functional) -> Vectors:
-    """Rows of parameters that no layer entry covers: one vector-Jacobian product per example, by vmap. (n, R, ...) each."""
+    """Rows (n, R, ...) of parameters that no layer entry covers: a vector-Jacobian product per example, by vmap."""
     names = [p for b in layout.slow for p in b.shapes]
     leaves = list(tensors(batch))
 
@@ -160,7 +167,7 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
         single = map_tensors(lambda _: next(remaining).unsqueeze(0), batch)
         outputs, parameters = functional(single)
         held = {name: p for name, p in parameters.items() if name not in names}
-        _, pull = torch.func.vjp(lambda p: outputs(held | p), {name: parameters[name] for name in names})
+        pull = torch.func.vjp(lambda p: outputs(held | p), {name: parameters[name] for name in names})[1]
         return torch.func.vmap(lambda s: pull(s.unsqueeze(0))[0])(seeds)
 
     size = sum(b.size for b in layout.slow) * len(cotangents)

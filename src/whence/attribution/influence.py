@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from whence.curvature.ggn import GGN
 from whence.damping import Damping
 from whence.data import Batch, Examples
 from whence.errors import InputError, expected
-from whence.problem import Problem, Select
-from whence.progress import track
 from whence.gradients import Gradients
+from whence.models import Select
+from whence.problem import Problem
+from whence.progress import track
 from whence.solvers.base import Inverse, Solution, Solver
 from whence.solvers.cg import CG
 from whence.solvers.kronecker import EKFAC
@@ -74,10 +75,10 @@ class Influence:
             InputError, UnsupportedError: see `Problem` and the solver.
         """
         start = time.perf_counter()
-        problem, solver = self._prepare(model, task, train)
-        self._curvature = self.curvature(problem)
+        damping, solver = Damping.of(self.damping), self._solver()
+        self._curvature = self.curvature(self._problem(model, task, train))
         solver.check(self._curvature)
-        self._inverse = solver.fit(self._curvature, Damping.of(self.damping))
+        self._inverse = solver.fit(self._curvature, damping)
         self._seconds = {"fit": time.perf_counter() - start}
         return self
 
@@ -97,8 +98,8 @@ class Influence:
             self_influence: compute the training examples' self-influence too.
 
         Raises:
-            InputError: queries that the model does not accept, or a measurement that is not one finite number per query.
-            DivergenceError: if a solve does not stay finite.
+            InputError: queries that the model does not accept, or a measurement that is not one finite number per
+            query. DivergenceError: if a solve does not stay finite.
         """
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
@@ -125,6 +126,16 @@ class Influence:
             self.self_influence() if self_influence else None,
         )
 
+    def at(self, damping: float | Damping) -> Influence:
+        """The same fit at another damping; what does not depend on damping (factors, rows, decompositions) is shared.
+
+        A sweep is ``[influence.at(x).score(queries) for x in dampings]``.
+        """
+        other = dataclasses.replace(self, damping=damping)
+        other._curvature, other._seconds = self.inverse.curvature, {"fit": 0.0}
+        other._inverse = other._solver().fit(other._curvature, Damping.of(damping))
+        return other
+
     def self_influence(self) -> Tensor:
         """g^T (C + damping)^-1 g of every training example's loss gradient, (N,)."""
         parts = [self.inverse.quadratic(rows) for _, rows in self._training_gradients("self-influence")]
@@ -148,7 +159,7 @@ class Influence:
         Raises:
             ArtefactError: naming what differs: the configuration, the model's weights, the parameters or the data.
         """
-        problem, solver = self._prepare(model, task, train)
+        problem, solver = self._problem(model, task, train), self._solver()
         tensors, header = store.load(path, "influence")
         store.same(path, header["config"], self._config())
         store.same(path, header["fingerprint"], problem.fingerprint())
@@ -166,7 +177,9 @@ class Influence:
             InputError: before `fit` or `load`.
         """
         if not hasattr(self, "_inverse"):
-            raise InputError("Influence must be fitted before it is used. Call fit(model, task, train) or load(path, ...).")
+            raise InputError(
+                "Influence must be fitted before it is used. Call fit(model, task, train) or load(path, ...)."
+            )
         return self._inverse
 
     @property
@@ -183,18 +196,19 @@ class Influence:
             "examples": len(self.problem.train),
         }
 
-    def _prepare(self, model: nn.Module, task: Task | object, train: Any) -> tuple[Problem, Solver]:
+    def _solver(self) -> Solver:
         if not isinstance(self.solver, Solver):
             raise expected("solver", "an instance such as whence.EKFAC()", repr(self.solver))
-        Damping.of(self.damping)
-        problem = Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
-        return problem, self.solver if self.seed is None else _seeded(self.solver, self.seed)
+        return self.solver if self.seed is None else _seeded(self.solver, self.seed)
+
+    def _problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:
+        return Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
 
     def _config(self) -> dict[str, Any]:
-        solver = self.solver if self.seed is None else _seeded(self.solver, self.seed)
-        return {"solver": repr(solver), "damping": repr(Damping.of(self.damping)), "curvature": _name(self.curvature)}
+        damping = Damping.of(self.damping)
+        return {"solver": repr(self._solver()), "damping": repr(damping), "curvature": _name(self.curvature)}
 
-    def _training_gradients(self, what: str):  # type: ignore[no-untyped-def]
+    def _training_gradients(self, what: str) -> Iterator[tuple[range, Gradients]]:
         problem = self.problem
         total = -(-len(problem.train) // problem.train.batch_size)
         for index, batch in track(problem.batches(), what, total=total, enabled=self.progress):

@@ -32,8 +32,8 @@ class Top:
 class Scores:
     """Scores of N training examples on Q queries.
 
-    A positive score means that removing the example would raise the query's measurement f (lower f is better): it helped.
-    ``values / N`` is the predicted change of f on removal.
+    A positive score means that removing the example would raise the query's measurement f (lower f is better): it
+    helped. ``values / N`` is the predicted change of f on removal.
 
     Args:
         values: (Q, N), in units of f times N.
@@ -60,7 +60,8 @@ class Scores:
         """
         if self.self_values is None:
             raise InputError(
-                "self-influence was not computed with these scores. Pass self_influence=True, or call Influence.self_influence()."
+                "self-influence was not computed with these scores. Pass self_influence=True, or call "
+                "Influence.self_influence()."
             )
         return self.self_values
 

@@ -83,7 +83,7 @@ class Curvature(ABC):
         """C v over all training examples, or over those of the given numbers."""
 
     def streamed(self, part: Callable[[Batch], Vectors], index: torch.Tensor | None) -> Vectors:
-        """The mean over all training examples, or over those of the given numbers, of what ``part`` sums over a batch."""
+        """The mean over all training examples, or those of the given numbers, of what ``part`` sums over a batch."""
         problem = self.problem
         if index is None:
             batches, n = (b for _, b in problem.batches()), len(problem.train)
@@ -123,9 +123,7 @@ class Curvature(ABC):
             z = vectors.random_signs(problem.shapes, 64, torch.Generator().manual_seed(0), problem.dtype)
             z = {name: t.to(problem.device) for name, t in z.items()}
             cz = self.product(z)
-            sums = {
-                b.name: sum(float((z[p] * cz[p]).double().sum()) / 64 for p in b.shapes) for b in problem.blocks
-            }
+            sums = {b.name: sum(float((z[p] * cz[p]).double().sum()) / 64 for p in b.shapes) for b in problem.blocks}
         return {p: sums[b.name] / b.size for b in problem.blocks for p in b.shapes}
 
 
@@ -174,4 +172,3 @@ class RowCurvature(Curvature):
             part = rows.combine(t * (rows.weights / n).to(t.dtype))
             out = vectors.add_(out, part) if out else part
         return out
-

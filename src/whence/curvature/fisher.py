@@ -2,8 +2,8 @@
 
     E = (1/N) sum_n grad l_n grad l_n^T
 
-It is not the Fisher: that takes labels drawn from the model, and equals the Gauss-Newton matrix for cross-entropy and squared
-error. DataInf and HyperINF are defined on E; so is EKFAC with ``labels="true"``.
+It is not the Fisher: that takes labels drawn from the model, and equals the Gauss-Newton matrix for cross-entropy and
+squared error. DataInf and HyperINF are defined on E; so is EKFAC with ``labels="true"``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The Gauss-Newton matrix, and its products with many vectors at once.
 
-    G = (1/N) sum_n J_n^T H_n J_n,        J_n = dh_n/dtheta,  H_n = d^2 l_n / dh_n^2          (ASTRA appendix B; ALGORITHMS 2)
+    G = (1/N) sum_n J_n^T H_n J_n,        J_n = dh_n/dtheta,  H_n = d^2 l_n / dh_n^2             (ASTRA appendix B)
 
 Three products, one matrix:
 
-- rows: H_n = sum_k w_nk u_nk u_nk^T by an eigendecomposition, so that G = (1/N) sum_{n,k} w_nk b_nk b_nk^T with the factored rows
-  b_nk = J_n^T u_nk. Costs one forward and K backward passes, once if the rows fit in memory; after that a product is two
-  contractions and no pass of the model. For outputs of moderate size.
+- rows: H_n = sum_k w_nk u_nk u_nk^T by an eigendecomposition, so that G = (1/N) sum_{n,k} w_nk b_nk b_nk^T with the
+  factored rows b_nk = J_n^T u_nk. Costs one forward and K backward passes, once if the rows fit in memory; after that a
+  product is two contractions and no pass of the model. For outputs of moderate size.
 - jvp: forward-mode then reverse-mode, vmapped over right-hand sides that share one forward pass. For any outputs.
 - finite differences: J v ~ (h(theta + d v) - h(theta - d v)) / 2d, three forwards and one backward per right-hand side
   (Klochkov & Liu 2024). For models without forward-mode derivatives.
@@ -15,7 +15,7 @@ Three products, one matrix:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class GGN(RowCurvature):
 
     Args:
         problem: the model, task, training data and parameters.
-        product: how C v is computed; "auto" takes rows for up to 128 outputs per example, else jvp. The result is the same
-            matrix, but for the truncation error of finite differences (about 1e-4 relative in float32).
+        product: how C v is computed; "auto" takes rows for up to 128 outputs per example, else jvp. The result is the
+            same matrix, but for the truncation error of finite differences (about 1e-4 relative in float32).
         delta: length of the finite-difference step in parameter space, relative to max(1, |theta|); None: eps^(1/3).
     """
 
@@ -50,7 +50,7 @@ class GGN(RowCurvature):
         self.how, self.delta = product, delta
 
     @property
-    def psd(self) -> bool:  # type: ignore[override]
+    def psd(self) -> bool:
         """Positive semi-definite unless the loss is found to be non-convex in the outputs."""
         return self._convex
 
@@ -104,16 +104,16 @@ class GGN(RowCurvature):
         return self._size
 
     def _by_jvp(self, batch: Batch, v: Vectors) -> Vectors:
-        """The sum over a batch of J^T H J v, in groups of right-hand sides that fit in memory, one forward pass a group."""
+        """The sum over a batch of J^T H J v, as many right-hand sides as fit in memory to one forward pass."""
         outputs, theta = self.problem.functional(batch)
         parts = []
         for some in vectors.chunk(v, rhs_at_once(self.problem, outputs, theta)):
 
-            def linearised(p: Vectors, some: Vectors = some) -> tuple[Tensor, Tensor]:
-                h, t = vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=(None, 0))(some)
-                return h, t  # (n, ...), (Q, n, ...)
+            def linearised(p: Vectors, some: Vectors = some) -> Any:
+                out: Any = (None, 0)  # outputs once, tangents for each right-hand side
+                return vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=out)(some)  # (n, ...), (Q, n, ...)
 
-            h, pull, t = vjp(linearised, theta, has_aux=True)
+            h, pull, t = vjp(linearised, theta, has_aux=True)  # pyright: ignore[reportAssignmentType]
             u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
             parts.append(vmap(lambda u, pull=pull: pull(u)[0])(u))
         return vectors.concatenate(parts)
@@ -125,7 +125,7 @@ class GGN(RowCurvature):
         size = float(vectors.norm({k: t.unsqueeze(0) for k, t in theta.items()}))
         length = self.delta if self.delta is not None else eps ** (1 / 3)
         parts = []
-        h, pull = vjp(outputs, theta)
+        h, pull = vjp(outputs, theta)[:2]
         for one in vectors.chunk(v, 1):
             d = length * max(1.0, size) / max(float(vectors.norm(one)), 1e-300)
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """The Hessian of the mean training loss; it may be indefinite.
 
-    H v = d/de grad L(theta + e v),        forward mode over reverse mode                        (Schioppa et al. 2022, sec. 3)
+H v = d/de grad L(theta + e v),        forward mode over reverse mode              (Schioppa et al. 2022, sec. 3)
 """
 
 from __future__ import annotations

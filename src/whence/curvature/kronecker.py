@@ -3,11 +3,12 @@
 Per block, with rows W_n = sum_t g_nt a_nt^T of sampled or true labels (Grosse et al. 2023; George et al. 2018),
 
     A = mean a a^T = Q_A D_A Q_A^T,    S = mean g g^T = Q_S D_S Q_S^T                (means over the real positions t)
-    KFAC:   Lambda = T d_S d_A^T,                                                    T: positions per example, on average
+    KFAC:   Lambda = T d_S d_A^T,                                                    T: mean positions per example
     EKFAC:  Lambda = mean_n (Q_S^T W_n Q_A)^2                                        (ASTRA eq. 28)
 
-Differs from the papers: groups of a convolution are exact blocks; a side wider than a limit is split into blocks or left diagonal;
-parameters without a Kronecker form are one side alone, so that their block is the Fisher itself up to that limit.
+Differs from the papers: groups of a convolution are exact blocks; a side wider than a limit is split into blocks or
+left diagonal; parameters without a Kronecker form are one side alone, so that their block is the Fisher itself up to
+that limit.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from whence.errors import expected
-from whence.factored import Factored, Lookup, Rows
+from whence.factored import Factored
 from whence.gradients import Gradients
 from whence.problem import Problem
+from whence.rows import Lookup, Rows
 
 Labels = Literal["sampled", "true"]
 CHUNK = 2**22  # numbers in an intermediate result
@@ -100,7 +102,8 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
         problem: the model, task, training data and parameters.
         labels: "sampled" from the model (the Fisher) or "true" (the empirical Fisher).
         seed: of the label draws.
-        limit: widest eigenbasis; a wider side is split into blocks of this width, one wider than 8 blocks is left diagonal.
+        limit: widest eigenbasis; a wider side is split into blocks of this width, one wider than 8 blocks is left
+            diagonal.
 
     Returns:
         Block name to factors, float32 or the model's wider dtype. Covariances and eigendecompositions are in float64.

@@ -197,7 +197,7 @@ def _power(value: float) -> str:
 
 def _svg(draw: Any, description: str, height: float = 2.7) -> str:
     """The figure as an <svg> element of the page, with a description for those who do not see it."""
-    style: Any = STYLE | {"svg.hashsalt": description}  # ids differ between figures
+    style: Any = STYLE | {"svg.hashsalt": description}
     with rc_context(style):
         figure = Figure(figsize=(4.5, height), layout="constrained")
         axes = figure.add_subplot()
@@ -211,6 +211,8 @@ def _svg(draw: Any, description: str, height: float = 2.7) -> str:
     text = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
     )
+    used = set(re.findall(r'#([^")]+)[")]', text))  # the salt makes these differ between figures, the others do not
+    text = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", text)
     for color, name in VARIABLES.items():
         text = text.replace(color, f"var(--{name})")
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

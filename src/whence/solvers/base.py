@@ -25,7 +25,8 @@ class Solution:
 
     Args:
         x: the solution, (Q, ...) per parameter.
-        residual: |(C + damping) x - b| / |b| per query, with the true operator on all the data, (Q,); None if not certified.
+        residual: |(C + damping) x - b| / |b| per query, with the true operator on all the data, (Q,); None if not
+            certified.
         converged: whether a query met the solver's tolerance, (Q,); True where the method has none.
         steps: iterations made.
         history: relative residuals as the method saw them, (steps + 1, Q); empty for methods that do not iterate.
@@ -43,7 +44,10 @@ class Solution:
         """One line."""
         q = len(self.converged)
         worst = "not certified" if self.residual is None else f"worst {float(self.residual.max()):.1e}"
-        return f"{q} right-hand sides, {self.steps} steps, {self.passes:.1f} passes, residual {worst}, {int(self.converged.sum())} converged"
+        return (
+            f"{q} right-hand sides, {self.steps} steps, {self.passes:.1f} passes, residual {worst}, "
+            f"{int(self.converged.sum())} converged"
+        )
 
 
 class Inverse(ABC):
@@ -83,7 +87,8 @@ class Inverse(ABC):
         if not size.isfinite().all():
             bad = (~size.isfinite()).nonzero().flatten().tolist()
             raise DivergenceError(
-                f"{type(self).__name__} gave NaN or infinity for queries {bad[:10]}. Expected finite solutions: raise the "
+                f"{type(self).__name__} gave NaN or infinity for queries {bad[:10]}. Expected finite solutions: "
+                "raise the "
                 "damping, or lower the step size of a stochastic solver."
             )
         history = torch.empty(0, len(size)) if history is None else history
@@ -96,7 +101,8 @@ class Inverse(ABC):
             if not converged.all():
                 late = (~converged).nonzero().flatten().tolist()
                 warnings.warn(
-                    f"{len(late)} of {len(converged)} queries did not converge: residual above {self.tolerance:g} for queries "
+                    f"{len(late)} of {len(converged)} queries did not converge: residual above "
+                    f"{self.tolerance:g} for queries "
                     f"{late[:10]}{'...' if len(late) > 10 else ''} (worst {float(final.max()):.1e}). "
                     "Allow more steps, take a better preconditioner, or raise the damping.",
                     ConvergenceWarning,
@@ -115,7 +121,7 @@ class Inverse(ABC):
         return vectors.dot(g, self(g, certify=False).x)
 
     def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]] | None:  # unused: rows
-        """A shorter way to scores that need no x: (matrices of the solved rows, map of gradients into their coordinates).
+        """A shorter way to scores that needs no x: solved matrices, and the map of gradients into their coordinates.
 
         None where there is none. Inner products of the matrices with mapped gradients are the scores.
         """
@@ -144,7 +150,8 @@ class Solver(ABC):
         """Raise UnsupportedError, before any pass over the data, if the curvature cannot give what the solver needs."""
         if self.needs not in curvature.offers:
             raise UnsupportedError(
-                f"{type(self).__name__} needs {self.needs.value}, which {type(curvature).__name__} cannot give (it offers "
+                f"{type(self).__name__} needs {self.needs.value}, which {type(curvature).__name__} cannot give "
+                "(it offers "
                 f"{', '.join(sorted(n.value for n in curvature.offers))}). Take GGN or EmpiricalFisher, or CG."
             )
 

@@ -1,6 +1,6 @@
 """Preconditioned conjugate gradients on all the data, all right-hand sides at once.
 
-    x <- x + a p,  r <- r - a (C + damping) p,  z = P^-1 r,  p <- z + b p                     (Hestenes & Stiefel 1952)
+    x <- x + a p,  r <- r - a (C + damping) p,  z = P^-1 r,  p <- z + b p    (Hestenes & Stiefel 1952)
 
 with a = r.z / p.(C + damping) p and b = r'.z' / r.z separately for each query. Queries that have converged are frozen. The
 residual returned is measured afresh at the end, not carried along.
@@ -28,7 +28,8 @@ class ConjugateGradients(Inverse):
 
     def __init__(self, curvature: Curvature, shift: Shift, preconditioner: Inverse, tolerance: float, steps: int):
         super().__init__(curvature, shift)
-        self.preconditioner, self.tolerance, self.steps = preconditioner, tolerance, steps
+        self.preconditioner, self.steps = preconditioner, steps
+        self.limit = self.tolerance = tolerance
 
     def apply(self, b: Vectors) -> Vectors:
         """x alone."""
@@ -48,7 +49,7 @@ class ConjugateGradients(Inverse):
         size = vectors.norm(b).clamp(min=1e-300)
         residual = vectors.norm(b) / size  # (Q,)
         history = [residual]
-        alive = (residual > self.tolerance).nonzero()[:, 0]  # queries still iterated; r, p and rz hold these alone
+        alive = (residual > self.limit).nonzero()[:, 0]  # queries still iterated; r, p and rz hold these alone
         r, p, rz = vectors.select(b, alive), {}, torch.empty(0)
         for step in track(range(self.steps), "conjugate gradients", enabled=self.curvature.problem.progress):
             if not len(alive):
@@ -70,7 +71,7 @@ class ConjugateGradients(Inverse):
             vectors.add_(r, ap, -alpha)
             residual = residual.index_copy(0, alive, vectors.norm(r) / size[alive])
             history.append(residual)
-            going = residual[alive] > self.tolerance
+            going = residual[alive] > self.limit
             if not going.all():
                 keep = going.nonzero()[:, 0]
                 alive, rz, r, p = alive[keep], rz[keep], vectors.select(r, keep), vectors.select(p, keep)
@@ -86,8 +87,8 @@ class CG(Solver):
     """Conjugate gradients.
 
     Args:
-        preconditioner: any solver whose inverse is symmetric positive definite; EKFAC() makes 10 steps enough for ranking, Dual()
-            2 or 3 for an exact answer.
+        preconditioner: any solver whose inverse is symmetric positive definite; EKFAC() makes 10 steps enough for
+            ranking, Dual() 2 or 3 for an exact answer.
         tolerance: relative residual at which a query is converged and frozen.
         steps: most iterations; each is one pass over the training data.
     """

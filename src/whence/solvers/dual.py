@@ -4,8 +4,9 @@ With scaled rows B (one per example and output direction), C = B^T B / N and D =
 
     (C + D)^-1 v = D^-1 ( v - B^T (N I + B D^-1 B^T)^-1 B D^-1 v )                                      (Woodbury)
 
-Most rows of a trained classifier carry nothing: the output Hessian of a confident example is nearly 0. Rows are dropped from the
-smallest up while their share of the trace stays below ``drop`` times the damping, so that with the dropped part E of C
+Most rows of a trained classifier carry nothing: the output Hessian of a confident example is nearly 0. Rows are
+dropped from the smallest up while their share of the trace stays below ``drop`` times the damping, so that with the
+dropped part E of C
 
     0 <= E <= drop x damping,   and CG preconditioned with it has a condition number of at most 1 + drop.
 
@@ -63,15 +64,13 @@ class DualInverse(Inverse):
         """g D^-1 g - k^T (N I + B D^-1 B^T)^-1 k with k = B D^-1 g, from Gram matrices alone, (n,)."""
         by = block_inverses(self.curvature, self.shift)
         k = torch.cat(
-            [
-                (piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1))[kept] for piece, root, kept in self._pieces()
-            ]
+            [(piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1))[kept] for piece, root, kept in self._pieces()]
         )
         half = torch.linalg.solve_triangular(self.factor, k, upper=False)
         return rows.square_norms(by)[:, 0].double() - half.square().sum(0)
 
     def _pieces(self) -> Iterator[tuple[Gradients, Tensor, Tensor]]:
-        """Examples with a kept row: their rows b, the roots of their weights (they turn b into rows of B), and which are kept."""
+        """Examples with a kept row: rows b, roots of their weights (b times root is a row of B), and which are kept."""
         start = 0
         for rows in self.curvature.gradients():
             kept = self.kept[start : start + len(rows)]
@@ -108,7 +107,9 @@ class Dual(Solver):
         # in units of the damping: the trace of D^-1/2 b b^T D^-1/2 / N
         shares = torch.cat([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()])
         if float(shares.min()) < -1e-6 * float(shares.max()):
-            raise UnsupportedError("Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. Use CG.")
+            raise UnsupportedError(
+                "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. Use CG."
+            )
         ordered, order = shares.clamp(min=0).flatten().sort()
         room = int((self.memory / 8) ** 0.5)
         first = max(int((ordered.cumsum(0) <= self.drop).sum()), len(ordered) - room)

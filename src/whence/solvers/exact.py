@@ -1,7 +1,7 @@
 """The dense damped solve, in float64: primal (D x D) or dual (rows x rows), whichever is smaller.
 
-The primal matrix is decomposed once, C = V diag(sigma) V^T, so that another damping costs nothing; it also serves indefinite
-Hessians. The dual is `whence.solvers.dual.Dual` with every row that carries anything.
+The primal matrix is decomposed once, C = V diag(sigma) V^T, so that another damping costs nothing; it also serves
+indefinite Hessians. The dual is `whence.solvers.dual.Dual` with every row that carries anything.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ class DenseInverse(Inverse):
         level: the damping that ``roots`` leaves.
     """
 
-    def __init__(self, curvature: Curvature, shift: Shift, values: Tensor, directions: Tensor, roots: Tensor, level: float):
+    def __init__(
+        self, curvature: Curvature, shift: Shift, values: Tensor, directions: Tensor, roots: Tensor, level: float
+    ):
         super().__init__(curvature, shift)
         self.values, self.directions, self.roots, self.level = values, directions, roots, level
         smallest = (values + level).abs().min()
         if float(smallest) <= 1e-12 * float(values.abs().max()):
             raise DivergenceError(
-                f"C + damping is singular: its smallest eigenvalue is {float(smallest):.1e} in absolute value. Raise the damping."
+                f"C + damping is singular: its smallest eigenvalue is {float(smallest):.1e} in absolute value. "
+                "Raise the damping."
             )
 
     def apply(self, b: Vectors) -> Vectors:
@@ -71,7 +74,7 @@ class Exact(Solver):
             UnsupportedError: if the matrices would not fit into ``memory``.
         """
         if self._is_primal(curvature):
-            return self._primal(curvature, Damping.of(damping).resolve(curvature), None)
+            return self._primal(curvature, Damping.of(damping).resolve(curvature))
         return self._dual().fit(curvature, damping)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
@@ -97,22 +100,24 @@ class Exact(Solver):
         needed = 3 * 8 * sizes[form] ** 2  # the matrix, its factor and one copy in between
         if needed > self.memory:
             raise UnsupportedError(
-                f"Exact ({form}) needs {needed / 2**30:.1f} GiB for {sizes[form]:,.0f} x {sizes[form]:,.0f} matrices, allowed are "
+                f"Exact ({form}) needs {needed / 2**30:.1f} GiB for {sizes[form]:,.0f} x {sizes[form]:,.0f} "
+                "matrices, allowed are "
                 f"{self.memory / 2**30:.1f} GiB. Use CG(preconditioner=Dual()) for the same answer, or raise `memory`."
             )
         return form == "primal"
 
-    def _primal(self, curvature: Curvature, shift: Shift, saved: tuple[Tensor, Tensor] | None) -> Inverse:
+    def _primal(self, curvature: Curvature, shift: Shift, saved: tuple[Tensor, ...] = ()) -> Inverse:
         level = max(shift.values())
         shapes = curvature.problem.shapes
-        roots = torch.cat([torch.full((s.numel(),), (shift[p] / level) ** 0.5, dtype=torch.float64) for p, s in shapes.items()])
+        roots = torch.cat(
+            [torch.full((s.numel(),), (shift[p] / level) ** 0.5, dtype=torch.float64) for p, s in shapes.items()]
+        )
         roots = roots.to(curvature.problem.device)
         key = ("dense", tuple(roots.unique().tolist()) if len(set(shift.values())) > 1 else None)
-        if saved is None:
+        if not saved:
             matrix = curvature.remember("matrix", lambda: dense(curvature))
             saved = curvature.remember(key, lambda: tuple(torch.linalg.eigh(matrix / roots / roots.unsqueeze(1))))
-        values, directions = saved
-        return DenseInverse(curvature, shift, values, directions, roots, level)
+        return DenseInverse(curvature, shift, saved[0], saved[1], roots, level)
 
 
 def dense(curvature: Curvature) -> Tensor:

@@ -107,7 +107,9 @@ class EKFAC(Solver):
         """From saved bases and eigenvalues."""
 
         def basis(name: str, side: str) -> Basis:
-            pieces = sorted((k for k in state if k.startswith(f"{name}|{side}|")), key=lambda k: int(k.rsplit("|", 1)[1]))
+            pieces = sorted(
+                (k for k in state if k.startswith(f"{name}|{side}|")), key=lambda k: int(k.rsplit("|", 1)[1])
+            )
             return Basis(tuple(state[k] for k in pieces))
 
         factors = {

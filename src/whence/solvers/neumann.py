@@ -2,8 +2,9 @@
 
     x <- x - a P^-1 ((C_k + damping) x - b),        C_k on a fresh minibatch                              (ASTRA eq. 5)
 
-With P = I this is LiSSA (Agarwal et al. 2017; Klochkov & Liu 2024), with P = EKFAC it is ASTRA (Wang et al. 2025). The step that needs
-no sweep follows from the spectrum of A = P^-1 (C + damping): mean squares are stable below 2 / (nu + c d / |B|), and
+With P = I this is LiSSA (Agarwal et al. 2017; Klochkov & Liu 2024), with P = EKFAC it is ASTRA (Wang et al. 2025). The
+step that needs no sweep follows from the spectrum of A = P^-1 (C + damping): mean squares are stable below
+2 / (nu + c d / |B|), and
 
     a = (1 - momentum) / (nu + c d / |B|),   nu = the largest eigenvalue of A,  d = tr P^-1 C,  c = 2.
 
@@ -72,8 +73,10 @@ class StochasticNeumann(Inverse):
             history.append(relative(r, b))
             if not bool((history[-1] < 1e6).all()):
                 raise DivergenceError(
-                    f"the iteration diverged at step {k + 1} of {plan.steps} (step size {plan.step:.2e}, batch {plan.batch}). Lower "
-                    "the step size, raise the batch size or the damping, or leave `step` to be chosen from the spectrum."
+                    f"the iteration diverged at step {k + 1} of {plan.steps} (step size {plan.step:.2e}, batch "
+                    f"{plan.batch}). Lower "
+                    "the step size, raise the batch size or the damping, or leave `step` to be chosen from the "
+                    "spectrum."
                 )
             m = vectors.add_(vectors.scale(m, solver.momentum), self.preconditioner.apply(r))
             vectors.add_(x, m, plan.step * solver.decay ** (k // solver.decay_every))
@@ -138,7 +141,7 @@ class Neumann(Solver):
         return StochasticNeumann(curvature, inner.shift, self, inner, Plan(step, int(batch), int(steps), nu, dimension))
 
     def plan(self, inner: Inverse) -> Plan:
-        """Step size, batch and steps for this preconditioner's spectrum (ALGORITHMS of the module docstring)."""
+        """Step size, batch and steps; the step size from the spectrum unless it is given."""
         step, nu, dimension = self.step, 0.0, 0.0
         if step is None:
             nu, dimension = spectrum(inner, self.seed)
@@ -152,7 +155,7 @@ class Neumann(Solver):
 
 @dataclass(frozen=True)
 class ASTRA(Neumann):
-    """Neumann preconditioned with EKFAC, on the published schedule: 200 steps, batch 256, momentum 0.9, halved every 50.
+    """Neumann with EKFAC, on the published schedule: 200 steps, batch 256, momentum 0.9, step halved every 50.
 
     The published step is 0.1 x damping for multilayer perceptrons (table 3): ``ASTRA(step=0.1 * damping)``. None, the
     default, takes the one from the spectrum.
@@ -168,7 +171,10 @@ def spectrum(inner: Inverse, seed: int = 0, iterations: int = 15, probes: int = 
     """(largest eigenvalue of P^-1 (C + damping), trace of P^-1 C) by power iteration and by random probes."""
     problem, shift = inner.curvature.problem, inner.shift
     rng = torch.Generator().manual_seed(seed)
-    z = {name: t.to(problem.device) for name, t in vectors.random_signs(problem.shapes, probes, rng, problem.dtype).items()}
+    z = {
+        name: t.to(problem.device)
+        for name, t in vectors.random_signs(problem.shapes, probes, rng, problem.dtype).items()
+    }
     dimension = float(vectors.dot(z, inner.apply(inner.curvature.product(z))).mean())
     x, nu = {name: t[:1] for name, t in z.items()}, 0.0
     for _ in range(iterations):

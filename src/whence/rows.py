@@ -1,0 +1,179 @@
+"""Rows of every form: factored, written out, looked up in a table, or the sum of several uses of one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence.factored import Factored, Written, slices
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of an embedding table (V, d): position t adds its cotangent to the row of its token.
+
+    Args:
+        ids: token numbers, (n, T).
+        g: cotangents of the embeddings, (n, R, T, d).
+        size: number of rows V of the table.
+    """
+
+    ids: Tensor
+    g: Tensor
+    size: int
+
+    def __getitem__(self, index: slice | Tensor) -> Lookup:
+        """The rows of some examples."""
+        return Lookup(self.ids[index], self.g[index], self.size)
+
+    def pick(self, index: Tensor, r: Tensor) -> Lookup:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Lookup(self.ids[index], self.g[index, r].unsqueeze(1), self.size)
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return self.ids.numel() + self.g.numel()
+
+    def written(self) -> Written:
+        """The rows in dense form."""
+        n, R, T, d = self.g.shape
+        out = self.g.new_zeros(n, R, self.size, d)
+        index = self.ids.view(n, 1, T, 1).expand_as(self.g)
+        return Written(out.scatter_add_(2, index, self.g).flatten(2), (1, self.size, d))
+
+    def compact(self) -> Lookup:
+        """Itself: tables are never written out."""
+        return self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products with Q tables: v (Q, 1, V, d) to (Q, n, R)."""
+        n, R, T, d = self.g.shape
+        out = v.new_empty(v.shape[0], n, R)
+        for s in slices(n, v.shape[0] * T * d):
+            rows = v[:, 0, self.ids[s].flatten()].view(v.shape[0], -1, T * d)  # (Q, m, T d)
+            out[:, s] = torch.einsum("qmx,mrx->qmr", rows, self.g[s].flatten(2).to(v.dtype))
+        return out
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows: w (Q, n, R) to (Q, 1, V, d)."""
+        n, R, T, d = self.g.shape
+        out = self.g.new_zeros(w.shape[0], self.size, d)
+        for s in slices(n, w.shape[0] * T * d):
+            wg = torch.einsum("qmr,mrx->qmx", w[:, s].to(self.g.dtype), self.g[s].flatten(2))
+            out.index_add_(1, self.ids[s].flatten(), wg.reshape(w.shape[0], -1, d))
+        return out.unsqueeze(1)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R)."""
+        same = (self.ids.unsqueeze(1) == self.ids.unsqueeze(2)).unsqueeze(1)  # (n, 1, T, T)
+        return ((self.g @ self.g.mT) * same).sum((2, 3))
+
+    def gram(self, other: Lookup) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        n, R, T, d = self.g.shape
+        m, P, S, _ = other.g.shape
+        out = self.g.new_empty(n, R, m, P)
+        for s in slices(n, R * T * m * P * S):
+            both = (self.g[s].reshape(-1, d) @ other.g.reshape(-1, d).mT).view(-1, R, T, m, P, S)
+            same = self.ids[s].view(-1, 1, T, 1, 1, 1) == other.ids.view(1, 1, 1, m, 1, S)
+            out[s] = (both * same).sum((2, 5))
+        return out
+
+
+@dataclass(frozen=True)
+class Several:
+    """Rows of a table used both as an embedding and as a matrix (tied weights): the sum of the uses.
+
+    Linear contractions are sums over the uses; what squares rows needs them summed first, in dense form.
+    """
+
+    parts: tuple[Factored | Written | Lookup, ...]
+
+    def __getitem__(self, index: slice | Tensor) -> Several:
+        """The rows of some examples."""
+        return Several(tuple(p[index] for p in self.parts))
+
+    def pick(self, index: Tensor, r: Tensor) -> Several:
+        """Chosen rows (index, r) as examples of one row each."""
+        return Several(tuple(p.pick(index, r) for p in self.parts))
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return sum(p.numbers() for p in self.parts)
+
+    def written(self) -> Written:
+        """The summed rows in dense form."""
+        written = [p.written() for p in self.parts]
+        return Written(torch.stack([w.rows for w in written]).sum(0), written[0].sides)
+
+    def compact(self) -> Several:
+        """Itself."""
+        return self
+
+    def dot(self, v: Tensor) -> Tensor:
+        """Inner products with Q matrices: v (Q, 1, O, I) to (Q, n, R)."""
+        return torch.stack([p.dot(v) for p in self.parts]).sum(0)
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Weighted sums of rows: w (Q, n, R) to (Q, 1, O, I)."""
+        return torch.stack([p.combine(w) for p in self.parts]).sum(0)
+
+    def square_norms(self) -> Tensor:
+        """Squared norms of the rows, (n, R)."""
+        return self.written().square_norms()
+
+    def gram(self, other: Several) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        return self.written().gram(other.written())
+
+
+Rows = Factored | Written | Lookup | Several
+
+
+def total(parts: Sequence[Factored | Written | Lookup]) -> Rows:
+    """The rows of a block whose weight is used several times: its uses are further positions of one sum."""
+    if len(parts) == 1:
+        return parts[0]
+    factored = [p for p in parts if isinstance(p, Factored)]
+    lookups = [p for p in parts if isinstance(p, Lookup)]
+    written = [p for p in parts if isinstance(p, Written)]
+    merged: list[Factored | Written | Lookup] = []
+    if factored:
+        merged.append(Factored(torch.cat([p.a for p in factored], 2), torch.cat([p.g for p in factored], 3)))
+    if lookups:
+        size = lookups[0].size
+        merged.append(Lookup(torch.cat([p.ids for p in lookups], 1), torch.cat([p.g for p in lookups], 2), size))
+    if written:
+        merged.append(Written(torch.stack([p.rows for p in written]).sum(0), written[0].sides))
+    return merged[0] if len(merged) == 1 else Several(tuple(merged))
+
+
+def concatenate(batches: list[Rows]) -> Rows:
+    """The rows of several batches, one after another; positions are padded with zeros to the longest."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    if isinstance(first, Several):
+        uses = zip(*(b.parts for b in batches if isinstance(b, Several)), strict=True)
+        return Several(tuple(concatenate(list(use)) for use in uses))  # type: ignore[arg-type]
+    if isinstance(first, Written):
+        return Written(torch.cat([b.rows for b in batches if isinstance(b, Written)]), first.sides)
+    if isinstance(first, Lookup):
+        lookups = [b for b in batches if isinstance(b, Lookup)]
+        return Lookup(_join([b.ids for b in lookups], 0, 1), _join([b.g for b in lookups], 0, 2), first.size)
+    factored = [b for b in batches if isinstance(b, Factored)]
+    return Factored(_join([b.a for b in factored], 1, 2), _join([b.g for b in factored], 1, 3))
+
+
+def _join(parts: list[Tensor], along: int, padded: int) -> Tensor:
+    size = max(t.shape[padded] for t in parts)
+    return torch.cat([_pad(t, size, padded) for t in parts], along)
+
+
+def _pad(t: Tensor, size: int, dim: int) -> Tensor:
+    if t.shape[dim] == size:
+        return t
+    return torch.cat([t, t.new_zeros(*t.shape[:dim], size - t.shape[dim], *t.shape[dim + 1 :])], dim)
