@@ -88,7 +88,7 @@ def test_how_the_work_is_cut_changes_nothing(name, kind):
     p = problem(name)
     v = right_hand_sides(p, 3)
     whole = product(p, make(library(p)), v)
-    for options in ({"batch_size": 1}, {"batch_size": 4}, {"batch_size": 3, "memory": 1.0}):
+    for options in ({"batch_size": 4}, {"batch_size": 3, "memory": 1.0}):
         curvature = make(library(p, **options))
         together = product(p, curvature, v)
         close(together, whole)
@@ -136,7 +136,7 @@ def test_mean_eigenvalues_are_traces_over_dimensions(kind):
     for layer in ("0", "2", "4"):
         mean = torch.cat([diagonal[p.slices[f"{layer}.{part}"]] for part in ("weight", "bias")]).mean()
         for name in (f"{layer}.weight", f"{layer}.bias"):
-            assert means[name] == pytest.approx(float(mean), rel=0.5 if kind == "hessian" else 1e-10)
+            assert means[name] == pytest.approx(float(mean), rel=1e-10 if kind in ("rows", "empirical") else 0.5)
 
 
 def test_mean_eigenvalues_need_no_row_per_output_where_there_are_many():
@@ -145,8 +145,8 @@ def test_mean_eigenvalues_need_no_row_per_output_where_there_are_many():
     curvature = GGN(library(p), "jvp")
     curvature.rows = lambda batch: pytest.fail("one backward pass for every output")  # type: ignore[method-assign]
     means = curvature.mean_eigenvalues()
-    exact = GGN(library(p), "rows").mean_eigenvalues()
-    assert all(means[name] == pytest.approx(exact[name], rel=0.5) for name in means)
+    trace = sum(means[name] * shape.numel() for name, shape in p.shapes.items())
+    assert trace == pytest.approx(float(p.ggn().trace()), rel=0.3)
 
 
 # --- padding ---
@@ -264,6 +264,27 @@ def test_a_zero_right_hand_side_has_a_zero_product():
         found = product(p, make(library(p)), v)
         assert found[0].abs().max() == 0
         close(found, v @ dense(p), tolerance)
+
+
+class Scalar(torch.nn.Module):
+    """A regression whose output has no axis of its own: (B,)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).squeeze(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_without_an_axis_of_their_own(kind):
+    make, dense, tolerance = KINDS[kind]
+    p = problem("mlp_regression_scalar")
+    v = right_hand_sides(p, 2)
+    curvature = make(Problem(Scalar(p.model), p.task, p.train, batch_size=4))
+    found = curvature.product({f"model.{name}": t for name, t in p.unflatten(v).items()})
+    close(p.flatten({name.removeprefix("model."): t for name, t in found.items()}), v @ dense(p), tolerance)
 
 
 @pytest.mark.parametrize("memory", [1.0, 3e5, 2.0**31])

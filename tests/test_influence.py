@@ -343,7 +343,7 @@ SOLVERS = {
     "primal": Exact(form="primal"),
     "dual": Exact(form="dual"),
     "pruned": Dual(),
-    "cg": CG(preconditioner=EKFAC(), tolerance=1e-11),
+    "cg": CG(preconditioner=EKFAC(), tolerance=1e-11, steps=2000),
     "astra": whence.ASTRA(batch=4, steps=5),
     "dot": Identity(),
 }

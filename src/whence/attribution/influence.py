@@ -8,6 +8,7 @@ The sign is the one of removal: a positive score means that removing z would rai
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from whence.solvers.cg import CG
 from whence.solvers.kronecker import EKFAC
 from whence.task import Task
 
+logger = logging.getLogger("whence")
 Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
 
 
@@ -77,6 +79,7 @@ class Influence:
         start = time.perf_counter()
         damping, solver = Damping.of(self.damping), self._solver()
         self._curvature = self.curvature(self._problem(model, task, train))
+        logger.info(self._curvature.problem.coverage())
         solver.check(self._curvature)
         self._inverse = solver.fit(self._curvature, damping)
         self._seconds = {"fit": time.perf_counter() - start}
@@ -192,6 +195,7 @@ class Influence:
         return self._config() | {
             "coverage": self.problem.coverage(),
             "damping by parameter": self.inverse.shift,
+            "chosen": self.inverse.report(),
             "torch": torch.__version__,
             "examples": len(self.problem.train),
         }

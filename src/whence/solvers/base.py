@@ -131,6 +131,10 @@ class Inverse(ABC):
         """What is saved; `Solver.restore` takes it back."""
         return {}
 
+    def report(self) -> dict[str, float]:
+        """What the fit chose for the user, by name: step sizes, ranks, what was dropped."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Solver(ABC):

@@ -1,9 +1,9 @@
 """Preconditioned conjugate gradients on all the data, all right-hand sides at once.
 
-    x <- x + a p,  r <- r - a (C + damping) p,  z = P^-1 r,  p <- z + b p    (Hestenes & Stiefel 1952)
+    x <- x + a p,  r <- r - a (C + damping) p,  z = P^-1 r,  p <- z + b p         (Hestenes & Stiefel 1952)
 
-with a = r.z / p.(C + damping) p and b = r'.z' / r.z separately for each query. Queries that have converged are frozen. The
-residual returned is measured afresh at the end, not carried along.
+with a = r.z / p.(C + damping) p and b = r'.z' / r.z separately for each query. Queries that have converged are frozen.
+The residual returned is measured afresh at the end, not carried along.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class ConjugateGradients(Inverse):
     def state(self) -> dict[str, Tensor]:
         """The preconditioner's."""
         return self.preconditioner.state()
+
+    def report(self) -> dict[str, float]:
+        """The preconditioner's."""
+        return self.preconditioner.report()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class DualInverse(Inverse):
         curvature, shift: the matrix and its damping.
         kept: (n, R) True for the rows that are kept.
         factor: lower Cholesky factor of N I + B D^-1 B^T, float64.
-        dropped: trace of the dropped part of C.
+        dropped: trace of the dropped part of C, in units of the damping.
     """
 
     def __init__(self, curvature: Curvature, shift: Shift, kept: Tensor, factor: Tensor, dropped: float):
@@ -79,6 +79,10 @@ class DualInverse(Inverse):
             if not some.all():
                 rows, kept = rows[some.nonzero()[:, 0]], kept[some]
             yield rows, rows.weights.clamp(min=0).sqrt(), kept
+
+    def report(self) -> dict[str, float]:
+        """How many rows were kept of how many, and the trace of the rest in units of the damping."""
+        return {"kept rows": int(self.kept.sum()), "rows": self.kept.numel(), "dropped trace": self.dropped}
 
     def state(self) -> dict[str, Tensor]:
         """Kept rows and the factor."""

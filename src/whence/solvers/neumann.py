@@ -14,7 +14,7 @@ Differs from the papers: all right-hand sides share each minibatch; the residual
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -88,6 +88,10 @@ class StochasticNeumann(Inverse):
         if isinstance(self.solver.preconditioner, Identity):  # exact where C vanishes
             return {name: t / self.shift[name] for name, t in b.items()}
         return self.preconditioner.apply(b)
+
+    def report(self) -> dict[str, float]:
+        """The plan."""
+        return self.preconditioner.report() | asdict(self.plan)
 
     def state(self) -> dict[str, Tensor]:
         """The preconditioner's, and the plan."""
