@@ -57,7 +57,7 @@ def attribute(
             task,
             train=(p.x, p.y),
             queries=(p.xq, p.yq),
-            solver=build(solver),
+            solver=build(solver, damping),
             damping=amount,
             seed=seed,
             **options,
@@ -69,19 +69,23 @@ def attribute(
     return found
 
 
-SOLVERS = ("exact", "cg10", "astra", "ekfac", "kfac", "dot")
+SOLVERS = ("exact", "dual", "cg10", "astra", "astra3", "ekfac", "kfac", "dot")
 
 
-def build(name: str) -> Any:
-    """A solver of the benchmark tables by its short name."""
+def build(name: str, damping: float) -> Any:
+    """A solver of the benchmark tables by its short name; ``astra3`` has the step of the paper's table 3, 0.1 x damping."""
     import whence
 
     if name == "exact":
         return whence.Exact()
     if name == "cg10":
         return whence.CG(preconditioner=whence.EKFAC(), steps=10)
+    if name == "dual":
+        return whence.CG(preconditioner=whence.Dual(), tolerance=1e-4)
     if name == "astra":
         return whence.ASTRA()
+    if name == "astra3":
+        return whence.ASTRA(step=0.1 * damping)
     if name == "ekfac":
         return whence.EKFAC()
     if name == "kfac":

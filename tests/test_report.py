@@ -16,7 +16,7 @@ import torch
 
 import whence.report
 from whence.attribution import Scores
-from whence.errors import InputError, UnsupportedError
+from whence.errors import InputError, MissingExtraError
 from whence.evaluate import linear_datamodeling_score, mislabeled_curve, random_subsets
 from whence.report import Example, render, write_report
 from whence.report.page import short, signed
@@ -245,7 +245,7 @@ def test_a_missing_package_is_named(package, monkeypatch):
     monkeypatch.delitem(sys.modules, "whence.report.figures", raising=False)
     monkeypatch.delattr(whence.report, "figures", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UnsupportedError, match=rf'{package}.*pip install "whence\[report\]"'):
+    with pytest.raises(MissingExtraError, match=rf'{package}.*pip install "whence\[report\]"'):
         render(make_scores(), **examples())
 
 

@@ -41,6 +41,11 @@ class Damping:
                 "Take Damping.from_training(lr, steps, momentum) or Damping.relative(0.1) if unsure.",
             )
 
+    def __str__(self) -> str:
+        """The value, its unit, and where it came from."""
+        unit = "" if self.kind == "absolute" else " x the mean eigenvalue of each block"
+        return f"{self.value:.6g}{unit} ({self.origin})"
+
     @classmethod
     def absolute(cls, value: float) -> Damping:
         """The same lambda for all parameters."""

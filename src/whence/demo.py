@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import whence
-from whence.errors import UnsupportedError, expected
+from whence.errors import MissingExtraError, expected
 from whence.evaluate import (
     LDS,
     MislabeledCurve,
@@ -72,7 +72,7 @@ def run(
 
     Raises:
         InputError: for numbers out of range.
-        UnsupportedError: if scikit-learn, jinja2 or matplotlib is not installed.
+        MissingExtraError: if scikit-learn, jinja2 or matplotlib is not installed.
     """
     if not 1 <= queries <= ASKED:
         raise expected("queries", f"in 1..{ASKED}", queries)
@@ -131,7 +131,7 @@ def load(examples: int, seed: int) -> Digits:
         from sklearn.datasets import load_digits
     except ImportError as error:
         advice = 'Run: pip install "whence[demo]"'
-        raise UnsupportedError(f"The demo needs scikit-learn, which is not installed. {advice}") from error
+        raise MissingExtraError(f"The demo needs scikit-learn, which is not installed. {advice}") from error
     pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     x, y = torch.from_numpy(pixels).float()[order] / 16, torch.from_numpy(labels).long()[order]
@@ -262,6 +262,7 @@ def say_lds(say: Say, found: dict[str, LDS]) -> None:
         low, high = score.interval
         ceiling = "" if score.ceiling is None else f", ceiling {score.ceiling:.2f}"
         say(f"  {name:14s} {score.mean:.3f} ({low:.3f} to {high:.3f}{ceiling})")
+    say("  This judges the formula and its solver together; a small residual vouches for the solver alone.")
 
 
 def write(

@@ -15,6 +15,10 @@ class UnsupportedError(WhenceError, NotImplementedError):
     """A model, curvature or solver cannot do exactly what was asked of it."""
 
 
+class MissingExtraError(WhenceError, ImportError):
+    """An optional dependency is not installed; the message names the extra."""
+
+
 class DivergenceError(WhenceError, ArithmeticError):
     """A solve produced NaN or infinity, or grew without bound."""
 

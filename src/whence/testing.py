@@ -209,7 +209,8 @@ def _needs(solver: Solver, curvature: Curvature, damping: float | Damping) -> No
     if not isinstance(solver.needs, Need):
         raise ConformanceError(f"{name}.needs must be a whence.Need, got {solver.needs!r}.")
     lacking = copy.copy(curvature)
-    lacking.offers = curvature.offers - {solver.needs}
+    rest = curvature.offers - {solver.needs}
+    lacking.__class__ = type("Lacking", (type(curvature),), {"offers": property(lambda _: rest)})
     try:
         solver.check(lacking)
         solver.fit(lacking, damping)
@@ -250,7 +251,7 @@ def _pairs(name: str, inverse: Inverse, problem: Problem, tolerance: float) -> N
     g = problem.loss_gradients(problem.batch(range(min(4, len(problem.train)))))
     written = g.dense()
     x = inverse(written, certify=False).x
-    _near(f"{name}: self-influence (quadratic)", inverse.quadratic(g), vectors.dot(written, x), tolerance)
+    _near(f"{name}: self-influence (quadratic)", inverse.quadratic(g)[0], vectors.dot(written, x), tolerance)
     short = inverse.pairing(g)
     if short is not None:
         packed, turn = short

@@ -29,7 +29,7 @@ from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
 from whence.progress import track
-from whence.solvers.base import Inverse, Solution, Solver
+from whence.solvers.base import Inverse, Solution, Solver, warn_unconverged
 from whence.solvers.cg import CG
 from whence.solvers.kronecker import EKFAC
 from whence.task import Task
@@ -140,9 +140,13 @@ class Influence:
         return other
 
     def self_influence(self) -> Tensor:
-        """g^T (C + damping)^-1 g of every training example's loss gradient, (N,)."""
+        """g^T (C + damping)^-1 g of every training example's loss gradient, (N,).
+
+        Solves go by the solver's own residual; examples that miss its tolerance are named in a `ConvergenceWarning`.
+        """
         parts = [self.inverse.quadratic(rows) for _, rows in self._training_gradients("self-influence")]
-        return torch.cat(parts).to(self.problem.dtype)
+        warn_unconverged(torch.cat([c for _, c in parts]), "training examples", self.inverse.tolerance or 0.0)
+        return torch.cat([v for v, _ in parts]).to(self.problem.dtype)
 
     def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
         """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
@@ -196,6 +200,7 @@ class Influence:
             "coverage": self.problem.coverage(),
             "damping by parameter": self.inverse.shift,
             "chosen": self.inverse.report(),
+            "tolerance": self.inverse.tolerance,
             "torch": torch.__version__,
             "examples": len(self.problem.train),
         }
@@ -210,7 +215,7 @@ class Influence:
 
     def _config(self) -> dict[str, Any]:
         damping = Damping.of(self.damping)
-        return {"solver": repr(self._solver()), "damping": repr(damping), "curvature": _name(self.curvature)}
+        return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
 
     def _training_gradients(self, what: str) -> Iterator[tuple[range, Gradients]]:
         problem = self.problem

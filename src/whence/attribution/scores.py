@@ -76,7 +76,8 @@ class Scores:
         """A line on the whole."""
         q, n = self.values.shape
         worst = "residual not measured" if self.residual is None else f"worst residual {float(self.residual.max()):.1e}"
-        return f"scores of {n} training examples on {q} queries, {worst}, {int(self.converged.sum())} of {q} converged"
+        solved = f", {int(self.converged.sum())} of {q} converged" if len(self.history) else ""
+        return f"scores of {n} training examples on {q} queries, {worst}{solved}"
 
     def save(self, path: str | Path) -> None:
         """Write to a file, complete or not at all."""

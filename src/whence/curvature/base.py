@@ -65,9 +65,6 @@ class Curvature(ABC):
         problem: the model, task, training data and parameters.
     """
 
-    psd = True
-    offers: frozenset[Need] = frozenset({Need.MATVEC, Need.KRONECKER, Need.GRADIENTS})
-
     def __init__(self, problem: Problem):
         self.problem = problem
         self._memory: dict[Hashable, Any] = {}
@@ -77,6 +74,16 @@ class Curvature(ABC):
         if key not in self._memory:
             self._memory[key] = make()
         return self._memory[key]
+
+    @property
+    def psd(self) -> bool:
+        """Whether C is known to be positive semi-definite."""
+        return True
+
+    @property
+    def offers(self) -> frozenset[Need]:
+        """What a solver may ask for."""
+        return frozenset(Need)
 
     @abstractmethod
     def product(self, v: Vectors, index: torch.Tensor | None = None) -> Vectors:

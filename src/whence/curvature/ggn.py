@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from whence import vectors
-from whence.curvature.base import RowCurvature
+from whence.curvature.base import Need, RowCurvature
 from whence.data import Batch
 from whence.errors import expected
 from whence.gradients import Gradients
@@ -56,6 +56,16 @@ class GGN(RowCurvature):
 
     _convex = True
 
+    @property
+    def offers(self) -> frozenset[Need]:
+        """Rows only where there are few enough of them."""
+        return frozenset(Need) if self._how() == "rows" else frozenset({Need.MATVEC, Need.KRONECKER})
+
+    def _how(self) -> str:
+        if self.how == "auto":
+            return "rows" if self._outputs <= LIMIT else "jvp"
+        return self.how
+
     def rows(self, batch: Batch) -> Gradients:
         """K rows per example, K the number of outputs, weighted by the eigenvalues of the output Hessian."""
         held: dict[str, Tensor] = {}
@@ -75,10 +85,9 @@ class GGN(RowCurvature):
 
     def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
         """C v over all training examples, or over those of the given numbers."""
-        how = self.how if self.how != "auto" else ("rows" if self._outputs <= LIMIT else "jvp")
-        if how == "rows":
+        if self._how() == "rows":
             return super().product(v, index)
-        by = self._by_jvp if how == "jvp" else self._by_differences
+        by = self._by_jvp if self._how() == "jvp" else self._by_differences
         return self.streamed(lambda batch: by(batch, v), index)
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:

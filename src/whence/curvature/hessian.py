@@ -18,8 +18,15 @@ from whence.vectors import Vectors
 class Hessian(Curvature):
     """The second derivative of the mean training loss in the selected parameters."""
 
-    psd = False
-    offers = frozenset({Need.MATVEC, Need.KRONECKER})
+    @property
+    def psd(self) -> bool:
+        """It may have negative eigenvalues."""
+        return False
+
+    @property
+    def offers(self) -> frozenset[Need]:
+        """No rows."""
+        return frozenset({Need.MATVEC, Need.KRONECKER})
 
     def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
         """H v over all training examples, or over those of the given numbers."""

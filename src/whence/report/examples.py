@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from whence.errors import UnsupportedError, expected
+from whence.errors import MissingExtraError, expected
 
 LARGEST = 320  # pixels; larger pictures are scaled down so that the page stays small
 
@@ -54,7 +54,7 @@ class Example:
 
         Raises:
             InputError: if the image has another shape or values outside its range.
-            UnsupportedError: if Pillow is not installed.
+            MissingExtraError: if Pillow is not installed.
         """
         if self.image is None:
             return None
@@ -71,9 +71,9 @@ class Example:
         return {"uri": uri, "width": image.width, "height": image.height, "tiny": max(image.size) < 64}
 
 
-def missing(package: str) -> UnsupportedError:
+def missing(package: str) -> MissingExtraError:
     """The error for a package of the extra that is not installed."""
-    return UnsupportedError(f'A report needs {package}, which is not installed. Run: pip install "whence[report]"')
+    return MissingExtraError(f'A report needs {package}, which is not installed. Run: pip install "whence[report]"')
 
 
 def _pixels(image: Any) -> np.ndarray:

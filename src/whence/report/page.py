@@ -30,7 +30,7 @@ def write_report(path: str | Path, scores: Scores, **content: Any) -> Path:
         the path.
 
     Raises:
-        InputError, UnsupportedError: as `render`; InputError if the path is a folder.
+        InputError, MissingExtraError: as `render`; InputError if the path is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -83,7 +83,7 @@ def render(
 
     Raises:
         InputError: if the examples do not fit the scores, or a number is out of range.
-        UnsupportedError: if jinja2 or matplotlib is not installed.
+        MissingExtraError: if jinja2 or matplotlib is not installed.
     """
     try:
         import jinja2

@@ -82,7 +82,7 @@ class Inverse(ABC):
         history: Tensor | None = None,
         passes: float = 0.0,
     ) -> Solution:
-        """The solution with its true residual; a query that misses the tolerance is named in a warning."""
+        """The solution with its true residual; queries that miss the tolerance are named in a warning."""
         size = vectors.norm(x)
         if not size.isfinite().all():
             bad = (~size.isfinite()).nonzero().flatten().tolist()
@@ -98,16 +98,7 @@ class Inverse(ABC):
         final = residual if residual is not None else (history[-1] if len(history) else None)
         if self.tolerance is not None and final is not None:
             converged = final <= self.tolerance
-            if not converged.all():
-                late = (~converged).nonzero().flatten().tolist()
-                warnings.warn(
-                    f"{len(late)} of {len(converged)} queries did not converge: residual above "
-                    f"{self.tolerance:g} for queries "
-                    f"{late[:10]}{'...' if len(late) > 10 else ''} (worst {float(final.max()):.1e}). "
-                    "Allow more steps, take a better preconditioner, or raise the damping.",
-                    ConvergenceWarning,
-                    stacklevel=3,
-                )
+            warn_unconverged(converged, "queries", self.tolerance)
         return Solution(x, residual, converged, max(0, len(history) - 1), history, passes)
 
     def residual_vector(self, x: Vectors, b: Vectors) -> Vectors:
@@ -115,10 +106,13 @@ class Inverse(ABC):
         cx = self.curvature.product(x)
         return {name: b[name] - cx[name] - self.shift[name] * x[name] for name in b}
 
-    def quadratic(self, rows: Gradients) -> Tensor:
-        """Self-influence g^T (C + damping)^-1 g of each of n gradients: (n,)."""
+    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
+        """Self-influence g^T (C + damping)^-1 g of each of n gradients, and which solves converged: (n,), (n,)."""
         g = rows.dense()
-        return vectors.dot(g, self(g, certify=False).x)
+        with warnings.catch_warnings():  # the caller knows the examples' numbers
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solution = self(g, certify=False)
+        return vectors.dot(g, solution.x), solution.converged
 
     def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]] | None:  # unused: rows
         """A shorter way to scores that needs no x: solved matrices, and the map of gradients into their coordinates.
@@ -158,6 +152,19 @@ class Solver(ABC):
                 "(it offers "
                 f"{', '.join(sorted(n.value for n in curvature.offers))}). Take GGN or EmpiricalFisher, or CG."
             )
+
+
+def warn_unconverged(converged: Tensor, what: str, tolerance: float) -> None:
+    """Name what did not reach the tolerance, and the knobs to turn, in one `ConvergenceWarning`."""
+    late = (~converged).nonzero().flatten().tolist()
+    if late:
+        warnings.warn(
+            f"{len(late)} of {len(converged)} {what} did not converge: residual above {tolerance:g} for {what} "
+            f"{late[:10]}{'...' if len(late) > 10 else ''}. Allow more steps, take a better "
+            "preconditioner, loosen the tolerance or raise the damping.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
 
 
 def relative(r: Vectors, b: Vectors) -> Tensor:

@@ -60,14 +60,15 @@ class DualInverse(Inverse):
             x = {name: t - found[name] / self.shift[name] for name, t in x.items()}
         return x
 
-    def quadratic(self, rows: Gradients) -> Tensor:
+    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """g D^-1 g - k^T (N I + B D^-1 B^T)^-1 k with k = B D^-1 g, from Gram matrices alone, (n,)."""
         by = block_inverses(self.curvature, self.shift)
         k = torch.cat(
             [(piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1))[kept] for piece, root, kept in self._pieces()]
         )
         half = torch.linalg.solve_triangular(self.factor, k, upper=False)
-        return rows.square_norms(by)[:, 0].double() - half.square().sum(0)
+        values = rows.square_norms(by)[:, 0].double() - half.square().sum(0)
+        return values, torch.ones_like(values, dtype=torch.bool)
 
     def _pieces(self) -> Iterator[tuple[Gradients, Tensor, Tensor]]:
         """Examples with a kept row: rows b, roots of their weights (b times root is a row of B), and which are kept."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from whence.curvature.base import Curvature
@@ -23,9 +24,10 @@ class Unit(Inverse):
         """B itself."""
         return b
 
-    def quadratic(self, rows: Gradients) -> Tensor:
+    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Squared gradient norms, (n,)."""
-        return rows.square_norms().sum(1)
+        values = rows.square_norms().sum(1)
+        return values, torch.ones_like(values, dtype=torch.bool)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class EigenInverse(Inverse):
             packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
         return packed, self.turned
 
-    def quadratic(self, rows: Gradients) -> Tensor:
+    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
         total = torch.zeros(len(rows), device=rows.weights.device)
         for name, r in self.turned(rows).rows.items():
@@ -68,7 +68,7 @@ class EigenInverse(Inverse):
                 flat = weight.flatten()
                 parts = [r[i : i + 64].written().rows.square() @ flat for i in range(0, len(rows), 64)]
                 total = total + torch.cat(parts).sum(1)
-        return total
+        return total, torch.ones_like(total, dtype=torch.bool)
 
     def state(self) -> dict[str, Tensor]:
         """Bases and both sets of eigenvalues."""

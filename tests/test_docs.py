@@ -1,0 +1,135 @@
+"""The documentation is true: its examples run, its names and signatures exist, its links resolve."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import whence
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(text: str, *languages: str) -> list[tuple[int, str]]:
+    """(line number of the first line, code) of each fenced block in these languages, those in HTML comments too."""
+    return [(text.count("\n", 0, m.start(2)), m[2]) for m in FENCE.finditer(text) if m[1] in languages]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_examples_run_without_a_warning(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", whence.WhenceWarning)
+            warnings.simplefilter("error", whence.ConvergenceWarning)
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_examples_are_formatted(page):
+    for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
+        command = [sys.executable, "-m", "ruff", "format", "--line-length", "120", "-"]
+        done = subprocess.run(command, input=code, capture_output=True, text=True, check=True)
+        assert done.stdout == code, f"{name(page)}:{line + 1} is not as ruff would format it"
+
+
+# --- the API page ---------------------------------------------------------------------------------------------------
+
+
+def entries() -> Iterator[tuple[Any, str]]:
+    """(module, signature) of each row of the tables in api.md; a heading such as `whence.evaluate` names the module."""
+    module: Any = whence
+    for line in API.splitlines():
+        if heading := re.match(r"##+ .*`(whence[\w.]*)`", line):
+            module = importlib.import_module(heading[1])
+        elif row := re.match(r"\| `([^`]+)` \|", line):
+            yield module, row[1]
+
+
+def signature(module: Any, entry: str) -> tuple[Callable[..., Any], ast.Call | None]:
+    """What an entry names, and the call it is written as."""
+    tree = ast.parse(entry, mode="eval").body
+    call = tree if isinstance(tree, ast.Call) else None
+    found: Any = module
+    for part in ast.unparse(call.func if call else tree).split("."):
+        if dataclasses.is_dataclass(found) and part in {f.name for f in dataclasses.fields(found)}:
+            return found, None  # a field without a default is no attribute of the class
+        found = getattr(found, part)
+    return found, call
+
+
+@pytest.mark.parametrize(("module", "entry"), entries(), ids=lambda v: v if isinstance(v, str) else "")
+def test_an_entry_of_the_api_page_is_as_in_the_code(module, entry):
+    found, call = signature(module, entry)
+    if call is None:
+        return
+    real = {k: p for k, p in inspect.signature(found).parameters.items() if k != "self"}
+    written: dict[str, ast.expr | None] = {ast.unparse(a): None for a in call.args}
+    written |= {str(k.arg): k.value for k in call.keywords}
+    assert list(written) == [("*" * (p.kind == p.VAR_KEYWORD) * 2) + k for k, p in real.items() if k] or list(
+        written
+    ) == list(real), f"the code has {list(real)}"
+    fields = {f.name: f for f in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else {}
+    for key, value in written.items():
+        if value is None:
+            continue
+        default: Any = real[key].default
+        if key in fields and fields[key].default_factory is not dataclasses.MISSING:
+            default = fields[key].default_factory()
+        assert eval(ast.unparse(value), vars(whence) | vars(module)) == default, f"{key} is {default!r} in the code"
+
+
+@pytest.mark.parametrize("module", ["whence", "whence.evaluate", "whence.report"])
+def test_every_public_name_is_on_the_api_page(module):
+    listed = {re.split(r"[.(]", entry)[0] for where, entry in entries() if where.__name__ == module}
+    assert set(importlib.import_module(module).__all__) - listed == set()
+
+
+# --- links and the README -------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name)
+def test_links_within_the_repository_resolve(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            broken.append(link)
+    assert not broken
+
+
+def test_a_newcomer_needs_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Set up\n")[1].split("\n## ")[0]
+    lines = [line.split("#")[0].strip() for _, code in blocks(section, "bash", "sh", "shell", "") for line in code.split("\n")]
+    assert [line for line in lines if line] == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
