@@ -13,6 +13,7 @@ from whence.errors import (
     WhenceError,
     WhenceWarning,
 )
+from whence.factored import Factored, Written
 from whence.layers import LayerKind, register
 from whence.problem import Problem
 from whence.solvers import ASTRA, CG, EKFAC, KFAC, Dual, Exact, Identity, Inverse, Neumann, Solution, Solver
@@ -36,6 +37,7 @@ __all__ = [
     "Dual",
     "EmpiricalFisher",
     "Exact",
+    "Factored",
     "Hessian",
     "Identity",
     "Influence",
@@ -57,6 +59,7 @@ __all__ = [
     "Vectors",
     "WhenceError",
     "WhenceWarning",
+    "Written",
     "attribute",
     "register",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from whence.curvature.base import Curvature
@@ -82,9 +83,9 @@ class Damping:
         """Itself, or the absolute damping of that number."""
         if isinstance(damping, Damping):
             return damping
-        if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        if isinstance(damping, bool) or not isinstance(damping, Real):
             raise expected("damping", "a positive number or a whence.Damping", repr(damping))
-        return cls.absolute(damping)
+        return cls.absolute(float(damping))
 
     def resolve(self, curvature: Curvature) -> Shift:
         """Lambda of each parameter."""

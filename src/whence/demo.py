@@ -237,8 +237,10 @@ def say_queries(
         ):
             found = [f"{label(data, int(j))} {float(v):+.3g}" for j, v in zip(index, values, strict=True)]
             say(f"    {sign}  " + "   ".join(found))
-    say("  Sign: positive, and removing that digit would raise the query's loss, so it helped; negative, it hurt.")
-    say(f"  Unit: score / {n} is the predicted change of the loss. Residual: how exactly it was solved for.")
+    say(
+        "  Sign: positive, and removing that digit would raise the query's negative margin f, so it helped; negative, it hurt."
+    )
+    say(f"  Unit: score / {n} is the predicted change of f. Residual: how exactly it was solved for.")
 
 
 def say_detection(say: Say, curve: MislabeledCurve, values: Tensor, data: Digits) -> None:
@@ -299,7 +301,7 @@ def write(
         title="Whence did the model learn its digits?",
         lead=f"A small network was trained on {n:,} handwritten digits, {wrong} of which were given a wrong label on "
         "purpose. For each digit that it had not seen, these are the training examples behind its answer.",
-        measurement="the loss on the digit that was asked about",
+        measurement="the negative margin of the right digit (log-odds against it)",
         train_examples=[training(j) for j in range(n)],
         query_examples=[query(i) for i in range(len(asked[0]))],
         show=shown,

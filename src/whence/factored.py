@@ -14,12 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
 CHUNK = 2**21  # numbers in an intermediate result, so that it stays in cache
 ROWS = 1024  # positions in one matrix product
+
+
+class Form(Protocol):
+    """Any form of rows: they can be written out."""
+
+    def written(self) -> Written:
+        """The rows in dense form."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,10 @@ class Factored:
                 out[s] = rows.written().square_norms()
         return out
 
-    def gram(self, other: Factored) -> Tensor:
+    def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        if not isinstance(other, Factored):
+            return self.written().gram(other)
         G, n, R, T, O, I = self.sizes
         _, m, P, S, _, _ = other.sizes
         out = self.a.new_empty(n, R, m, P)
@@ -208,10 +219,11 @@ class Written:
         """Squared norms of the rows, (n, R)."""
         return self.rows.square().sum(2)
 
-    def gram(self, other: Written) -> Tensor:
+    def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        product = self.rows.flatten(0, 1) @ other.rows.flatten(0, 1).mT
-        return product.view(*self.rows.shape[:2], *other.rows.shape[:2])
+        rows = other.written().rows
+        product = self.rows.flatten(0, 1) @ rows.flatten(0, 1).mT
+        return product.view(*self.rows.shape[:2], *rows.shape[:2])
 
 
 def slices(n: int, width: int) -> Iterator[slice]:

@@ -134,7 +134,7 @@ class Gradients:
         """Inner products of all rows with all rows of another (n, R, n', R'); ``by`` scales each block."""
         out = None
         for name, rows in self.rows.items():
-            part = rows.gram(other.rows[name])  # type: ignore[arg-type]
+            part = rows.gram(other.rows[name])
             part = part.mul_(by[name]) if by else part
             out = part if out is None else out.add_(part)
         if out is None:
@@ -148,4 +148,4 @@ def concatenate(batches: Sequence[Gradients]) -> Gradients:
     if len(batches) == 1:
         return first
     rows = {name: forms.concatenate([b.rows[name] for b in batches]) for name in first.rows}
-    return Gradients(first.blocks, rows, torch.cat([b.weights for b in batches]))
+    return Gradients(first.blocks, rows, forms.join([b.weights for b in batches], 0))

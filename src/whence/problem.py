@@ -183,6 +183,12 @@ class Problem:
             )
         return value
 
+    def first_losses(self) -> list[float]:
+        """The losses of the first few training examples: they tell one task from another."""
+        batch = self.batch(range(min(8, len(self.train))))
+        with self.observed() as model, torch.no_grad():
+            return self.task.loss(self.outputs(model, batch), batch).tolist()
+
     def observed(self) -> AbstractContextManager[nn.Module]:
         """The model in eval mode without parameter gradients; it is put back afterwards, even after an error."""
         return observed(self.model)
@@ -217,7 +223,7 @@ class Problem:
 
     def _verified(self, layout: Layout) -> Layout:
         """Compare each block with autograd, example by example, for random cotangents; demote what differs."""
-        batch = self.batch(range(min(3, len(self.train))))
+        batch = self.batch([i % len(self.train) for i in range(3)])
         generator = torch.Generator().manual_seed(0)
         truth: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
         cotangents: list[Tensor] = []

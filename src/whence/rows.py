@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from whence.factored import Factored, Written, slices
+from whence.factored import Factored, Form, Written, slices
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class Lookup:
         same = (self.ids.unsqueeze(1) == self.ids.unsqueeze(2)).unsqueeze(1)  # (n, 1, T, T)
         return ((self.g @ self.g.mT) * same).sum((2, 3))
 
-    def gram(self, other: Lookup) -> Tensor:
+    def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        if not isinstance(other, Lookup):
+            return self.written().gram(other)
         n, R, T, d = self.g.shape
         m, P, S, _ = other.g.shape
         out = self.g.new_empty(n, R, m, P)
@@ -125,9 +128,9 @@ class Several:
         """Squared norms of the rows, (n, R)."""
         return self.written().square_norms()
 
-    def gram(self, other: Several) -> Tensor:
+    def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        return self.written().gram(other.written())
+        return self.written().gram(other)
 
 
 Rows = Factored | Written | Lookup | Several
@@ -152,7 +155,9 @@ def total(parts: Sequence[Factored | Written | Lookup]) -> Rows:
 
 
 def concatenate(batches: list[Rows]) -> Rows:
-    """The rows of several batches, one after another; positions are padded with zeros to the longest."""
+    """The rows of several batches, one after another; positions and rows are padded with zeros to the longest."""
+    if len({type(b) for b in batches}) > 1:  # their forms differ with their lengths
+        batches = [b.written() for b in batches]
     first = batches[0]
     if len(batches) == 1:
         return first
@@ -160,20 +165,19 @@ def concatenate(batches: list[Rows]) -> Rows:
         uses = zip(*(b.parts for b in batches if isinstance(b, Several)), strict=True)
         return Several(tuple(concatenate(list(use)) for use in uses))  # type: ignore[arg-type]
     if isinstance(first, Written):
-        return Written(torch.cat([b.rows for b in batches if isinstance(b, Written)]), first.sides)
+        return Written(join([b.rows for b in batches if isinstance(b, Written)], 0), first.sides)
     if isinstance(first, Lookup):
         lookups = [b for b in batches if isinstance(b, Lookup)]
-        return Lookup(_join([b.ids for b in lookups], 0, 1), _join([b.g for b in lookups], 0, 2), first.size)
+        return Lookup(join([b.ids for b in lookups], 0), join([b.g for b in lookups], 0), first.size)
     factored = [b for b in batches if isinstance(b, Factored)]
-    return Factored(_join([b.a for b in factored], 1, 2), _join([b.g for b in factored], 1, 3))
+    return Factored(join([b.a for b in factored], 1), join([b.g for b in factored], 1))
 
 
-def _join(parts: list[Tensor], along: int, padded: int) -> Tensor:
-    size = max(t.shape[padded] for t in parts)
-    return torch.cat([_pad(t, size, padded) for t in parts], along)
-
-
-def _pad(t: Tensor, size: int, dim: int) -> Tensor:
-    if t.shape[dim] == size:
-        return t
-    return torch.cat([t, t.new_zeros(*t.shape[:dim], size - t.shape[dim], *t.shape[dim + 1 :])], dim)
+def join(parts: Sequence[Tensor], along: int) -> Tensor:
+    """Concatenate along one axis; every other axis is padded with zeros to the longest."""
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in parts), strict=True)]
+    padded = []
+    for t in parts:
+        missing = [0 if d == along else size - t.shape[d] for d, size in enumerate(shape)]
+        padded.append(F.pad(t, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else t)
+    return torch.cat(padded, along)

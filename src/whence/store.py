@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,12 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     meta = {"kind": kind, "version": VERSION, "checksum": _checksum(tensors), "header": header}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
         save_file(tensors, temporary, {"whence": json.dumps(meta)})
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -157,7 +158,12 @@ class Influence:
 
     def save(self, path: str | Path) -> None:
         """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""
-        header = {"config": self._config(), "fingerprint": self.problem.fingerprint(), "shift": self.inverse.shift}
+        header = {
+            "config": self._config(),
+            "fingerprint": self.problem.fingerprint(),
+            "losses": self.problem.first_losses(),
+            "shift": self.inverse.shift,
+        }
         store.save(path, "influence", self.inverse.state(), header)
 
     def load(self, path: str | Path, model: nn.Module, task: Task | object, train: Any) -> Influence:
@@ -170,6 +176,11 @@ class Influence:
         tensors, header = store.load(path, "influence")
         store.same(path, header["config"], self._config())
         store.same(path, header["fingerprint"], problem.fingerprint())
+        losses = problem.first_losses()
+        if not all(
+            math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) for a, b in zip(header["losses"], losses, strict=True)
+        ):
+            store.same(path, {"task loss": header["losses"]}, {"task loss": losses})
         self._curvature = self.curvature(problem)
         state = {name: t.to(problem.device) for name, t in tensors.items()}
         self._inverse = solver.restore(self._curvature, header["shift"], state)

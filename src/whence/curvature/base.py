@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +30,11 @@ class Operator(Protocol):
     """A symmetric linear map on Vectors."""
 
     shapes: Mapping[str, torch.Size]
-    psd: bool
+
+    @property
+    def psd(self) -> bool:
+        """Whether the map is known to be positive semi-definite."""
+        ...
 
     def __call__(self, v: Vectors) -> Vectors:
         """C v for all Q right-hand sides in one pass over the data."""
@@ -48,7 +52,12 @@ class Product:
 
     def __init__(self, curvature: Curvature, batch_size: int | None = None, rng: torch.Generator | None = None):
         self.curvature, self.batch_size, self.rng = curvature, batch_size, rng
-        self.shapes, self.psd = curvature.problem.shapes, curvature.psd
+        self.shapes = curvature.problem.shapes
+
+    @property
+    def psd(self) -> bool:
+        """Whether C is known to be positive semi-definite."""
+        return self.curvature.psd
 
     def __call__(self, v: Vectors) -> Vectors:
         """C v, or an unbiased estimate of it."""
@@ -79,6 +88,11 @@ class Curvature(ABC):
     def psd(self) -> bool:
         """Whether C is known to be positive semi-definite."""
         return True
+
+    @property
+    def labels(self) -> Literal["sampled", "true"]:
+        """Which labels the Kronecker factors of this curvature are made from."""
+        return "sampled"
 
     @property
     def offers(self) -> frozenset[Need]:

@@ -8,6 +8,8 @@ squared error. DataInf and HyperINF are defined on E; so is EKFAC with ``labels=
 
 from __future__ import annotations
 
+from typing import Literal
+
 from whence.curvature.base import RowCurvature
 from whence.data import Batch
 from whence.gradients import Gradients
@@ -15,6 +17,11 @@ from whence.gradients import Gradients
 
 class EmpiricalFisher(RowCurvature):
     """Second moment of the loss gradients with the true labels."""
+
+    @property
+    def labels(self) -> Literal["true"]:
+        """Its Kronecker factors are made from true labels too."""
+        return "true"
 
     def rows(self, batch: Batch) -> Gradients:
         """One row per example: its loss gradient."""

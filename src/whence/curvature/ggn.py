@@ -96,11 +96,12 @@ class GGN(RowCurvature):
         with torch.enable_grad():
             loss = self.problem.per_example(self.problem.task.loss(h, batch), batch, "loss")
             (slope,) = torch.autograd.grad(loss.sum(), h, create_graph=True)
-        flat = slope.flatten(1)  # (n, K)
+        flat = slope.reshape(len(slope), -1)  # (n, K)
         if not flat.requires_grad:
             return flat.new_zeros(*flat.shape, flat.shape[1])
         columns = [
-            torch.autograd.grad(flat[:, k].sum(), h, retain_graph=True)[0].flatten(1) for k in range(flat.shape[1])
+            torch.autograd.grad(flat[:, k].sum(), h, retain_graph=True)[0].reshape(len(flat), -1)
+            for k in range(flat.shape[1])
         ]
         return torch.stack(columns, 1).detach()
 

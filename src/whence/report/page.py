@@ -55,7 +55,7 @@ def render(
     query_examples: Sequence[Example],
     title: str = "Whence did the model learn this?",
     lead: str = "",
-    measurement: str = "the query's loss",
+    measurement: str = "the query's measurement",
     show: Sequence[int] | None = None,
     k: int = 5,
     suspects: int = 24,

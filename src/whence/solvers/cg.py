@@ -26,10 +26,13 @@ from whence.vectors import Vectors
 class ConjugateGradients(Inverse):
     """Runs the iteration for each set of right-hand sides."""
 
-    def __init__(self, curvature: Curvature, shift: Shift, preconditioner: Inverse, tolerance: float, steps: int):
+    def __init__(
+        self, curvature: Curvature, shift: Shift, preconditioner: Inverse, tolerance: float | None, steps: int
+    ):
         super().__init__(curvature, shift)
         self.preconditioner, self.steps = preconditioner, steps
-        self.limit = self.tolerance = tolerance
+        self.tolerance = tolerance
+        self.limit = 0.95 * (tolerance or 0.0)  # so that rounding does not undo a met tolerance
 
     def apply(self, b: Vectors) -> Vectors:
         """x alone."""
@@ -93,13 +96,13 @@ class CG(Solver):
     Args:
         preconditioner: any solver whose inverse is symmetric positive definite; EKFAC() makes 10 steps enough for
             ranking, Dual() 2 or 3 for an exact answer.
-        tolerance: relative residual at which a query is converged and frozen.
+        tolerance: relative residual at which a query is converged and frozen; None runs all steps.
         steps: most iterations; each is one pass over the training data.
     """
 
     preconditioner: Solver = field(default_factory=Identity)
-    tolerance: float = 1e-3
-    steps: int = 100
+    tolerance: float | None = 1e-3
+    steps: int = 500
 
     def __post_init__(self) -> None:
         positive(tolerance=self.tolerance, steps=self.steps)

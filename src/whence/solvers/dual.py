@@ -117,7 +117,8 @@ class Dual(Solver):
             )
         ordered, order = shares.clamp(min=0).flatten().sort()
         room = int((self.memory / 8) ** 0.5)
-        first = max(int((ordered.cumsum(0) <= self.drop).sum()), len(ordered) - room)
+        droppable = min(int((ordered.cumsum(0) <= self.drop).sum()), len(ordered) - 1)
+        first = max(droppable, len(ordered) - room)
         kept = torch.zeros(shares.numel(), dtype=torch.bool, device=shares.device)
         kept[order[first:]] = True
         kept = kept.view(shares.shape)

@@ -85,12 +85,13 @@ class EKFAC(Solver):
     """Eigenvalue-corrected KFAC (George et al. 2018; Grosse et al. 2023).
 
     Args:
-        labels: "sampled" from the model (the Fisher, as published) or "true" (the empirical Fisher).
+        labels: "sampled" from the model (the Fisher, as published) or "true" (the empirical Fisher); None takes what
+            belongs to the curvature: "true" for EmpiricalFisher, else "sampled".
         seed: of the label draws.
         limit: widest eigenbasis; wider sides become block-diagonal, very wide ones diagonal.
     """
 
-    labels: Labels = "sampled"
+    labels: Labels | None = None
     seed: int = 0
     limit: int = 4096
     needs: ClassVar[Need] = Need.KRONECKER
@@ -99,8 +100,9 @@ class EKFAC(Solver):
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
         """Two passes over the training data (the factors of a curvature are kept: another damping costs nothing)."""
         self.check(curvature)
-        key = ("kronecker", self.labels, self.seed, self.limit)
-        factors = curvature.remember(key, lambda: fit(curvature.problem, self.labels, self.seed, self.limit))
+        labels = self.labels or curvature.labels
+        key = ("kronecker", labels, self.seed, self.limit)
+        factors = curvature.remember(key, lambda: fit(curvature.problem, labels, self.seed, self.limit))
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
