@@ -88,10 +88,12 @@ class Classification(Task):
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """Labels by inverse-CDF sampling from softmax(outputs); ignored positions stay ignored."""
         labels = self._labels(outputs, batch)
-        u = torch.rand(labels.shape, generator=rng, dtype=torch.float64).to(outputs.device)
+        real = labels != self.ignore_index
+        u = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        u[real] = torch.rand(int(real.sum()), generator=rng, dtype=torch.float64).to(u)  # padding draws nothing
         cdf = outputs.detach().double().softmax(-1).cumsum(-1)
         drawn = (cdf < u.unsqueeze(-1) * cdf[..., -1:]).sum(-1)
-        return (batch[0], drawn.where(labels != self.ignore_index, self.ignore_index), *batch[2:])
+        return (batch[0], drawn.where(real, self.ignore_index), *batch[2:])
 
     def padding(self, batch: Batch) -> Tensor | None:
         """Positions that have a label, where labels are per position."""

@@ -186,7 +186,7 @@ def _layer(name: str, kind: LayerKind, layer: nn.Module, x: Tensor, g: Tensor, h
     gram = torch.einsum("nrd,msd->nrms", dense, dense[other])
     _near(f"{name}: dot", found.dot(v), torch.einsum("qd,nrd->qnr", v.flatten(1), dense), tolerance)
     _near(f"{name}: combine", found.combine(w), wanted, tolerance)
-    _near(f"{name}: gram", found.gram(found[other]), gram, tolerance)  # type: ignore[arg-type]
+    _near(f"{name}: gram", found.gram(found[other]), gram, tolerance)
     _near(f"{name}: square_norms", found.square_norms(), dense.square().sum(2), tolerance)
 
 

@@ -154,6 +154,7 @@ class RowCurvature(Curvature):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         self._kept: Gradients | None = None
+        self._fits = True
 
     @abstractmethod
     def rows(self, batch: Batch) -> Gradients:
@@ -161,21 +162,20 @@ class RowCurvature(Curvature):
 
     def gradients(self) -> Iterator[Gradients]:
         """Weighted rows: all in one piece when they fit into the problem's memory, else a piece per batch."""
-        if self._kept is not None:
-            yield self._kept
-            return
-        held: list[Gradients] = []
-        fits, free = True, self.problem.memory / 4
-        for _, batch in self.problem.batches():
-            rows = self.rows(batch).compact()
-            free -= rows.bytes()
-            if free < 0:
-                fits, held = False, []
-            if fits:
-                held.append(rows)
-            yield rows
-        if fits:
+        if self._kept is None:
+            held: list[Gradients] = []
+            free = self.problem.memory / 4 if self._fits else -1.0
+            for _, batch in self.problem.batches():
+                held.append(self.rows(batch).compact())
+                free -= held[-1].bytes()
+                if free < 0:
+                    self._fits = False
+                    yield from held
+                    held = []
+            if not self._fits:
+                return
             self._kept = gradients.concatenate(held)
+        yield self._kept
 
     def product(self, v: Vectors, index: torch.Tensor | None = None) -> Vectors:
         """C v = (1/n) sum_n sum_r w (b . v) b."""

@@ -27,6 +27,7 @@ from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
 from whence.errors import UnsupportedError
 from whence.gradients import Gradients
+from whence.rows import join
 from whence.solvers.base import Inverse, Solver, positive
 from whence.vectors import Vectors
 
@@ -74,7 +75,7 @@ class DualInverse(Inverse):
         """Examples with a kept row: rows b, roots of their weights (b times root is a row of B), and which are kept."""
         start = 0
         for rows in self.curvature.gradients():
-            kept = self.kept[start : start + len(rows)]
+            kept = self.kept[start : start + len(rows), : rows.weights.shape[1]]
             start += len(rows)
             some = kept.any(1)
             if not some.all():
@@ -110,7 +111,7 @@ class Dual(Solver):
         shift = Damping.of(damping).resolve(curvature)
         by, N = block_inverses(curvature, shift), len(curvature.problem.train)
         # in units of the damping: the trace of D^-1/2 b b^T D^-1/2 / N
-        shares = torch.cat([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()])
+        shares = join([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()], 0)
         if float(shares.min()) < -1e-6 * float(shares.max()):
             raise UnsupportedError(
                 "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. Use CG."
@@ -146,6 +147,6 @@ def _select(curvature: Curvature, kept: Tensor) -> Iterator[Gradients]:
     start = 0
     for rows in curvature.gradients():
         n = len(rows)
-        index, direction = kept[start : start + n].nonzero(as_tuple=True)
+        index, direction = kept[start : start + n, : rows.weights.shape[1]].nonzero(as_tuple=True)
         yield rows.pick(index, direction)
         start += n
