@@ -322,7 +322,7 @@ def test_scores_say_where_they_come_from():
     p = problem("mlp")
     found = scores_of(p, EKFAC(seed=1), seed=7).provenance
     json.dumps(found)
-    assert "EKFAC(labels='sampled', seed=7" in found["solver"] and found["curvature"] == "GGN"
+    assert "EKFAC(labels=None, seed=7" in found["solver"] and found["curvature"] == "GGN"
     assert found["examples"] == p.n and set(found["damping by parameter"]) == set(p.shapes)
     assert found["torch"] == torch.__version__ and set(found["seconds"]) == {"fit", "solve", "scores"}
 

@@ -106,8 +106,8 @@ class Examples:
     def fingerprint(self) -> str:
         """A hash of all examples in order, whatever the batch size; reads the data once."""
         digest = hashlib.blake2b(str(self._length).encode(), digest_size=16)
-        rows = [self.data] if _columns(self.data) is not None else (self.data[i] for i in range(self._length))
-        for row in rows:
+        whole = _columns(self.data) is not None
+        for row in [self.data] if whole else (self._fetch(torch.tensor([i])) for i in range(self._length)):
             for t in tensors(map_tensors(lambda t: t, row)):
                 digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
                 digest.update(raw(t))

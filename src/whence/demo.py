@@ -237,9 +237,7 @@ def say_queries(
         ):
             found = [f"{label(data, int(j))} {float(v):+.3g}" for j, v in zip(index, values, strict=True)]
             say(f"    {sign}  " + "   ".join(found))
-    say(
-        "  Sign: positive, and removing that digit would raise the query's negative margin f: it helped; negative, it hurt."
-    )
+    say("  Sign: positive, and removing that digit would raise f, the negative margin: it helped; negative, it hurt.")
     say(f"  Unit: score / {n} is the predicted change of f. Residual: how exactly it was solved for.")
 
 

@@ -123,6 +123,7 @@ class Problem:
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the model's parameters and buffers, of the selection and of the training data."""
         return {
+            "task": self.task.name(),
             "model": fingerprint(self.model),
             "parameters": ", ".join(self.parameters),
             "train": self.train.fingerprint(),

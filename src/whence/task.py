@@ -50,6 +50,10 @@ class Task:
         del batch
         return None
 
+    def name(self) -> str:
+        """What the task is called in records; artefacts fitted under one name are refused under another."""
+        return type(self).__name__
+
 
 class Classification(Task):
     """Softmax cross-entropy on batches ``(x, y)``; the measurement is the negative correct-class margin.
@@ -185,3 +189,7 @@ class _Duck(Task):
             if hasattr(task, name):
                 setattr(self, name, getattr(task, name))
         self.wrapped = task
+
+    def name(self) -> str:
+        """The user's class."""
+        return type(self.wrapped).__name__

@@ -25,12 +25,12 @@ from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
 from whence.data import Batch, Examples
-from whence.errors import InputError, expected
+from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
 from whence.progress import track
-from whence.solvers.base import Inverse, Solution, Solver, warn_unconverged
+from whence.solvers.base import Inverse, Solution, Solver, instance, warn_unconverged
 from whence.solvers.cg import CG
 from whence.solvers.kronecker import EKFAC
 from whence.task import Task
@@ -217,8 +217,7 @@ class Influence:
         }
 
     def _solver(self) -> Solver:
-        if not isinstance(self.solver, Solver):
-            raise expected("solver", "an instance such as whence.EKFAC()", repr(self.solver))
+        instance(solver=self.solver)
         return self.solver if self.seed is None else _seeded(self.solver, self.seed)
 
     def _problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:

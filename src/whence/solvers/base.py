@@ -172,6 +172,13 @@ def relative(r: Vectors, b: Vectors) -> Tensor:
     return vectors.norm(r) / vectors.norm(b).clamp(min=1e-300)
 
 
+def instance(**solvers: object) -> None:
+    """Raise InputError for a nested solver that is not an instance of one."""
+    for name, solver in solvers.items():
+        if not isinstance(solver, Solver):
+            raise expected(name, "an instance such as whence.EKFAC()", repr(solver))
+
+
 def positive(**values: float | None) -> None:
     """Raise InputError for a hyper-parameter that is given but not positive."""
     for name, value in values.items():

@@ -18,7 +18,7 @@ from whence.curvature.base import Curvature
 from whence.damping import Damping, Shift
 from whence.errors import DivergenceError
 from whence.progress import track
-from whence.solvers.base import Inverse, Solution, Solver, positive
+from whence.solvers.base import Inverse, Solution, Solver, instance, positive
 from whence.solvers.identity import Identity
 from whence.vectors import Vectors
 
@@ -105,6 +105,7 @@ class CG(Solver):
     steps: int = 500
 
     def __post_init__(self) -> None:
+        instance(preconditioner=self.preconditioner)
         positive(tolerance=self.tolerance, steps=self.steps)
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:

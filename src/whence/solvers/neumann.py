@@ -25,7 +25,7 @@ from whence.curvature.base import Curvature
 from whence.damping import Damping, Shift
 from whence.errors import DivergenceError, expected
 from whence.progress import track
-from whence.solvers.base import Inverse, Solution, Solver, positive, relative
+from whence.solvers.base import Inverse, Solution, Solver, instance, positive, relative
 from whence.solvers.identity import Identity
 from whence.solvers.kronecker import EKFAC
 from whence.vectors import Vectors
@@ -126,6 +126,7 @@ class Neumann(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        instance(preconditioner=self.preconditioner)
         positive(step=self.step, batch=self.batch, steps=self.steps, decay=self.decay, decay_every=self.decay_every)
         if not 0 <= self.momentum < 1:
             raise expected("momentum", "in [0, 1)", self.momentum)
