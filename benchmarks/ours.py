@@ -63,6 +63,7 @@ def attribute(
             **options,
         )
     found = {"scores": torch.as_tensor(scores.values).float().cpu().numpy()}
+    found["steps"] = np.array(scores.provenance["steps"])
     residual = getattr(scores, "residual", None)
     if residual is not None:
         found["residual"] = torch.as_tensor(residual).float().cpu().numpy()
@@ -73,15 +74,15 @@ SOLVERS = ("exact", "dual", "cg10", "astra", "astra3", "ekfac", "kfac", "dot")
 
 
 def build(name: str, damping: float) -> Any:
-    """A solver of the benchmark tables by its short name; ``astra3`` has the step of the paper's table 3, 0.1 x damping."""
+    """A solver of the tables by its short name; ``astra3`` has the step of the paper's table 3, 0.1 x damping."""
     import whence
 
     if name == "exact":
         return whence.Exact()
     if name == "cg10":
         return whence.CG(preconditioner=whence.EKFAC(), steps=10)
-    if name == "dual":
-        return whence.CG(preconditioner=whence.Dual(), tolerance=1e-4)
+    if name.startswith("dual"):  # "dual1e-3": to this residual
+        return whence.CG(preconditioner=whence.Dual(), tolerance=float(name[4:] or 1e-4))
     if name == "astra":
         return whence.ASTRA()
     if name == "astra3":

@@ -29,7 +29,7 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     for words in (
         "200 handwritten digits to train on, 20 of them given a wrong label",
         "attributing 17,226 of 17,226 trainable parameters (100.0%)",
-        "Damping   0.02778, from_training(lr=0.03, steps=120, momentum=0.9)",
+        "Damping   0.08333, from_training(lr=0.03, steps=120, momentum=0.9, segments=3)",
         "8 of 8 converged",
         "average precision",
         "gradient dot",

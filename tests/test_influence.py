@@ -384,8 +384,9 @@ def test_a_fit_made_for_something_else_is_refused_by_name(tmp_path):
     for other in (Influence(EKFAC(seed=1), 0.1), Influence(KFAC(), 0.1), Influence(EKFAC(), 0.1, seed=5)):
         with pytest.raises(ArtefactError, match=r"was made for another solver \(solver: file .EKFAC\("):
             load(other)
-    with pytest.raises(ArtefactError, match="was made for another damping "):
-        load(Influence(EKFAC(), 0.2))
+    for damping in (0.2, 0.1 + 1e-9, Damping.relative(0.1)):
+        with pytest.raises(ArtefactError, match="was made for another damping "):
+            load(Influence(EKFAC(), damping))
     with pytest.raises(ArtefactError, match="was made for another curvature .*EmpiricalFisher"):
         load(Influence(EKFAC(), 0.1, curvature=EmpiricalFisher))
     with pytest.raises(ArtefactError, match="was made for another task"):

@@ -5,7 +5,18 @@ import torch
 from torch import nn
 
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
-from whence import EKFAC, GGN, KFAC, Classification, InputError, Problem, Regression, factored
+from whence import (
+    EKFAC,
+    GGN,
+    KFAC,
+    Classification,
+    EmpiricalFisher,
+    Hessian,
+    InputError,
+    Problem,
+    Regression,
+    factored,
+)
 from whence.curvature import kronecker
 from whence.curvature.kronecker import KroneckerBlock
 
@@ -341,6 +352,14 @@ def test_many_draws_of_sampled_labels_mean_the_gauss_newton_matrix(name):
     matrix = block.pack(p.unflatten(packed.T.contiguous())).flatten(1)
     found, wanted = f.ekfac.flatten(), (Q.T @ matrix @ Q).diagonal()
     assert float((found - wanted).norm()) < 0.03 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("solver", [EKFAC, KFAC])
+def test_labels_follow_the_curvature_unless_they_are_given(solver):
+    lib = library(problem("mlp"))
+    for curvature, labels in ((GGN, "sampled"), (Hessian, "sampled"), (EmpiricalFisher, "true")):
+        own, given = (s.fit(curvature(lib), 0.1).state() for s in (solver(), solver(labels=labels)))
+        assert set(own) == set(given) and all(torch.equal(own[key], given[key]) for key in own)
 
 
 def test_unknown_labels_are_refused():

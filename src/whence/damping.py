@@ -1,4 +1,4 @@
-"""Damping as a choice: absolute, relative to each block's mean eigenvalue, or the one that training implies.
+"""Damping as a choice: absolute, a share of the curvature, or the one that training implies.
 
 An influence is taken with C + diag(lambda): one number for all parameters, or one per block. Too little damping
 amplifies directions that training never settled; too much forgets the curvature. `Damping.from_training` needs no
@@ -21,16 +21,17 @@ Shift = dict[str, float]  # parameter name -> lambda
 
 @dataclass(frozen=True)
 class Damping:
-    """How lambda is found; build it with one of the three class methods.
+    """How lambda is found; build it with one of the class methods.
 
     Args:
-        value: lambda itself, or the factor of the blocks' mean eigenvalues.
-        kind: "absolute", in the units of a mean over examples of summed losses, or "relative".
+        value: lambda itself, or the factor of what ``kind`` names.
+        kind: "absolute", in the units of a mean over examples of summed losses; "relative" to each block's mean
+            eigenvalue; or "per example", relative to tr(C) / N.
         origin: how the value came about, for the record.
     """
 
     value: float
-    kind: Literal["absolute", "relative"] = "absolute"
+    kind: Literal["absolute", "relative", "per example"] = "absolute"
     origin: str = "given"
 
     def __post_init__(self) -> None:
@@ -44,7 +45,8 @@ class Damping:
 
     def __str__(self) -> str:
         """The value, its unit, and where it came from."""
-        unit = "" if self.kind == "absolute" else " x the mean eigenvalue of each block"
+        units = {"absolute": "", "relative": " x the mean eigenvalue of each block", "per example": " x tr(C) / N"}
+        unit = units[self.kind]
         return f"{self.value:.6g}{unit} ({self.origin})"
 
     @classmethod
@@ -58,25 +60,40 @@ class Damping:
         return cls(float(factor), "relative")
 
     @classmethod
-    def from_training(cls, lr: float | Iterable[float], steps: int, momentum: float = 0.0) -> Damping:
+    def per_example(cls, factor: float = 1.0) -> Damping:
+        """``factor`` times tr(C) / N, what one average example adds to the trace: the default where nothing is known.
+
+        An example alone in its direction then counts half. It needs no knowledge of the training run, and near-optimal
+        linear datamodeling scores were measured at factor 1 with exact solves (``benchmarks/RESULTS.md``).
+        """
+        return cls(float(factor), "per example")
+
+    @classmethod
+    def from_training(
+        cls, lr: float | Iterable[float], steps: int, momentum: float = 0.0, segments: int = 3
+    ) -> Damping:
         """The damping that stopping gradient descent after ``steps`` implies.
 
-            lambda = 1 / (eta K),        eta = mean learning rate / (1 - momentum)        (SOURCE; ASTRA appendix B)
+            lambda = 1 / (eta K),    eta = mean learning rate / (1 - momentum), K = steps / segments  (SOURCE; ASTRA)
 
         Args:
             lr: learning rate, or the schedule's values, which are averaged.
-            steps: number K of optimiser steps, K > 0.
+            steps: number of optimiser steps, positive.
             momentum: of SGD without dampening, in [0, 1).
+            segments: stretches of training with a curvature of their own; SOURCE and ASTRA take 3.
         """
         if not 0 <= momentum < 1:
             raise expected("momentum", "in [0, 1)", momentum)
         if steps < 1:
             raise expected("steps", "a positive number of optimiser steps", steps)
+        if segments < 1:
+            raise expected("segments", "a positive integer", segments)
         rates = [float(lr)] if isinstance(lr, (int, float)) else [float(r) for r in lr]
         mean = sum(rates) / max(1, len(rates))
         if not mean > 0:
             raise expected("lr", "a positive learning rate, or several", lr)
-        return cls((1 - momentum) / (mean * steps), origin=f"from_training(lr={mean:g}, {steps=}, {momentum=})")
+        said = f"from_training(lr={mean:g}, {steps=}, {momentum=}, {segments=})"
+        return cls(segments * (1 - momentum) / (mean * steps), origin=said)
 
     @classmethod
     def of(cls, damping: float | Damping) -> Damping:
@@ -92,6 +109,10 @@ class Damping:
         if self.kind == "absolute":
             return dict.fromkeys(curvature.problem.shapes, self.value)
         means = curvature.mean_eigenvalues()
+        if self.kind == "per example":
+            shapes, n = curvature.problem.shapes, len(curvature.problem.train)
+            share = sum(mean * shapes[name].numel() for name, mean in means.items()) / n
+            return Damping.absolute(self.value * share).resolve(curvature)
         empty = [name for name, mean in means.items() if not mean > 0]
         floor = self.value * max(means.values()) * 1e-6
         if not floor > 0 or len(empty) == len(means):

@@ -55,7 +55,7 @@ class Influence:
     """
 
     solver: Solver = field(default_factory=lambda: CG(preconditioner=EKFAC()))
-    damping: float | Damping = field(default_factory=Damping.relative)
+    damping: float | Damping = field(default_factory=Damping.per_example)
     curvature: Callable[[Problem], Curvature] = GGN
     parameters: Select = None
     batch_size: int | None = None
@@ -258,7 +258,7 @@ def attribute(
         train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
         queries: Q queries, in the same form.
         solver: how (C + damping I)^-1 is applied; None takes CG(preconditioner=EKFAC()).
-        damping: a number or a `Damping`; None takes Damping.relative(0.1).
+        damping: a number or a `Damping`; None takes Damping.per_example().
         curvature, parameters, batch_size, seed, progress: see `Influence`.
         measurement: f of a query, lower is better; None takes the task's.
         self_influence: compute the training examples' self-influence too.
@@ -271,7 +271,7 @@ def attribute(
     """
     influence = Influence(
         solver=solver or CG(preconditioner=EKFAC()),
-        damping=damping if damping is not None else Damping.relative(),
+        damping=damping if damping is not None else Damping.per_example(),
         curvature=curvature,
         parameters=parameters,
         batch_size=batch_size,
