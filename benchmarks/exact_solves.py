@@ -2,8 +2,8 @@
 
     python -m benchmarks.exact_solves digits mnist
 
-Fit, solve of 100 queries, certificate and scores, in a fresh process at one thread: digits to a residual of 1e-4, MNIST to
-1e-3.
+Fit, solve of 100 queries, certificate and scores, in a fresh process at one thread: digits to a residual of 1e-4, MNIST
+to 1e-3.
 """
 
 from __future__ import annotations

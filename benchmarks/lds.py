@@ -27,18 +27,17 @@ HEADER = (
 )
 
 
-def parse_damping(text: str, implied: float) -> tuple[float, bool]:
-    """``x10`` -> (10 times the implied one, False); ``mean0.1`` -> (0.1, True), relative; ``0.01`` -> (0.01, False)."""
-    if text.startswith("x"):
-        return float(text[1:]) * implied, False
-    if text.startswith("mean"):
-        return float(text[4:]), True
-    return float(text), False
+def parse_damping(text: str, implied: float) -> tuple[float, str]:
+    """``x10``: 10 times the implied one; ``mean0.1``: of each layer's mean eigenvalue; ``trace1``: of tr(C) / N."""
+    for prefix, kind in (("mean", "relative"), ("trace", "per example")):
+        if text.startswith(prefix):
+            return float(text.removeprefix(prefix)), kind
+    return (float(text[1:]) * implied if text.startswith("x") else float(text)), "absolute"
 
 
-def describe(damping: float, relative: bool) -> str:
+def describe(damping: float, kind: str) -> str:
     """A damping as the table prints it."""
-    return f"{damping:g} x mean" if relative else f"{damping:.4g}"
+    return {"relative": f"{damping:g} x mean", "per example": f"{damping:g} x tr C / N"}.get(kind, f"{damping:.4g}")
 
 
 def row(
@@ -89,27 +88,25 @@ def table(p: problems.Problem, args: argparse.Namespace) -> tuple[list[str], lis
     seeds = range(min(args.seeds, len(p.states)))
     for solver in args.solvers:
         for text in args.dampings:
-            damping, relative = parse_damping(text, p.damping)
+            damping, kind = parse_damping(text, p.damping)
             if solver == "dot" and text != args.dampings[0]:
                 continue  # damping only scales the gradient dot product
-            options = {"problem": p.name, "solver": solver, "damping": damping, "relative": relative}
+            options = {"problem": p.name, "solver": solver, "damping": damping, "kind": kind}
             try:
                 runs = [run("benchmarks.ours:attribute", {**options, "seed": s}, threads=args.threads) for s in seeds]
             except RuntimeError as error:
-                print(
-                    f"| {p.name} | {solver} | {describe(damping, relative)} | failed |", str(error)[-1500:], flush=True
-                )
+                print(f"| {p.name} | {solver} | {describe(damping, kind)} | failed |", str(error)[-1500:], flush=True)
                 continue
             residuals = [r.result["residual"] for r in runs if "residual" in r.result]
             cpu = float(np.mean([r.phases["all"]["cpu_s"] for r in runs]))
             matrices = [r.result["scores"] for r in runs]
             found = np.concatenate(residuals) if residuals else None
-            add(solver, describe(damping, relative), matrices, cpu, max(r.peak_mb for r in runs), found)
+            add(solver, describe(damping, kind), matrices, cpu, max(r.peak_mb for r in runs), found)
     for labels in args.kronfluence:
         kept = [peers.cached(p.name, labels, (p.damping, None), s, args.threads) for s in seeds]
         for i, damping in enumerate((p.damping, None)):
             cpu = float(np.mean([peers.fit_seconds(r) + peers.score_seconds(r, i) for r in kept]))
-            said = describe(0.1, True) if damping is None else describe(damping, False)
+            said = describe(0.1, "relative") if damping is None else describe(damping, "absolute")
             matrices = [r.result["scores"][i] for r in kept]
             add(f"kronfluence EKFAC, {labels} labels", said, matrices, cpu, max(r.peak_mb for r in kept), None)
     return lines, records
@@ -120,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=["digits", "concrete"], help="digits, concrete")
     parser.add_argument("--solvers", nargs="*", default=list(ours.SOLVERS), choices=ours.SOLVERS)
-    parser.add_argument("--dampings", nargs="+", default=["x0.1", "x1", "x10"], help="x1, mean0.1 or a number")
+    parser.add_argument("--dampings", nargs="+", default=["x0.1", "x1", "x10"], help="x1, mean0.1, trace1 or a number")
     parser.add_argument("--seeds", type=int, default=5, help="models in the ensemble")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

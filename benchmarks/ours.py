@@ -36,9 +36,9 @@ def ekfac(
 
 
 def attribute(
-    problem: str, solver: str, damping: float, relative: bool = False, seed: int = 0, batch_size: int | None = None
+    problem: str, solver: str, damping: float, kind: str = "absolute", seed: int = 0, batch_size: int | None = None
 ) -> dict[str, Any]:
-    """`whence.attribute` with a solver of `SOLVERS`; ``relative`` damping is in mean eigenvalues of each layer.
+    """`whence.attribute` with a solver of `SOLVERS`; ``kind`` is that of a `whence.Damping`.
 
     Returns:
         ``scores``: (Q, N) float32; ``residual``: (Q,), the measured relative residual of each query's solve.
@@ -49,7 +49,6 @@ def attribute(
 
     p = problems.load(problem)
     task = whence.Classification() if p.kind == "classification" else whence.Regression()
-    amount = whence.Damping.relative(damping) if relative else damping
     options = {} if batch_size is None else {"batch_size": batch_size}
     with phase("all"):
         scores = whence.attribute(
@@ -58,7 +57,7 @@ def attribute(
             train=(p.x, p.y),
             queries=(p.xq, p.yq),
             solver=build(solver, damping),
-            damping=amount,
+            damping=whence.Damping(damping, kind),
             seed=seed,
             **options,
         )

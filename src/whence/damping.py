@@ -47,7 +47,7 @@ class Damping:
         """The value, its unit, and where it came from."""
         units = {"absolute": "", "relative": " x the mean eigenvalue of each block", "per example": " x tr(C) / N"}
         unit = units[self.kind]
-        return f"{self.value:.6g}{unit} ({self.origin})"
+        return f"{self.value!r}{unit} ({self.origin})"
 
     @classmethod
     def absolute(cls, value: float) -> Damping:

@@ -33,7 +33,7 @@ class _Call:
     """One call of a layer: its input and where its output sits in the graph."""
 
     def __init__(self, x: Tensor, output: Tensor, edge: GradientEdge):
-        self.x, self.version, self.edge = x.detach(), x._version, edge
+        self.x, self.edge = x.detach(), edge
         self.shape, self.dtype = output.shape, output.dtype
 
 
@@ -50,11 +50,8 @@ def trace(
         layout: the blocks.
         functional: the outputs on a batch as a function of parameters, for blocks on the slow path.
     """
-    with _hooked(model, layout, batch_length(batch), copy=False) as calls:
+    with _hooked(model, layout, batch_length(batch)) as calls:
         outputs = forward()
-    if any(c.x._version != c.version for called in calls.values() for c in called):
-        with _hooked(model, layout, batch_length(batch), copy=True) as calls:  # an input is overwritten in place later
-            outputs = forward()
     cotangents = seeds(outputs, batch)
     g = _backward(outputs, cotangents, calls)
     rows: dict[str, Rows] = {}
@@ -78,7 +75,7 @@ def trace(
 
 
 @contextmanager
-def _hooked(model: nn.Module, layout: Layout, n: int, copy: bool) -> Iterator[dict[str, list[_Call]]]:
+def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list[_Call]]]:
     """Record every call of the layers that the layout uses; the hooks are gone afterwards."""
     calls: dict[str, list[_Call]] = {use.module: [] for uses in layout.uses.values() for use in uses}
 
@@ -93,7 +90,7 @@ def _hooked(model: nn.Module, layout: Layout, n: int, copy: bool) -> Iterator[di
                 x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
             if not output.requires_grad:  # the first layers: the graph begins here
                 output = output.detach().requires_grad_().clone()
-            calls[path].append(_Call(x.clone() if copy else x, output, get_gradient_edge(output)))
+            calls[path].append(_Call(x, output, get_gradient_edge(output)))
             return output
 
         return record

@@ -126,6 +126,8 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
     blocks, sums = {}, {}
     for name, ((left, ds), (right, da)) in bases.items():
         positions = sides[name][0].count / n
+        if sides[name][0].table:
+            ds = ds / ds.sum().clamp(min=1e-300)
         kfac = positions * ds.unsqueeze(-1) * da.unsqueeze(-2)
         sums[name] = torch.zeros_like(kfac)
         blocks[name] = KroneckerBlock(left, right, kfac.to(problem.dtype), sums[name])
@@ -133,9 +135,24 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
     for rows in kept if whole else (r for r, _ in _passes(problem, labels, rng)):
         for name, r in rows.rows.items():
             sums[name] += _squares(blocks[name], r)
+    for name, ((left, ds), (right, da)) in bases.items():
+        _settle(sums[name], left, ds)
+        _settle(sums[name].mT, right, da)
     return {
         name: KroneckerBlock(b.left, b.right, b.kfac, (sums[name] / n).to(problem.dtype)) for name, b in blocks.items()
     }
+
+
+def _settle(values: Tensor, basis: Basis, eigenvalues: Tensor) -> None:
+    """Where eigenvalues vanish any basis serves: the corrected ones are averaged over it. values (G, d, other)."""
+    start = 0
+    for q in basis.pieces:
+        for g in range(len(q)):
+            d = eigenvalues[g, start : start + q.shape[1]]
+            null = (d <= 1e-10 * eigenvalues.max()).nonzero()[:, 0] + start
+            if len(null) > 1:
+                values[g, null] = values[g, null].mean(0)
+        start += q.shape[1]
 
 
 class _Side:
@@ -143,6 +160,7 @@ class _Side:
 
     def __init__(self, groups: int, width: int, limit: int, device: torch.device):
         self.count = 0
+        self.table = False
         self.width = width
         whole = width <= 8 * limit
         widths = [min(limit, width - i) for i in range(0, width, limit)] if whole else []
@@ -175,24 +193,28 @@ def _passes(problem: Problem, labels: Labels, rng: torch.Generator) -> Iterator[
 def _sides(rows: Rows, sides: tuple[int, int, int], limit: int, device: torch.device) -> tuple[_Side, _Side]:
     G, O, I = sides
     one_hot = not isinstance(rows, Factored) and I > 1  # a table: its rows are tokens, already an eigenbasis
-    return _Side(G, O, 0 if one_hot else limit, device), _Side(G, I, limit, device)
+    left = _Side(G, O, 0 if one_hot else limit, device)
+    left.table = one_hot
+    return left, _Side(G, I, limit, device)
 
 
 def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> None:
     """Add a batch to the covariances of both sides, real positions only."""
     if isinstance(rows, Factored):
         G, n, R, T, O, I = rows.sizes
+        mask = _mask(real, n, T)
         a, g = rows.a.reshape(G, n * T, I), rows.g
-        if real is not None and T % real.shape[1] == 0:
-            mask = real.repeat(1, T // real.shape[1])
+        if not mask.all():
             a, g = a[:, mask.flatten()], g * mask.view(1, n, 1, T, 1)
         left.add(g.reshape(G, -1, O))
         right.add(a)
         count = a.shape[1]
     elif isinstance(rows, Lookup):
-        left.diagonal[0].index_add_(0, rows.ids.flatten(), torch.ones_like(rows.ids.flatten(), dtype=torch.float64))
-        right.add(rows.g.reshape(1, -1, rows.g.shape[-1]))
-        count = rows.ids.numel()
+        mask = _mask(real, *rows.ids.shape)
+        ids, g = rows.ids[mask], rows.g.transpose(0, 1)[:, mask]
+        left.diagonal[0].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float64))
+        right.add(g.reshape(1, -1, g.shape[-1]))
+        count = len(ids)
     else:
         written = rows.written()
         n, R, _ = written.rows.shape
@@ -201,11 +223,18 @@ def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> N
             left.add(w[:, 0, :, 0].unsqueeze(0))
             right.add(torch.ones_like(w[:, 0, :1]).view(1, -1, 1))
         else:
-            left.diagonal[0] += w[:, 0].square().sum((0, 2)) / w.square().mean().clamp(min=1e-300)
+            left.diagonal[0] += w[:, 0].square().sum((0, 2))
             right.add(w.reshape(1, -1, w.shape[-1]))
         count = n
     left.count += count
     right.count += count
+
+
+def _mask(real: Tensor | None, n: int, T: int) -> Tensor:
+    """Which of the T positions of n examples are real; all of them where the task's positions are not these."""
+    if real is None or T % real.shape[1]:
+        return torch.ones(n, T, dtype=torch.bool, device=None if real is None else real.device)
+    return real.repeat(1, T // real.shape[1])
 
 
 def _squares(block: KroneckerBlock, rows: Rows) -> Tensor:
