@@ -20,6 +20,7 @@ from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layout import Layout, demoted, plan
 from whence.models import Select, chosen, fingerprint, observed, ready
+from whence.progress import track
 from whence.task import Task, as_task
 from whence.trace import Seeds, Unfactorable, trace
 from whence.vectors import Vectors
@@ -116,9 +117,13 @@ class Problem:
         """Training examples by number."""
         return self.train.batch(index, self.device, self.dtype)
 
-    def batches(self, examples: Examples | None = None) -> Iterator[tuple[range, Batch]]:
-        """All training examples, or those given, in order."""
-        return (examples or self.train).batches(self.device, self.dtype)
+    def batches(self, examples: Examples | None = None, what: str | None = None) -> Iterator[tuple[range, Batch]]:
+        """All training examples, or those given, in order; with a progress bar if ``what`` says what is done."""
+        examples = examples or self.train
+        batches = examples.batches(self.device, self.dtype)
+        if what is None:
+            return batches
+        return track(batches, what, total=-(-len(examples) // examples.batch_size), enabled=self.progress)
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of the model's parameters and buffers, of the selection and of the training data."""

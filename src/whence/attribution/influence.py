@@ -29,7 +29,6 @@ from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
-from whence.progress import track
 from whence.solvers.base import Inverse, Solution, Solver, instance, warn_unconverged
 from whence.solvers.cg import CG
 from whence.solvers.kronecker import EKFAC
@@ -228,10 +227,8 @@ class Influence:
         return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
 
     def _training_gradients(self, what: str) -> Iterator[tuple[range, Gradients]]:
-        problem = self.problem
-        total = -(-len(problem.train) // problem.train.batch_size)
-        for index, batch in track(problem.batches(), what, total=total, enabled=self.progress):
-            yield index, problem.loss_gradients(batch)
+        for index, batch in self.problem.batches(what=what):
+            yield index, self.problem.loss_gradients(batch)
 
 
 def attribute(

@@ -165,7 +165,7 @@ class RowCurvature(Curvature):
         if self._kept is None:
             held: list[Gradients] = []
             free = self.problem.memory / 4 if self._fits else -1.0
-            for _, batch in self.problem.batches():
+            for _, batch in self.problem.batches(what="rows of the curvature"):
                 held.append(self.rows(batch).compact())
                 free -= held[-1].bytes()
                 if free < 0:

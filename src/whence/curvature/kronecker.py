@@ -185,7 +185,7 @@ class _Side:
 
 
 def _passes(problem: Problem, labels: Labels, rng: torch.Generator) -> Iterator[tuple[Gradients, Tensor | None]]:
-    for _, batch in problem.batches():
+    for _, batch in problem.batches(what="Kronecker factors"):
         rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
         yield rows, problem.task.padding(batch)
 
