@@ -97,9 +97,9 @@ class Gradients:
         """The same rows, each block in the form that takes less memory."""
         return self.map(lambda _, r: r.compact())
 
-    def bytes(self) -> int:
-        """Memory held, at most."""
-        return 8 * sum(r.numbers() for r in self.rows.values())
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        return sum(r.numbers() for r in self.rows.values())
 
     def dot(self, v: Vectors | None = None, *, packed: Packed | None = None) -> Tensor:
         """Inner products of Q vectors with every row: (Q, n, R). Give matrices if they are `pack`-ed already."""

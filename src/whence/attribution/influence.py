@@ -101,8 +101,8 @@ class Influence:
             self_influence: compute the training examples' self-influence too.
 
         Raises:
-            InputError: queries that the model does not accept, or a measurement that is not one finite number per
-            query. DivergenceError: if a solve does not stay finite.
+            InputError: queries that the model does not accept, or a measurement that is not one finite number a query.
+            DivergenceError: if a solve does not stay finite.
         """
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
@@ -206,14 +206,18 @@ class Influence:
 
     def provenance(self) -> dict[str, Any]:
         """The configuration, versions and coverage, in a form that JSON can hold."""
-        return self._config() | {
-            "coverage": self.problem.coverage(),
-            "damping by parameter": self.inverse.shift,
-            "chosen": self.inverse.report(),
-            "tolerance": self.inverse.tolerance,
-            "torch": torch.__version__,
-            "examples": len(self.problem.train),
-        }
+        chosen = self.inverse.report()
+        return (
+            self._config()
+            | ({"chosen": chosen} if chosen else {})
+            | {
+                "coverage": self.problem.coverage(),
+                "damping by parameter": self.inverse.shift,
+                "tolerance": self.inverse.tolerance,
+                "torch": torch.__version__,
+                "examples": len(self.problem.train),
+            }
+        )
 
     def _solver(self) -> Solver:
         instance(solver=self.solver)

@@ -167,7 +167,7 @@ class RowCurvature(Curvature):
             free = self.problem.memory / 4 if self._fits else -1.0
             for _, batch in self.problem.batches(what="rows of the curvature"):
                 held.append(self.rows(batch).compact())
-                free -= held[-1].bytes()
+                free -= held[-1].numbers() * self.problem.dtype.itemsize
                 if free < 0:
                     self._fits = False
                     yield from held

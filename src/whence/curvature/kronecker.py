@@ -115,7 +115,7 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
     free = problem.memory / 4 if labels == "true" else 0.0
     sides: dict[str, tuple[_Side, _Side]] = {}
     for rows, real in _passes(problem, labels, rng):
-        free -= rows.bytes()
+        free -= rows.numbers() * problem.dtype.itemsize
         kept = [*kept, rows] if free > 0 else []
         for name, r in rows.rows.items():
             if name not in sides:
