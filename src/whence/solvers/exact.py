@@ -1,7 +1,8 @@
-"""The dense damped solve, in float64: primal (D x D) or dual (rows x rows), whichever is smaller.
+"""The dense damped solve: primal (D x D) or dual (rows x rows), whichever is smaller, decomposed in float64.
 
 The primal matrix is decomposed once, C = V diag(sigma) V^T, so that another damping costs nothing; it also serves
-indefinite Hessians. The dual is `whence.solvers.dual.Dual` with every row that carries anything.
+indefinite Hessians. The dual is `whence.solvers.dual.Dual` with every row that carries anything; its Gram matrix is
+formed in the model's dtype, and the certificate says what that costs.
 """
 
 from __future__ import annotations
