@@ -21,6 +21,7 @@ from whence import (
     Identity,
     Inverse,
     Neumann,
+    Pairing,
     Problem,
     Solver,
     WhenceError,
@@ -353,7 +354,7 @@ class WrongSelf(Over):
 class WrongPair(Over):
     def pairing(self, rows: Gradients):
         blocks = {b.name: b.pack(rows.dense()) for b in rows.blocks}
-        return blocks, lambda g: g
+        return Pairing(blocks)
 
 
 @pytest.mark.parametrize(

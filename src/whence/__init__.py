@@ -2,6 +2,7 @@
 
 from whence.attribution import Influence, Scores, Top, attribute
 from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator
+from whence.curvature.spectrum import Spectrum, spectrum
 from whence.damping import Damping
 from whence.errors import (
     ArtefactError,
@@ -16,7 +17,27 @@ from whence.errors import (
 from whence.factored import Factored, Written
 from whence.layers import LayerKind, register
 from whence.problem import Problem
-from whence.solvers import ASTRA, CG, EKFAC, KFAC, Dual, Exact, Identity, Inverse, Neumann, Solution, Solver
+from whence.solvers import (
+    ASTRA,
+    CG,
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Auto,
+    DataInf,
+    Dual,
+    Exact,
+    HyperINF,
+    Identity,
+    Inverse,
+    Neumann,
+    Nystrom,
+    Pairing,
+    RandProj,
+    RandSelect,
+    Solution,
+    Solver,
+)
 from whence.task import Classification, Regression, Task
 from whence.vectors import Vectors
 
@@ -28,17 +49,21 @@ __all__ = [
     "EKFAC",
     "GGN",
     "KFAC",
+    "Arnoldi",
     "ArtefactError",
+    "Auto",
     "Classification",
     "ConvergenceWarning",
     "Curvature",
     "Damping",
+    "DataInf",
     "DivergenceError",
     "Dual",
     "EmpiricalFisher",
     "Exact",
     "Factored",
     "Hessian",
+    "HyperINF",
     "Identity",
     "Influence",
     "InputError",
@@ -47,12 +72,17 @@ __all__ = [
     "MissingExtraError",
     "Need",
     "Neumann",
+    "Nystrom",
     "Operator",
+    "Pairing",
     "Problem",
+    "RandProj",
+    "RandSelect",
     "Regression",
     "Scores",
     "Solution",
     "Solver",
+    "Spectrum",
     "Task",
     "Top",
     "UnsupportedError",
@@ -62,4 +92,5 @@ __all__ = [
     "Written",
     "attribute",
     "register",
+    "spectrum",
 ]

@@ -26,13 +26,15 @@ class Damping:
     Args:
         value: lambda itself, or the factor of what ``kind`` names.
         kind: "absolute", in the units of a mean over examples of summed losses; "relative" to each block's mean
-            eigenvalue; or "per example", relative to tr(C) / N.
+            eigenvalue; "per example", relative to tr(C) / N; or "by parameter", as ``each`` says.
         origin: how the value came about, for the record.
+        each: (parameter name, lambda) pairs of the kind "by parameter", whose ``value`` is the largest.
     """
 
     value: float
-    kind: Literal["absolute", "relative", "per example"] = "absolute"
+    kind: Literal["absolute", "relative", "per example", "by parameter"] = "absolute"
     origin: str = "given"
+    each: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.value) and self.value > 0):
@@ -45,7 +47,12 @@ class Damping:
 
     def __str__(self) -> str:
         """The value, its unit, and where it came from."""
-        units = {"absolute": "", "relative": " x the mean eigenvalue of each block", "per example": " x tr(C) / N"}
+        units = {
+            "absolute": "",
+            "relative": " x the mean eigenvalue of each block",
+            "per example": " x tr(C) / N",
+            "by parameter": " at most, by parameter",
+        }
         unit = units[self.kind]
         return f"{self.value!r}{unit} ({self.origin})"
 
@@ -67,6 +74,11 @@ class Damping:
         linear datamodeling scores were measured at factor 1 with exact solves (``benchmarks/RESULTS.md``).
         """
         return cls(float(factor), "per example")
+
+    @classmethod
+    def by_parameter(cls, shift: Shift) -> Damping:
+        """A lambda for each parameter, by name; the parameters of one layer must share theirs."""
+        return cls(max(shift.values()), "by parameter", each=tuple(shift.items()))
 
     @classmethod
     def from_training(
@@ -108,6 +120,8 @@ class Damping:
         """Lambda of each parameter."""
         if self.kind == "absolute":
             return dict.fromkeys(curvature.problem.shapes, self.value)
+        if self.kind == "by parameter":
+            return self._checked(curvature)
         means = curvature.mean_eigenvalues()
         if self.kind == "per example":
             shapes, n = curvature.problem.shapes, len(curvature.problem.train)
@@ -120,3 +134,11 @@ class Damping:
                 "the curvature's mean eigenvalues", "positive for relative damping", 0.0, "Give an absolute one."
             )
         return {name: max(self.value * mean, floor) for name, mean in means.items()}
+
+    def _checked(self, curvature: Curvature) -> Shift:
+        shift, blocks = dict(self.each), curvature.problem.blocks
+        if set(shift) != set(curvature.problem.shapes) or any(not v > 0 for v in shift.values()):
+            raise expected("damping by parameter", "a positive number for each attributed parameter", sorted(shift))
+        if any(len({shift[p] for p in b.shapes}) > 1 for b in blocks):
+            raise expected("damping by parameter", "one number for all parameters of a layer", self.each)
+        return shift

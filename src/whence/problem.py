@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import Batch, Examples, batch_length, map_tensors, tensors
 from whence.errors import InputError, WhenceWarning, expected
@@ -165,6 +167,16 @@ class Problem:
         """Loss gradients with labels drawn from the model, R = 1."""
         loss = self.seeds_of("loss")
         return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
+
+    def slopes(self, batch: Batch, v: Vectors) -> Tensor:
+        """Derivatives of each example's training loss along Q directions, by forward mode: (Q, n)."""
+        outputs, theta = self.functional(batch)
+
+        def along(w: Vectors) -> Tensor:
+            return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
+
+        with self.observed(), sdpa_kernel(SDPBackend.MATH):
+            return vmap(along)(v)
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
         """The value itself if it is one finite number per example.

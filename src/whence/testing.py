@@ -252,8 +252,7 @@ def _pairs(name: str, inverse: Inverse, problem: Problem, tolerance: float) -> N
     _near(f"{name}: self-influence (quadratic)", inverse.quadratic(g)[0], vectors.dot(written, x), tolerance)
     short = inverse.pairing(g)
     if short is not None:
-        packed, turn = short
-        _near(f"{name}: scores by pairing", turn(g).dot(packed=packed), g.dot(x), tolerance)
+        _near(f"{name}: scores by pairing", short(g), g.dot(x)[..., 0], tolerance)
 
 
 # --- comparisons ---

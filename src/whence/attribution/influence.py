@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,8 @@ from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
-from whence.solvers.base import Inverse, Solution, Solver, instance, warn_unconverged
-from whence.solvers.cg import CG
-from whence.solvers.kronecker import EKFAC
+from whence.solvers.auto import Auto
+from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, warn_unconverged
 from whence.task import Task
 
 logger = logging.getLogger("whence")
@@ -53,7 +52,7 @@ class Influence:
         progress: show progress bars; None shows them on a terminal.
     """
 
-    solver: Solver = field(default_factory=lambda: CG(preconditioner=EKFAC()))
+    solver: Solver | Literal["auto"] = "auto"
     damping: float | Damping = field(default_factory=Damping.per_example)
     curvature: Callable[[Problem], Curvature] = GGN
     parameters: Select = None
@@ -107,18 +106,16 @@ class Influence:
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
         rows = self.query_gradients(queries, measurement)
-        turn: Callable[[Gradients], Gradients] = lambda g: g  # noqa: E731
-        short = None if certify else inverse.pairing(rows)
-        if short is not None:
-            packed, turn = short
+        pairing = None if certify else inverse.pairing(rows)
+        if pairing is not None:
             solution = Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
         else:
             solution = inverse(rows.dense(), certify)
-            packed = gradients.pack(problem.blocks, solution.x)
+            pairing = Pairing(gradients.pack(problem.blocks, solution.x))
         solved = time.perf_counter()
         values = torch.empty(len(rows), len(problem.train), dtype=problem.dtype, device=problem.device)
-        for index, g in self._training_gradients("scores"):
-            values[:, index.start : index.stop] = turn(g).dot(packed=packed)[..., 0]
+        for index, batch in problem.batches(what="scores"):
+            values[:, index.start : index.stop] = _against(problem, batch, pairing)
         seconds = self._seconds | {"solve": solved - start, "scores": time.perf_counter() - solved}
         return Scores(
             values,
@@ -220,8 +217,9 @@ class Influence:
         )
 
     def _solver(self) -> Solver:
-        instance(solver=self.solver)
-        return self.solver if self.seed is None else _seeded(self.solver, self.seed)
+        solver = Auto() if self.solver == "auto" else self.solver
+        instance(solver=solver)
+        return solver if self.seed is None else _seeded(solver, self.seed)
 
     def _problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:
         return Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
@@ -241,7 +239,7 @@ def attribute(
     train: Any,
     queries: Any,
     *,
-    solver: Solver | None = None,
+    solver: Solver | Literal["auto"] = "auto",
     damping: float | Damping | None = None,
     curvature: Callable[[Problem], Curvature] = GGN,
     parameters: Select = None,
@@ -258,7 +256,7 @@ def attribute(
         task: `Classification()`, `Regression()`, or your own `Task`.
         train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
         queries: Q queries, in the same form.
-        solver: how (C + damping I)^-1 is applied; None takes CG(preconditioner=EKFAC()).
+        solver: how (C + damping I)^-1 is applied; "auto" chooses by size and budget, see `whence.Auto`.
         damping: a number or a `Damping`; None takes Damping.per_example().
         curvature, parameters, batch_size, seed, progress: see `Influence`.
         measurement: f of a query, lower is better; None takes the task's.
@@ -271,7 +269,7 @@ def attribute(
         InputError, UnsupportedError, DivergenceError: each says what was expected, what was got and what to do.
     """
     influence = Influence(
-        solver=solver or CG(preconditioner=EKFAC()),
+        solver=solver,
         damping=damping if damping is not None else Damping.per_example(),
         curvature=curvature,
         parameters=parameters,
@@ -280,6 +278,18 @@ def attribute(
         progress=progress,
     )
     return influence.fit(model, task, train).score(queries, measurement, self_influence=self_influence)
+
+
+def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
+    """Scores of a batch, (Q, n), by contractions of factored gradients.
+
+    Where some parameters' gradients would have to be written out and few directions are enough, by forward-mode
+    derivatives along these.
+    """
+    if pairing.mix is None or not problem.layout.slow:
+        return pairing(problem.loss_gradients(batch))
+    directions = {p: t for b in problem.blocks for p, t in b.unpack(pairing.packed[b.name]).items()}
+    return pairing.mix @ problem.slopes(batch, directions)
 
 
 def _seeded(solver: Solver, seed: int) -> Solver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -31,6 +32,8 @@ class Solution:
         steps: iterations made.
         history: relative residuals as the method saw them, (steps + 1, Q); empty for methods that do not iterate.
         passes: passes over the training data spent, certificate included.
+        seconds: wall time of the solve, certificate included.
+        predicted: the error |x - x*| / |x| that the method's own theory expects, (Q,); None where it has none.
     """
 
     x: Vectors
@@ -39,15 +42,43 @@ class Solution:
     steps: int = 0
     history: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     passes: float = 0.0
+    seconds: float = 0.0
+    predicted: Tensor | None = None
 
     def __str__(self) -> str:
-        """One line."""
-        q = len(self.converged)
-        worst = "not certified" if self.residual is None else f"worst {float(self.residual.max()):.1e}"
-        return (
-            f"{q} right-hand sides, {self.steps} steps, {self.passes:.1f} passes, residual {worst}, "
-            f"{int(self.converged.sum())} converged"
-        )
+        """A short table: a line on the whole, and one for each of the ten worst queries."""
+        residual = self.residual if self.residual is not None else torch.full(self.converged.shape, float("nan"))
+        lines = [
+            f"{len(residual)} right-hand sides, {self.steps} steps, {self.passes:.1f} passes, {self.seconds:.1f} s, "
+            + ("not certified, " if self.residual is None else f"worst residual {float(residual.max()):.1e}, ")
+            + f"{int(self.converged.sum())} converged",
+            "query   residual  converged" + ("  predicted error" if self.predicted is not None else ""),
+        ]
+        for q in residual.nan_to_num(0.0).sort(descending=True, stable=True).indices[:10].tolist():
+            found = "        -" if self.residual is None else f"{float(residual[q]):9.1e}"
+            said = f"  {float(self.predicted[q]):15.1e}" if self.predicted is not None else ""
+            lines.append(f"{q:5d}  {found}  {'yes' if self.converged[q] else 'no':>9}{said}")
+        return "\n".join(lines + (["..."] if len(residual) > 10 else []))
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Scores without solutions: ``mix @ turn(g).dot(packed=packed)``.
+
+    Args:
+        packed: p directions as matrices, block name to (p, G, O, I).
+        turn: the map of training gradients into the directions' coordinates.
+        mix: (Q, p), if scores are combinations of what the p directions give; None: p = Q and they are the scores.
+    """
+
+    packed: Packed
+    turn: Callable[[Gradients], Gradients] = lambda g: g
+    mix: Tensor | None = None
+
+    def __call__(self, g: Gradients) -> Tensor:
+        """Scores of n examples' gradients, R = 1: (Q, n)."""
+        found = self.turn(g).dot(packed=self.packed)[..., 0]
+        return found if self.mix is None else self.mix.to(found) @ found
 
 
 class Inverse(ABC):
@@ -62,27 +93,22 @@ class Inverse(ABC):
     def apply(self, b: Vectors) -> Vectors:
         """x for all Q right-hand sides, without a certificate; linear in b for direct methods."""
 
+    def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
+        """x, its history (steps + 1, Q) and the passes spent; methods that iterate define this one."""
+        return self.apply(b), torch.empty(0, vectors.count(b)), 0.0
+
     def __call__(self, b: Vectors, certify: bool = True) -> Solution:
-        """Solve for Q right-hand sides together.
+        """Solve for Q right-hand sides together; queries that miss the tolerance are named in a warning.
 
         Args:
             b: (Q, *param.shape) per parameter.
             certify: measure the residual with the true operator, one pass over the training data.
 
         Raises:
-            DivergenceError: if x is not finite.
+            DivergenceError: if x is not finite, or the method meets what it cannot invert.
         """
-        return self.certified(self.apply(b), b, certify)
-
-    def certified(
-        self,
-        x: Vectors,
-        b: Vectors,
-        certify: bool = True,
-        history: Tensor | None = None,
-        passes: float = 0.0,
-    ) -> Solution:
-        """The solution with its true residual; queries that miss the tolerance are named in a warning."""
+        start = time.perf_counter()
+        x, history, passes = self.solve(b)
         size = vectors.norm(x)
         if not size.isfinite().all():
             bad = (~size.isfinite()).nonzero().flatten().tolist()
@@ -91,7 +117,6 @@ class Inverse(ABC):
                 "raise the "
                 "damping, or lower the step size of a stochastic solver."
             )
-        history = torch.empty(0, len(size)) if history is None else history
         residual, converged = None, torch.ones(len(size), dtype=torch.bool, device=size.device)
         if certify:
             residual, passes = relative(self.residual_vector(x, b), b), passes + 1
@@ -99,7 +124,8 @@ class Inverse(ABC):
         if self.tolerance is not None and final is not None:
             converged = final <= self.tolerance
             warn_unconverged(converged, "queries", self.tolerance)
-        return Solution(x, residual, converged, max(0, len(history) - 1), history, passes)
+        seconds = time.perf_counter() - start
+        return Solution(x, residual, converged, max(0, len(history) - 1), history, passes, seconds)
 
     def residual_vector(self, x: Vectors, b: Vectors) -> Vectors:
         """b - (C + damping) x with the true operator on all the data."""
@@ -114,18 +140,15 @@ class Inverse(ABC):
             solution = self(g, certify=False)
         return vectors.dot(g, solution.x), solution.converged
 
-    def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]] | None:  # unused: rows
-        """A shorter way to scores that needs no x: solved matrices, and the map of gradients into their coordinates.
-
-        None where there is none. Inner products of the matrices with mapped gradients are the scores.
-        """
+    def pairing(self, rows: Gradients) -> Pairing | None:  # unused: rows
+        """A shorter way to the scores of Q queries' rows, which needs no x; None where there is none."""
         return None
 
     def state(self) -> dict[str, Tensor]:
         """What is saved; `Solver.restore` takes it back."""
         return {}
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | str]:
         """What the fit chose for the user, by name: step sizes, ranks, what was dropped."""
         return {}
 

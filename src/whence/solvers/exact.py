@@ -90,14 +90,10 @@ class Exact(Solver):
     def _is_primal(self, curvature: Curvature) -> bool:
         if self.form not in ("auto", "primal", "dual"):
             raise expected("form", "'auto', 'primal' or 'dual'", repr(self.form))
-        D = sum(s.numel() for s in curvature.problem.shapes.values())
-        rows = float("inf")
-        if Need.GRADIENTS in curvature.offers:
-            rows = next(curvature.gradients()).weights.shape[1] * len(curvature.problem.train)
-        elif self.form == "dual":
+        if self.form == "dual":
             self._dual().check(curvature)
-        sizes = {"primal": D, "dual": rows}
-        form = self.form if self.form != "auto" else ("primal" if rows >= D else "dual")
+        sizes = dimensions(curvature)
+        form = self.form if self.form != "auto" else ("primal" if sizes["dual"] >= sizes["primal"] else "dual")
         needed = 3 * 8 * sizes[form] ** 2  # the matrix, its factor and one copy in between
         if needed > self.memory:
             raise UnsupportedError(
@@ -119,6 +115,14 @@ class Exact(Solver):
             matrix = curvature.remember("matrix", lambda: dense(curvature))
             saved = curvature.remember(key, lambda: tuple(torch.linalg.eigh(matrix / roots / roots.unsqueeze(1))))
         return DenseInverse(curvature, shift, saved[0], saved[1], roots, level)
+
+
+def dimensions(curvature: Curvature) -> dict[str, float]:
+    """Sides of the two matrices that may be inverted: "primal" D, "dual" the rows of C, infinite if it has none."""
+    rows = float("inf")
+    if Need.GRADIENTS in curvature.offers:
+        rows = next(curvature.gradients()).weights.shape[1] * len(curvature.problem.train)
+    return {"primal": sum(s.numel() for s in curvature.problem.shapes.values()), "dual": rows}
 
 
 def dense(curvature: Curvature) -> Tensor:

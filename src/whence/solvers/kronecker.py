@@ -7,7 +7,7 @@ Lambda are KFAC's products of eigenvalues or EKFAC's corrected second moments; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from whence.curvature.kronecker import Basis, KroneckerBlock, Labels, fit
 from whence.damping import Damping, Shift
 from whence.factored import Factored
 from whence.gradients import Gradients, Packed
-from whence.solvers.base import Inverse, Solver
+from whence.solvers.base import Inverse, Pairing, Solver
 from whence.vectors import Vectors
 
 
@@ -48,13 +48,13 @@ class EigenInverse(Inverse):
         """Rows in the eigenbases, still factored."""
         return rows.map(lambda name, r: self.factors[name].rotated(r))
 
-    def pairing(self, rows: Gradients) -> tuple[Packed, Callable[[Gradients], Gradients]]:
+    def pairing(self, rows: Gradients) -> Pairing:
         """Scores stay in the eigenbases: rotating factors is cheaper than rotating solutions back."""
         packed: Packed = {}
         for block in rows.blocks:
             turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
             packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
-        return packed, self.turned
+        return Pairing(packed, self.turned)
 
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""

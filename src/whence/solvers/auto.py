@@ -1,0 +1,188 @@
+"""The solver that chooses for the user, by size and budget, and moves on where a residual does not meet the tolerance.
+
+In order, the first that fits:
+
+    Exact()                        a side of at most 1,500: the dense decomposition costs seconds
+    CG(preconditioner=Nystrom())   any layers, any positive semi-definite curvature; a few steps
+    CG(preconditioner=EKFAC())     where memory or time do not allow the r right-hand sides of Nystrom
+    CG()                           where there are no Kronecker factors either
+
+Queries that miss the tolerance go on, from where they are, to CG(preconditioner=Dual()) where there are rows, and to
+Exact() where its matrix fits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whence import vectors
+from whence.curvature.base import Curvature, Need
+from whence.damping import Damping, Shift
+from whence.errors import DivergenceError, UnsupportedError
+from whence.solvers.base import Inverse, Solver, positive, relative
+from whence.solvers.cg import CG
+from whence.solvers.dual import Dual
+from whence.solvers.exact import Exact, dimensions
+from whence.solvers.kronecker import EKFAC
+from whence.solvers.nystrom import Nystrom
+from whence.vectors import Vectors
+
+logger = logging.getLogger("whence")
+
+SMALL = 1500  # side of a dense matrix that is decomposed without a second thought
+STEPS = 50  # of CG before the next solver is tried
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solver and the reason for it."""
+
+    solver: Solver
+    why: str
+
+
+class AutoInverse(Inverse):
+    """The chosen inverse; the ones behind it are fitted only if they are needed."""
+
+    def __init__(self, curvature: Curvature, shift: Shift, solver: Auto, choices: list[Choice]):
+        super().__init__(curvature, shift)
+        self.tolerance, self.limit, self.choices = solver.tolerance, 0.95 * solver.tolerance, choices
+        self.damping = Damping.by_parameter(shift)
+        self.fitted: list[Inverse] = []
+
+    def apply(self, b: Vectors) -> Vectors:
+        """x alone."""
+        return self.solve(b)[0]
+
+    def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
+        """Each choice in turn solves for what the ones before it left of the queries that did not converge."""
+        x, late = vectors.zeros_like(b), torch.arange(vectors.count(b))
+        residual = (vectors.norm(b) > 0).double()
+        history, passes = [residual], 0.0
+        for i, choice in enumerate(self.choices):
+            some = {name: t[late] for name, t in b.items()}
+            rest = some if i == 0 else self.residual_vector({name: t[late] for name, t in x.items()}, some)
+            try:
+                found, steps, spent = self._fit(i).solve(rest)
+            except (UnsupportedError, DivergenceError) as error:
+                if i + 1 == len(self.choices):
+                    raise
+                logger.info("%r cannot solve this (%s): going on with %r", choice.solver, error, self.choices[i + 1])
+                continue
+            share = vectors.norm(rest) / vectors.norm(some).clamp(min=1e-300)
+            if not len(steps):  # a direct method: its residual is measured
+                left = {n: t[late] + found[n] for n, t in x.items()}
+                steps, spent = relative(self.residual_vector(left, some), some).unsqueeze(0) / share, spent + 1
+            for name, t in x.items():
+                t[late] += found[name]
+            for r in steps[1:] if len(steps) > 1 else steps:
+                residual = residual.index_copy(0, late.to(r.device), (r * share).to(residual))
+                history.append(residual)
+            passes += spent + (i > 0)
+            late = (residual > self.limit).nonzero()[:, 0]
+            if not len(late):
+                break
+            if i + 1 < len(self.choices):
+                following = self.choices[i + 1]
+                logger.info("%d queries above %g: going on with %r", len(late), self.tolerance, following.solver)
+        return x, torch.stack(history), passes
+
+    def report(self) -> dict[str, float | str]:
+        """What was chosen and why, and what else had to be fitted."""
+        first = {"solver": repr(self.choices[0].solver), "because": self.choices[0].why}
+        more = [repr(c.solver) for c in self.choices[1 : len(self.fitted)]]
+        return first | ({"then": ", ".join(more)} if more else {}) | self._fit(0).report()
+
+    def state(self) -> dict[str, Tensor]:
+        """The first choice's name, and its inverse's state."""
+        name = type(getattr(self.choices[0].solver, "preconditioner", self.choices[0].solver)).__name__
+        return {"auto|first": torch.tensor(list(name.encode()))} | self._fit(0).state()
+
+    def _fit(self, i: int) -> Inverse:
+        while len(self.fitted) <= i:
+            self.fitted.append(self.choices[len(self.fitted)].solver.fit(self.curvature, self.damping))
+        return self.fitted[i]
+
+
+@dataclass(frozen=True)
+class Auto(Solver):
+    """The solver that fits the problem; ``solver="auto"`` is Auto().
+
+    Args:
+        tolerance: relative residual; the default is the loosest at which linear datamodeling scores stop changing
+            (``benchmarks/RESULTS.md``).
+        memory: bytes that factors and matrices may take.
+        seconds: time that may be spent on a fit or on a solve, roughly; None: as much as it takes.
+        seed: of what is random in a preconditioner.
+    """
+
+    tolerance: float = 0.03
+    memory: float = 4e9
+    seconds: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(tolerance=self.tolerance, memory=self.memory, seconds=self.seconds)
+
+    def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
+        """Choose, say so in the log, and fit the first choice."""
+        self.check(curvature)
+        inverse = AutoInverse(curvature, Damping.of(damping).resolve(curvature), self, self.choices(curvature))
+        inverse.report()
+        logger.info("chose %r: %s", inverse.choices[0].solver, inverse.choices[0].why)
+        return inverse
+
+    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
+        """From the state of the first choice."""
+        first = bytes(state["auto|first"].tolist()).decode()
+        inverse = AutoInverse(curvature, shift, self, self.choices(curvature, first))
+        inverse.fitted.append(inverse.choices[0].solver.restore(curvature, shift, state))
+        return inverse
+
+    def choices(self, curvature: Curvature, first: str | None = None) -> list[Choice]:
+        """The first choice, or the one whose name is given, and what to fall back on, in order."""
+        sizes = dimensions(curvature)
+        side, D = min(sizes.values()), int(sizes["primal"])
+        exact = [Choice(Exact(memory=self.memory), "its matrix fits into memory")] if self._fits(side) else []
+        if side <= SMALL and exact:
+            return [Choice(Exact(memory=self.memory), f"a {side:,.0f} x {side:,.0f} matrix is decomposed in seconds")]
+        behind = exact
+        if Need.GRADIENTS in curvature.offers:
+            dual = CG(Dual(memory=self.memory / 4), self.tolerance, STEPS, seconds=self.seconds)
+            behind = [Choice(dual, "the curvature is made of rows"), *exact]
+        return [self._first(curvature, D, first), *behind]
+
+    def _first(self, curvature: Curvature, D: int, name: str | None) -> Choice:
+        rank = min(Nystrom().rank, int(self.memory / (6 * D * curvature.problem.dtype.itemsize)))
+        allowed = rank >= 20 and name in (None, "Nystrom")
+        why = f"{D:,} parameters: {rank} directions take the top off the spectrum, CG does the rest"
+        short = "memory"
+        if allowed and name is None and self.seconds is not None:
+            needed = _seconds(curvature, rank)
+            allowed, short = needed <= self.seconds / 2, f"time (one pass with {rank} directions takes {needed:.0f} s)"
+        options = {"tolerance": self.tolerance, "steps": STEPS, "seconds": self.seconds}
+        if allowed:
+            return Choice(CG(Nystrom(rank, self.seed), **options), why)
+        if Need.KRONECKER in curvature.offers and name in (None, "EKFAC"):
+            return Choice(CG(EKFAC(seed=self.seed), **options), f"too little {short} for a low-rank preconditioner")
+        return Choice(CG(**options), f"too little {short} for a preconditioner, and no Kronecker factors")
+
+    def _fits(self, side: float) -> bool:
+        return 3 * 8 * side**2 <= self.memory
+
+
+def _seconds(curvature: Curvature, count: int) -> float:
+    """Time of a product with so many right-hand sides, from products with 1 and with 8."""
+    v = vectors.random_signs(curvature.problem.shapes, 8, torch.Generator().manual_seed(0), curvature.problem.dtype)
+    v = {name: t.to(curvature.problem.device) for name, t in v.items()}
+    taken = []
+    for n in (1, 1, 8):  # the first fills the caches
+        start = time.perf_counter()
+        curvature.product({name: t[:n] for name, t in v.items()})
+        taken.append(time.perf_counter() - start)
+    return taken[1] + max(0.0, taken[2] - taken[1]) / 7 * (count - 1)
