@@ -82,7 +82,7 @@ class DualInverse(Inverse):
                 rows, kept = rows[some.nonzero()[:, 0]], kept[some]
             yield rows, rows.weights.clamp(min=0).sqrt(), kept
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, float | str]:
         """How many rows were kept of how many, and the trace of the rest in units of the damping."""
         return {"kept rows": int(self.kept.sum()), "rows": self.kept.numel(), "dropped trace": self.dropped}
 
