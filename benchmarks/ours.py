@@ -69,19 +69,35 @@ def attribute(
     return found
 
 
-SOLVERS = ("exact", "dual", "cg10", "astra", "astra3", "ekfac", "kfac", "dot")
+SOLVERS = ("auto", "exact", "dual", "nystrom", "cg10", "astra", "astra3", "ekfac", "kfac", "dot", "lissa")
 
 
 def build(name: str, damping: float) -> Any:
-    """A solver of the tables by its short name; ``astra3`` has the step of the paper's table 3, 0.1 x damping."""
+    """A solver of the tables by its short name.
+
+    ``astra3`` has the step of the paper's table 3, 0.1 x damping. ``cg``, ``block``, ``ekfac``, ``dual`` and ``nystrom``
+    are conjugate gradients to a residual if one is given, as in ``nystrom@0.1``, without and with that preconditioner.
+    """
     import whence
 
+    first, _, tolerance = name.partition("@")
+    inner = {
+        "cg": whence.Identity,
+        "block": whence.Identity,
+        "ekfac": whence.EKFAC,
+        "dual": whence.Dual,
+        "nystrom": whence.Nystrom,
+    }
+    if tolerance or first in ("dual", "nystrom"):
+        return whence.CG(inner[first](), tolerance=float(tolerance or 1e-4), block=first == "block")
+    if name == "auto":
+        return whence.Auto()
     if name == "exact":
         return whence.Exact()
+    if name == "lissa":
+        return whence.Neumann()
     if name == "cg10":
         return whence.CG(preconditioner=whence.EKFAC(), steps=10)
-    if name.startswith("dual"):  # "dual1e-3": to this residual
-        return whence.CG(preconditioner=whence.Dual(), tolerance=float(name[4:] or 1e-4))
     if name == "astra":
         return whence.ASTRA()
     if name == "astra3":
