@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 import whence
-from whence import cli, demo
+from whence import cli, demo, loading, vectors
 from whence.attribution import Scores
 from whence.errors import DivergenceError, InputError
+from whence.solvers.neumann import corollary
 
 
 def small(monkeypatch):
@@ -149,3 +151,284 @@ def test_it_runs_as_a_program():
 def test_the_library_does_not_load_what_only_the_report_needs():
     code = "import sys, whence, whence.cli, whence.report; print({'jinja2', 'matplotlib', 'tyro'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout == "set()\n"
+
+
+# --- spectrum -------------------------------------------------------------------------------------------------------
+
+MINE = """
+import torch
+import whence
+
+g = torch.Generator().manual_seed(1)
+x, y = torch.randn(60, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (60,), generator=g)
+
+def problem():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    return model, whence.Classification(), (x, y)
+
+def asked(count=2):
+    return [*problem(), (x[:count], y[:count])]
+
+def two():
+    return problem()[:2]
+
+def nothing():
+    pass
+
+def needy(count, *rest, flag=True):
+    return problem()
+
+def wrong_model():
+    return "model", whence.Classification(), (x, y)
+
+def unpaired():
+    return *problem()[:2], (x, y[:-1])
+
+def gone():
+    raise FileNotFoundError("no weights.pt")
+
+def _hidden():
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's in the current directory."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # "" would be the current directory
+    return tmp_path
+
+
+def measure(argv, capsys) -> str:
+    assert cli.main(["spectrum", *argv]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def curvature(kind=whence.GGN, parameters=None):
+    with loading.from_here():
+        target = loading.load("mine:problem")
+    return kind(whence.Problem(target.model, target.task, target.train, parameters))
+
+
+def row(text: str) -> dict[str, str]:
+    """The table of the plan: names and values, which end in the same column."""
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if "step size" in line)
+    ends = [m.end() for m in re.finditer(r"\S+(?: \S+)*", lines[at])]
+    starts = [0, *ends[:-1]]
+    return {lines[at][s:e].strip(): lines[at + 1][s:e].strip() for s, e in zip(starts, ends, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "kind", "parameters", "seed"),
+    [
+        (["mine:problem"], whence.GGN, None, 0),
+        (["mine:asked", "--batch-size", "7"], whence.GGN, None, 0),
+        (["mine:problem", "--curvature", "fisher", "--seed", "3"], whence.EmpiricalFisher, None, 3),
+        (["--parameters", "^2", "mine:problem"], whence.GGN, "^2", 0),
+    ],
+)
+def test_the_spectrum_is_the_one_measured(mine, capsys, argv, kind, parameters, seed):
+    text = measure(argv, capsys)
+    c = curvature(kind, parameters)
+    measured = whence.spectrum(c, seed=seed)
+    assert str(measured) in text
+    assert f"{kind.__name__} of {next(a for a in argv if a.startswith('mine'))}, {c.problem.coverage()}" in text
+    damping = min(whence.Damping.per_example().resolve(c).values())
+    plan = corollary(measured, damping)
+    found = row(text)
+    assert found.pop("sampling error / |x|") == f"at most {cli.sampling_error(plan, damping):.3g}"
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {
+            "damping": damping,
+            "step size": plan.step,
+            "batch size": plan.batch or 60,
+            "steps": plan.steps,
+            "passes": plan.steps * (plan.batch or 60) / 60,
+        },
+        rel=5e-3,
+    )
+    assert repr(whence.Auto().choices(c)[0].solver) in " ".join(text.split())
+
+
+def test_the_damping_can_be_given_and_the_seed_matters(mine, capsys):
+    first = measure(["mine:problem", "--damping", "0.5"], capsys)
+    measured = whence.spectrum(curvature())
+    assert row(first)["damping"] == "0.5"
+    assert int(row(first)["steps"].replace(",", "")) == corollary(measured, 0.5).steps
+    assert measure(["mine:problem", "--damping", "0.5"], capsys) == first
+    assert measure(["mine:problem", "--damping", "0.5", "--seed", "1"], capsys) != first
+
+
+def test_an_indefinite_hessian_is_told(mine, capsys):
+    smallest = whence.spectrum(curvature(whence.Hessian)).smallest
+    assert smallest < -1e-3
+    text = measure(["mine:problem", "--curvature", "hessian", "--damping", f"{-smallest / 2:.6f}"], capsys)
+    assert "No plan" in text and "step size" not in text
+    assert f"a damping above {-smallest:.3g}, or --curvature ggn" in " ".join(text.split())
+    text = measure(["mine:problem", "--curvature", "hessian", "--damping", f"{-3 * smallest:.6f}"], capsys)
+    assert "step size" in text and "is about" in text and "auto" not in text
+    assert row(text)["sampling error / |x|"] == "no bound"
+
+
+def dense(c: whence.Curvature) -> torch.Tensor:
+    shapes = c.problem.shapes
+    eye = torch.eye(sum(s.numel() for s in shapes.values()), dtype=torch.float64)
+    return vectors.flatten(c.product(vectors.unflatten(eye, shapes)))
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.01, 1e-4])
+def test_what_is_said_of_cg_is_true(mine, capsys, damping):
+    text = " ".join(measure(["mine:problem", "--damping", str(damping)], capsys).split())
+    steps = int(re.search(r"CG\(\) needs at most (\d+) steps", text)[1])
+    c = curvature()
+    C = dense(c)
+    A = C + damping * torch.eye(len(C), dtype=torch.float64)
+    condition = float(re.search(r"condition number of C \+ damping is at most (\S+)\. ", text)[1].replace(",", ""))
+    assert float(torch.linalg.cond(A)) <= condition * 1.005
+    b = torch.randn(4, len(C), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = whence.CG(tolerance=None, steps=steps).fit(c, damping)(vectors.unflatten(b, c.problem.shapes))
+    exact = torch.linalg.solve(A, b.T).T
+    off = vectors.flatten({name: solution.x[name] for name in c.problem.shapes}) - exact
+    assert bool((((off @ A) * off).sum(1) <= 1e-4 * ((exact @ A) * exact).sum(1)).all())
+
+
+@pytest.mark.usefixtures("mine")
+def test_the_sampling_error_is_that_of_the_worst_query():
+    c = curvature()
+    C, shapes = dense(c), c.problem.shapes
+    damping = 0.05
+    inverse = whence.Neumann(batch=5).fit(c, damping)
+    plan, bound = inverse.plan, cli.sampling_error(inverse.plan, damping)
+    values, directions = torch.linalg.eigh(C)
+    b = torch.cat([directions.T, torch.randn(20, len(C), generator=torch.Generator().manual_seed(0)).double()])
+    x = torch.linalg.solve(C + damping * torch.eye(len(C), dtype=torch.float64), b.T).T
+    first = (1 - plan.step * damping) ** plan.steps * (b / damping - x).norm(dim=1) / x.norm(dim=1)
+    noise = inverse.predicted(vectors.unflatten(b, shapes), vectors.unflatten(x, shapes)) - first
+    assert bool((noise <= bound).all())
+    top = float(values[-1])
+    assert float(noise[len(C) - 1]) == pytest.approx(bound * (top / (plan.nu - damping)) ** 0.5, rel=1e-6)
+    assert cli.sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
+
+
+def made(largest: float, trace: float, constant: float = 1.0, examples: int = 100) -> whence.Spectrum:
+    e = whence.curvature.spectrum.Estimate
+    return whence.Spectrum(
+        e(trace, 0.0), e(1.0, 0.0), e(largest, 0.0), 0.0, largest, e(1.0, 0.0), e(constant, 0.1), examples, 50, 32
+    )
+
+
+def test_the_readings_follow_the_spectrum():
+    few = " ".join(cli.readings(made(1.0, 4.0), 0.1, True))
+    assert "the sampling error of its minibatches" in few and "usual 2" not in few and "accepts" not in few
+    noisy = made(1.0, 4.0, constant=5.0)
+    assert "c = 5, was measured to need c = 5 ± 0.1" in " ".join(cli.readings(noisy, 0.1, True))
+    assert "more than the usual 2" in " ".join(cli.readings(noisy, 0.1, True))
+    flat = made(1.0, 90.0)
+    assert "takes all of it at every step" in " ".join(cli.readings(flat, 0.1, True))
+    assert row("\n".join(cli.planned(flat, 0.1, True)))["batch size"] == "100"
+    assert row("\n".join(cli.planned(flat, 0.1, True)))["sampling error / |x|"] == "at most 0"
+    assert "more than the 50,000 steps that Neumann() accepts" in " ".join(cli.readings(made(1e5, 1e6), 0.1, True))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["mine"], "the target must be module:function, got 'mine'. .*For example: whence.demo:problem."),
+        (["mine.py:problem"], "mine.py cannot be imported. ModuleNotFoundError: No module named 'mine.py'"),
+        (["./mine:problem"], "the target must be module:function"),
+        (["mine:"], "the target must be module:function"),
+        (
+            ["missing:problem"],
+            "ModuleNotFoundError: No module named 'missing'. Run whence in the folder that holds miss",
+        ),
+        (
+            ["broken:problem"],
+            "ModuleNotFoundError: No module named 'not_there'. python -c \"import broken\" shows where",
+        ),
+        (["unclosed:problem"], r"unclosed cannot be imported. SyntaxError: .*unclosed.py, line 1"),
+        (["mine:nope"], "a function of mine, got 'nope'. The functions there: problem, asked, two, .*, gone.$"),
+        (["mine:number"], "a function of mine, got 'number'"),
+        (["mine:needy"], r"mine:needy must be callable without arguments, got needy\(count, \*rest, flag=True\). Give"),
+        (
+            ["mine:two"],
+            r"What mine:two returns must be \(model, task, train\) or .*, got \(Sequential, Classification\).",
+        ),
+        (["mine:nothing"], r"What mine:nothing returns must be .*, got NoneType."),
+        (["mine:wrong_model"], "model must be a torch.nn.Module, got str"),
+        (["mine:unpaired"], "60.*59|59.*60"),
+        (["mine:gone"], "no weights.pt"),
+        (["mine:problem", "--damping", "0"], "damping must be a positive finite number, got 0.0."),
+        (["mine:problem", "--parameters", "("], r"parameters must be a regular expression, got '\('"),
+        (["mine:problem", "--parameters", "xyz"], "parameters='xyz' selects none of the 4 trainable parameters"),
+        (["mine:problem", "--batch-size", "0"], "batch_size must be a positive integer, got 0"),
+    ],
+)
+def test_a_bad_target_is_one_line(mine, capsys, argv, said):
+    (mine / "broken.py").write_text("import not_there\n")
+    (mine / "unclosed.py").write_text("x = (\n")
+    before = list(sys.path)
+    assert cli.main(["spectrum", *argv]) == 2
+    shown = capsys.readouterr()
+    assert re.search(said, shown.err) and shown.err.startswith("whence: ") and shown.err.count("\n") == 1
+    assert "step size" not in shown.out and sys.path == before
+
+
+@pytest.mark.parametrize("argv", [[], ["mine:problem", "--curvature", "kfac"], ["mine:problem", "--damping", "x"]])
+def test_spectrum_arguments_that_do_not_parse(mine, argv, capsys):
+    assert cli.main(["spectrum", *argv]) == 2
+    assert capsys.readouterr().err
+
+
+def test_a_bug_of_the_users_is_not_hidden(mine):
+    (mine / "mine.py").write_text("def problem():\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["spectrum", "mine:problem"])
+
+
+def test_spectrum_as_a_program(mine, capsys):
+    """With a script that lies elsewhere, as an installed one does: the current directory is not on its path."""
+    (mine / "bin").mkdir()
+    (mine / "bin" / "program.py").write_text("import sys\nfrom whence.cli import main\nsys.exit(main())\n")
+
+    def program(*argv: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "bin/program.py", "spectrum", *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = program("mine:problem", "--damping", "0.1")
+    assert done.returncode == 0
+    assert row(done.stdout) == row(measure(["mine:problem", "--damping", "0.1"], capsys))
+    done = program("absent:problem")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("whence: absent cannot be imported.") and done.stderr.count("\n") == 1
+
+
+def test_spectrum_help_has_an_example(capsys):
+    assert cli.main(["spectrum", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "whence spectrum whence.demo:problem" in text and "(model, task, train)" in text
+    options = ("--damping", "--curvature {ggn,hessian,fisher}", "--parameters", "--batch-size", "--seed")
+    assert all(option in text for option in options)
+
+
+def test_the_demo_gives_a_target(monkeypatch):
+    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, epochs=1))
+    target = loading.load("whence.demo:problem")
+    assert isinstance(target.task, whence.Classification)
+    assert len(target.train[0]) == len(target.train[1]) == 1000 and len(target.queries[0]) == demo.ASKED
+    assert demo.accuracy(target.model, *target.queries) > 0.5
+
+
+@pytest.mark.slow
+def test_a_newcomer_can_measure_the_demo(capsys):
+    text = measure(["whence.demo:problem"], capsys)
+    assert "parameters D, examples N                   17,226, 1,000" in text
+    assert row(text)["steps"] and 'solver="auto" would start with' in text

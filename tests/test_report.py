@@ -33,11 +33,19 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
         self.open: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}  # id or class of a table -> cells of the rows of its body
+        self.table: list[list[str]] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self.open.append(tag)
+        if tag == "table":
+            self.table = self.tables.setdefault(dict(attrs).get("id") or dict(attrs).get("class") or "", [])
+        elif tag == "tr" and "tbody" in self.open:
+            self.table.append([])
+        elif tag in ("td", "th") and "tbody" in self.open:
+            self.table[-1].append("")
 
     def handle_endtag(self, tag):
         if tag in self.open:
@@ -47,6 +55,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not {"style", "script"} & set(self.open):
             self.words.append(data)
+        if "tbody" in self.open and {"td", "th"} & set(self.open):
+            self.table[-1][-1] += data
 
     @property
     def text(self) -> str:
@@ -90,6 +100,16 @@ def of_kind(kind: str, count: int) -> list[Example]:
 
 def examples(kind: str = "plain") -> dict:
     return {"train_examples": of_kind(kind, N), "query_examples": of_kind(kind, Q)}
+
+
+def rows(page: Page, table: str) -> list[list[str]]:
+    """The cells of a table's body, by the table's id."""
+    return page.tables[table]
+
+
+def fact(page: Page, name: str) -> str | None:
+    """The value beside a name in the table of the section on convergence."""
+    return next((row[1] for row in page.tables["facts"] if row[0] == name), None)
 
 
 def extras() -> dict:
@@ -171,15 +191,108 @@ def test_a_query_that_did_not_converge_is_named():
     page = Page(render(scores, **examples(), show=[0]))
     assert "1 of 3 queries did not converge." in page.text and "query 1 (label 1)." in page.text
     assert sum(e.get("role") == "alert" for e in page.all("div")) == 1
-    assert page.all("details")[0].keys() == {"open"}
-    assert "did not converge" not in Page(render(make_scores(), **examples())).text
+    assert "1 of 3 queries did not converge to the tolerance, 0.01." in page.text
+    assert rows(page, "residuals-worst")[0] == ["1", "label 1", "0.50", "no"]
+    assert fact(page, "not converged") == "1 of 3"
+    page = Page(render(make_scores(), **examples()))
+    assert "did not converge" not in page.text and "All queries met the tolerance, 0.01." in page.text
+    assert fact(page, "not converged") == "0 of 3"
 
 
 def test_a_direct_method_is_not_called_converged():
     scores = make_scores(history=torch.empty(0, Q), residual=torch.tensor([3.0, 0.5, 0.001]))
     page = Page(render(scores, **examples()))
-    assert "direct method residual 3.0" in page.text and "converged" not in page.text
-    assert "not measured" in Page(render(make_scores(residual=None, history=torch.empty(0, Q)), **examples())).text
+    assert "direct method residual 3.0" in page.text and "A direct method: it takes no steps" in page.text
+    assert "The median residual of 3 queries is 0.50, the largest 3.0." in page.text
+    assert rows(page, "residuals-worst") == [
+        ["0", "label 0", "3.0", "–"],
+        ["1", "label 1", "0.50", "–"],
+        ["2", "label 2", "0.0010", "–"],
+    ]
+    assert fact(page, "steps") == "none" and fact(page, "not converged") is None
+    assert not [svg for svg in page.all("svg") if "Relative residuals" in (svg.get("aria-label") or "")]
+    assert "preconditioner of CG" in page.text
+    page = Page(render(make_scores(residual=None, history=torch.empty(0, Q)), **examples()))
+    assert "The residuals were not measured." in page.text and rows(page, "residuals-worst")[0][2] == "–"
+
+
+def test_steps_without_a_tolerance_are_not_called_converged():
+    provenance = make_scores().provenance | {"tolerance": None, "chosen": {"step": 0.25, "batch": 64, "steps": 3}}
+    page = Page(render(make_scores(provenance=provenance), **examples()))
+    assert "No tolerance was set" in page.text and "converged residual" not in page.text
+    assert [row[3] for row in rows(page, "residuals-worst")] == ["–"] * 3
+    assert fact(page, "found by the fit") == "step 0.25, batch 64"
+    assert "on its minibatch" in page.text and "average more repeats" in page.text
+
+
+def test_the_table_of_convergence():
+    history = torch.tensor([1.0, 0.5, 0.02])[:, None].expand(3, Q)
+    seconds = {"fit": 1.0, "solve": 2.5, "scores": 0.25}
+    page = Page(render(make_scores(history=history, provenance={"solver": "CG()", "passes": 3.5, "seconds": seconds,
+                                                               "tolerance": 0.01}), **examples()))  # fmt: skip
+    found = {
+        name: fact(page, name) for name in ("method", "steps", "passes over the data", "seconds", "worst residual")
+    }
+    assert found == {
+        "method": "CG()",
+        "steps": "2",
+        "passes over the data": "3.5",
+        "seconds": "fit 1.00, solve 2.50, scores 0.25",
+        "worst residual": "0.0040 (query 0)",
+    }
+    assert fact(page, "median residual") == "0.0020" and "attribution 3.75 s" in page.text
+    assert fact(page, "because") is None and "Nystrom() for any layers" in page.text
+
+
+def test_what_was_chosen_and_why():
+    chosen = {"solver": "CG(Nystrom())", "because": "it is large", "then": "Exact()", "rank": 7}
+    page = Page(render(make_scores(provenance={"solver": "Auto()", "chosen": chosen, "tolerance": 0.03}), **examples()))
+    names = ("asked for", "chosen", "because", "then also", "found by the fit")
+    assert [fact(page, name) for name in names] == ["Auto()", "CG(Nystrom())", "it is large", "Exact()", "rank 7"]
+    assert "Auto(memory=…" in page.text
+
+
+def test_the_defaults_of_the_library_are_told(tmp_path):
+    """What `attribute` returns, saved and loaded, has all that the section needs."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N, 3, generator=g), torch.randint(0, 2, (N,), generator=g)
+    scores = whence.attribute(torch.nn.Linear(3, 2), whence.Classification(), (x, y), (x[:Q], y[:Q]))
+    scores.save(tmp_path / "scores")
+    page = Page(render(Scores.load(tmp_path / "scores"), **examples()))
+    assert fact(page, "asked for") == repr(whence.Auto()) and str(fact(page, "chosen")).startswith("Exact(")
+    assert "decomposed in seconds" in str(fact(page, "because")) and fact(page, "steps") == "1"
+    assert "All queries met the tolerance, 0.03." in page.text and "model.double()" in page.text
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_many_queries_are_ranked_and_thinned(certified):
+    q, steps = 150, 1000
+    final = torch.linspace(1e-4, 1e-3, q)[torch.randperm(q, generator=torch.Generator().manual_seed(0))]
+    history = torch.logspace(0, -1, steps)[:, None] * 10 * final
+    final[17], history[-1, 17] = 0.5, 0.5
+    scores = make_scores(
+        values=torch.randn(q, N),
+        residual=final if certified else None,
+        history=history,
+        converged=final < 0.01,
+    )
+    text = render(scores, train_examples=of_kind("plain", N), query_examples=of_kind("plain", q))
+    page = Page(text)
+    worst, others = (rows(page, f"residuals-{part}") for part in ("worst", "others"))
+    assert [int(row[0]) for row in worst + others] == final.argsort(descending=True, stable=True).tolist()
+    assert len(worst) == 10 and worst[0][0] == "17" and worst[0][3] == "no"
+    figure = text[text.index('aria-label="Relative residuals') :].split("</svg>")[0]
+    assert "of 150 queries over 999 steps; 1 did not converge; the worst is query 17" in figure
+    assert "query 17, the worst" in figure and "tolerance 0.01" in figure
+    assert "60 of the 150 are drawn" in page.text
+    assert len(figure) < 600_000
+
+
+def test_a_query_of_zero_gradient_can_be_drawn():
+    history = make_scores().history.clone()
+    history[:, 2] = 0
+    figure = render(make_scores(history=history, residual=history[-1]), **examples()).split("Relative residuals")[1]
+    assert "1e-300" not in figure and "10⁻³⁰⁰" not in figure
 
 
 def test_scores_that_are_all_zero_can_be_shown():
@@ -252,10 +365,10 @@ def test_a_missing_package_is_named(package, monkeypatch):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PROBE = """<script>
 addEventListener("load", () => {
-  const rows = () => [...document.querySelectorAll("#trust tbody tr")];
+  const rows = () => [...document.querySelectorAll("#residuals-worst tbody tr")];
   const column = () => rows().map((row) => row.cells[0].textContent).join("");
   const before = column();
-  document.querySelectorAll("#trust thead button")[2].click();
+  document.querySelectorAll("#residuals-worst thead button")[2].click();
   const page = document.documentElement;
   const result = {wide: page.scrollWidth - page.clientWidth, order: before + ">" + column()};
   parent.postMessage(result, "*");

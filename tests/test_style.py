@@ -43,6 +43,7 @@ ROOMS = (
     "hf",
     "",
     "demo",
+    "loading",
     "cli",
     "testing",
 )

@@ -122,6 +122,14 @@ def run(
     return scores
 
 
+def problem() -> tuple[nn.Module, whence.Classification, tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The demo's trained network, its task, training digits and queries: ``whence spectrum whence.demo:problem``."""
+    data, task = load(1000, 0), whence.Classification()
+    with one_thread():
+        model = train_small(build, task, data.train, RECIPE, 0)[0]
+    return model, task, data.train, tuple(part[:ASKED] for part in data.held_out)
+
+
 # --- the work -------------------------------------------------------------------------------------------------------
 
 
@@ -243,13 +251,10 @@ def say_queries(
 
 def say_detection(say: Say, curve: MislabeledCurve, values: Tensor, data: Digits) -> None:
     """How soon self-influence finds the wrong labels."""
-    wrong = int(data.flipped.sum())
+    wrong, (low, high) = int(data.flipped.sum()), curve.auc_interval
     hits = int(data.flipped[values.argsort(descending=True)[:wrong]].sum())
-    low, high = curve.auc_interval
     say(f"\nWrong labels, found by self-influence (every example solved to a residual of {ROUGHLY.tolerance:g}):")
-    say(
-        f"  AUC {curve.auc:.3f} ({low:.3f} to {high:.3f}; chance 0.5), average precision {curve.average_precision:.3f}",
-    )
+    say(f"  AUC {curve.auc:.3f} ({low:.3f} to {high:.3f}; chance 0.5), average precision {curve.average_precision:.3f}")
     say(f"  (chance {curve.base_rate:.3f}); of the {wrong} most suspicious digits {hits} do have a wrong label")
 
 

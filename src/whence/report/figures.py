@@ -21,13 +21,15 @@ try:
     from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 except ImportError as error:
     raise missing("matplotlib") from error
 
 # Stand-ins that no figure uses otherwise; `_svg` puts the page's own colours in their place.
 INK, MUTED, GRID, POSITIVE, NEGATIVE, PAPER = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", POSITIVE: "positive", NEGATIVE: "negative", PAPER: "paper"}
+
+LINES, POINTS = 60, 200  # of a figure, at most; more queries are thinned by rank, more steps evenly
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -77,34 +79,47 @@ def detection(curve: MislabeledCurve) -> str:
     )
 
 
-def residuals(history: Tensor, converged: Tensor, tolerance: float | None) -> str:
-    """Each query's relative residual over the solver's steps, (steps + 1, Q); unconverged queries in another colour."""
+def residuals(history: Tensor, converged: Tensor, tolerance: float | None, final: Tensor | None) -> str:
+    """Each query's relative residual over the solver's steps, (steps + 1, Q), the worst of them set apart.
+
+    Args:
+        history: relative residuals as the solver saw them.
+        converged: whether each query did, (Q,); those that did not end in a cross.
+        tolerance: drawn as a dashed line.
+        final: what the worst query is told by, (Q,); None: the last of the history.
+    """
     values = history.detach().double().cpu().numpy()
+    ends = values[-1] if final is None else final.detach().double().cpu().numpy()
+    order = np.argsort(-np.nan_to_num(ends, nan=np.inf), kind="stable")
+    drawn = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), LINES)).round().astype(int))]
+    worst, late, positive = int(order[0]), int((~converged).sum()), values[values > 0]
 
     def draw(axes: Axes) -> None:
-        for q in range(values.shape[1]):
-            steps = _moving(values[:, q])
-            late = not bool(converged[q])
-            style: dict[str, Any] = {"ls": "--", "alpha": 0.9} if late else {"ls": "-", "alpha": 0.45}
-            color = NEGATIVE if late else POSITIVE
-            axes.plot(np.arange(steps), values[:steps, q].clip(1e-300), color=color, lw=1.1, **style)
-            axes.plot(
-                steps - 1, values[steps - 1, q].clip(1e-300), "x" if late else "o", ms=4 if late else 2.5, c=color
-            )
+        for q in drawn[::-1]:  # the worst last, on top
+            steps, missed, first = _moving(values[:, q]), not bool(converged[q]), q == worst
+            at = np.unique(np.linspace(0, steps - 1, min(steps, POINTS)).round().astype(int))
+            color = NEGATIVE if missed else INK if first else POSITIVE
+            line = values[at, q].clip(1e-300)
+            axes.plot(at, line, color=color, lw=1.7 if first else 0.7, alpha=1 if first else 0.5)
+            axes.plot(at[-1], line[-1], "x" if missed else "o", ms=4.5 if missed else 2.5, c=color)
+            if first:
+                name, place = f"query {q}" + (", the worst" if len(order) > 1 else ""), {"ha": "right", "va": "top"}
+                axes.annotate(name, (0.99, 0.99), xycoords="axes fraction", color=color, weight="bold", **place)
         axes.set(yscale="log", xlim=(0, None), xlabel="step", ylabel="relative residual")
+        low = [float(positive.min())] if len(positive) else []
         if tolerance is not None:
+            low.append(tolerance)
             axes.axhline(tolerance, color=MUTED, lw=1.2, ls=(0, (5, 2)))
             place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             axes.annotate(f"tolerance {tolerance:g}", (0.02, tolerance), (0, -11), color=MUTED, **place)
-            axes.set_ylim(bottom=min(float(values[values > 0].min()), tolerance) / 2.2)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.set_ylim(bottom=min(low, default=0.1) / 2.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _power(v)))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y")
 
-    late = int((~converged).sum())
-    return _svg(
-        draw, f"Relative residuals of {values.shape[1]} queries over {len(values) - 1} steps; {late} did not converge."
-    )
+    said = f"Relative residuals of {len(order)} queries over {len(values) - 1} steps; {late} did not converge; "
+    return _svg(draw, said + f"the worst is query {worst}, which ends at {values[-1, worst]:.1e}.")
 
 
 def distribution(scores: Floats) -> str:

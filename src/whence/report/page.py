@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from whence.attribution.scores import Scores
 from whence.errors import expected
 from whence.evaluate.lds import LDS, float_array
 from whence.evaluate.mislabeled import MislabeledCurve
+from whence.report.convergence import certificate, convergence, final, standing
 from whence.report.examples import Example, missing
+from whence.report.numbers import short, signed
 
 
 def write_report(path: str | Path, scores: Scores, **content: Any) -> Path:
@@ -116,21 +117,19 @@ def render(
         "suspects": _suspects(scores.self_values, min(suspects, n), train_examples),
         "detection": detection,
         "lds": lds or {},
-        "convergence": [
-            _certificate(scores, i) | {"number": i, "caption": query_examples[i].caption} for i in range(q)
-        ],
+        "convergence": convergence(scores, [example.caption for example in query_examples], shown),
         "configuration": _configuration(scores.provenance)
         | {name: str(v) for name, v in (configuration or {}).items()},
         "cost": _cost(scores.provenance, cost or {}),
         "figures": {
             "distribution": figures.distribution(changes),
-            "residuals": figures.residuals(scores.history, scores.converged, tolerance)
-            if scores.history.numel()
+            "residuals": figures.residuals(scores.history, scores.converged, tolerance, final(scores))
+            if len(scores.history) > 2
             else None,
             "detection": figures.detection(detection) if detection else None,
             "lds": figures.lds_bars(lds) if lds else None,
         },
-        "tolerance": tolerance,
+        "lines": figures.LINES,
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("whence.report", "."),
@@ -141,37 +140,6 @@ def render(
     )
     environment.filters |= {"signed": signed, "short": short}
     return environment.get_template("page.html").render(page)
-
-
-def signed(value: float) -> str:
-    """Three significant digits, always with a sign, and a minus as wide as the plus."""
-    return ("+" if value > 0 else "") + _digits(value, 3)
-
-
-def short(value: float | None) -> str:
-    """Two significant digits."""
-    return "–" if value is None else _digits(value, 2)
-
-
-def _digits(value: float, digits: int) -> str:
-    """Plainly written between a thousandth and a million, as a power of ten outside."""
-    rounded = float(f"{value:.{digits - 1}e}")
-    if rounded == 0 or not 1e-3 <= abs(rounded) < 1e6:
-        return f"{value:.{digits - 1}e}".replace("-", "−") if rounded else "0"
-    after = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded:,.{after}f}".replace("-", "−")
-
-
-def _certificate(scores: Scores, i: int) -> dict[str, object]:
-    """How a query's solve went: its residual, one word, and the class of its colour."""
-    residual = None if scores.residual is None else float(scores.residual[i])
-    if not bool(scores.converged[i]):
-        return {"residual": residual, "status": "did not converge", "state": "bad"}
-    if residual is None:
-        return {"residual": None, "status": "not measured", "state": "unknown"}
-    if not scores.history.numel():  # a direct method has no tolerance to meet, only a residual to be judged by
-        return {"residual": residual, "status": "direct method", "state": "good" if residual < 0.01 else "unknown"}
-    return {"residual": residual, "status": "converged", "state": "good"}
 
 
 def _cards(
@@ -189,7 +157,7 @@ def _cards(
         {
             "number": i,
             "example": queries[i],
-            "certificate": _certificate(scores, i),
+            "certificate": certificate(scores, i),
             "proponents": ranked(top.proponents[i], top.proponent_scores[i], 1),
             "opponents": ranked(top.opponents[i], top.opponent_scores[i], -1),
         }
@@ -210,10 +178,9 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     good = int(scores.converged.sum())
     tiles = [{"value": f"{q:,} × {n:,}", "name": "queries × training examples"}]
     if scores.residual is not None:
-        status = (
-            f"worst residual; {good} of {q} converged" if scores.history.numel() else "worst residual; direct method"
-        )
-        tiles.append({"value": short(float(scores.residual.max())), "name": status})
+        status = standing(scores)
+        status = f"{good} of {q} converged" if good < q or status == "converged" else status
+        tiles.append({"value": short(float(scores.residual.max())), "name": f"worst residual; {status}"})
     if detection is not None:
         low, high = detection.auc_interval
         tiles.append(
@@ -232,7 +199,7 @@ def _configuration(provenance: Mapping[str, Any]) -> dict[str, str]:
     """The provenance as rows of words; what has a section of its own is left out."""
     rows: dict[str, str] = {}
     for name, value in provenance.items():
-        if name in ("seconds", "passes", "coverage"):
+        if name in ("solver", "chosen", "tolerance", "steps", "passes", "seconds", "coverage"):
             continue
         if isinstance(value, Mapping):
             value = _agree(value)
@@ -250,11 +217,8 @@ def _agree(values: Mapping[str, Any]) -> str:
 
 
 def _cost(provenance: Mapping[str, Any], more: Mapping[str, float]) -> dict[str, str]:
-    """Seconds of each part, and the passes over the training data."""
-    seconds = {**provenance.get("seconds", {}), **more}
+    """Seconds of the attribution, whose parts are with its convergence, and of what else there was."""
+    parts = provenance.get("seconds", {})
+    seconds = ({"attribution": sum(parts.values())} if parts else {}) | dict(more)
     rows = {name: f"{value:.2f} s" for name, value in seconds.items()}
-    if seconds:
-        rows["in all"] = f"{sum(seconds.values()):.2f} s"
-    if "passes" in provenance:
-        rows["passes over the training data to solve the queries"] = f"{provenance['passes']:g}"
-    return rows
+    return rows | ({"in all": f"{sum(seconds.values()):.2f} s"} if len(rows) > 1 else {})
