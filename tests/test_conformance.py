@@ -14,6 +14,8 @@ from whence import (
     EKFAC,
     GGN,
     KFAC,
+    Arnoldi,
+    Auto,
     Dual,
     EmpiricalFisher,
     Exact,
@@ -21,8 +23,11 @@ from whence import (
     Identity,
     Inverse,
     Neumann,
+    Nystrom,
     Pairing,
     Problem,
+    RandProj,
+    RandSelect,
     Solver,
     WhenceError,
     layers,
@@ -31,6 +36,7 @@ from whence.curvature import Need
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
 from whence.layers import LinearKind, NormKind, kind_of
+from whence.solvers.auto import Choice
 from whence.solvers.identity import Unit
 from whence.testing import ConformanceError, check_layer, check_operator, check_solver
 
@@ -74,6 +80,25 @@ SOLVERS = [
     Neumann(batch=4, steps=8),
     Neumann(EKFAC(), batch=4, steps=8, momentum=0.5),
     ASTRA(batch=4, steps=8),
+    pytest.param(Neumann(), marks=pytest.mark.slow),
+]
+LOW_RANK = [
+    Arnoldi(rank=15, steps=30),
+    Arnoldi(rank=15, steps=30, damped=False),
+    Arnoldi(rank=15, steps=30, positive=True),
+    Arnoldi(rank=10, steps=20, sample=5),
+    Arnoldi(rank=10, steps=20, sample=5, fresh=True, positive=True),
+    RandProj(rank=20),
+    RandSelect(rank=20),
+    Nystrom(rank=15),
+    Nystrom(rank=1000),
+    CG(preconditioner=Nystrom(rank=15), tolerance=1e-9, steps=1000),
+    CG(tolerance=1e-9, steps=1000, block=True),
+    CG(preconditioner=EKFAC(), tolerance=1e-9, steps=1000, block=True),
+    CG(preconditioner=Dual(), tolerance=1e-9, block=True),
+    CG(preconditioner=Nystrom(rank=15), tolerance=1e-9, steps=1000, block=True),
+    Auto(),
+    Auto(tolerance=1e-9),
 ]
 
 
@@ -97,6 +122,42 @@ def test_every_solver_conforms(name, solver):
     check_solver(solver, GGN(library(problem(name))), damping=0.5)
 
 
+@pytest.mark.parametrize("solver", LOW_RANK, ids=repr)
+@pytest.mark.parametrize("name", ["mlp", "masked_sequence", "odd_parameters", "linear_regression"])
+def test_every_low_rank_and_block_solver_conforms(name, solver):
+    check_solver(solver, GGN(library(problem(name))), damping=0.5)
+
+
+@pytest.mark.parametrize("preconditioner", [Identity(), EKFAC(), Dual(), Nystrom(rank=15)], ids=repr)
+def test_auto_conforms_whatever_it_chooses(preconditioner, monkeypatch):
+    choice = CG(preconditioner, tolerance=1e-9, steps=1000)
+    monkeypatch.setattr(Auto, "choices", lambda self, curvature, first=None: [Choice(choice, "the test says so")])
+    check_solver(Auto(tolerance=1e-9), GGN(library(problem("mlp"))), damping=0.5)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Arnoldi(rank=15, steps=30),
+        Arnoldi(rank=10, steps=20, sample=5, positive=True, damped=False),
+        RandProj(rank=20),
+        RandSelect(rank=20),
+        CG(tolerance=1e-9, block=True),
+        CG(preconditioner=EKFAC(), tolerance=1e-9, block=True),
+        Auto(tolerance=1e-9),
+    ],
+    ids=repr,
+)
+def test_low_rank_and_block_solvers_conform_on_other_curvatures(solver):
+    p = problem("mlp")
+    check_solver(solver, EmpiricalFisher(library(p)), damping=0.5)
+    check_solver(solver, Hessian(library(p)), damping=1.0)
+
+
+def test_nystrom_conforms_on_the_empirical_fisher():
+    check_solver(Nystrom(rank=5), EmpiricalFisher(library(problem("mlp"))), damping=0.5)
+
+
 @pytest.mark.parametrize("solver", [Exact(form="primal"), CG(tolerance=1e-9), EKFAC(), Neumann(batch=4, steps=8)])
 def test_solvers_conform_on_other_curvatures(solver):
     p = problem("mlp")
@@ -104,7 +165,27 @@ def test_solvers_conform_on_other_curvatures(solver):
     check_solver(solver, Hessian(library(p)), damping=1.0)
 
 
-@pytest.mark.parametrize("solver", [Exact(), Dual(), EKFAC(), KFAC(), CG(), Neumann(batch=4, steps=8)], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Exact(),
+        Dual(),
+        EKFAC(),
+        KFAC(),
+        CG(),
+        Neumann(batch=4, steps=8),
+        Arnoldi(rank=15, steps=30),
+        Arnoldi(rank=15, steps=30, damped=False),
+        RandProj(rank=20),
+        RandSelect(rank=20),
+        Nystrom(rank=15),
+        CG(preconditioner=Nystrom(rank=15)),
+        CG(block=True),
+        CG(preconditioner=Nystrom(rank=15), block=True),
+        Auto(),
+    ],
+    ids=repr,
+)
 def test_solvers_conform_in_float32(solver):
     p = problem("mlp")
     lib = Problem(p.model.float(), p.task, (p.train[0].float(), p.train[1]), batch_size=4)

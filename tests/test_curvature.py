@@ -11,6 +11,7 @@ from whence import GGN, Classification, EmpiricalFisher, Hessian, InputError, Pr
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
 KINDS = {
+    "auto": (GGN, TinyProblem.ggn, 1e-10),
     "rows": (lambda lib: GGN(lib, "rows"), TinyProblem.ggn, 1e-10),
     "jvp": (lambda lib: GGN(lib, "jvp"), TinyProblem.ggn, 1e-10),
     "finite-difference": (lambda lib: GGN(lib, "finite-difference"), TinyProblem.ggn, 1e-6),
@@ -255,6 +256,96 @@ def test_many_outputs_take_the_product_without_rows(monkeypatch):
     curvature = GGN(library(p))
     monkeypatch.setattr(curvature, "rows", lambda batch: pytest.fail("rows"))
     close(product(p, curvature, v), v @ p.ggn())
+
+
+def forbid(monkeypatch, curvature, *methods):
+    for method in methods:
+        monkeypatch.setattr(curvature, method, lambda *_, method=method: pytest.fail(method))
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_groups"])
+def test_a_minibatch_takes_jvp_for_few_right_hand_sides_and_rows_for_many(name, monkeypatch):
+    p = problem(name)
+    index = torch.tensor([5, 0, 5, 6, 2])
+    K = p.outputs()[0].numel()
+    wanted = part(p, index).ggn()
+    for Q, never in ((1, "rows"), (K // 2, "rows"), (K // 2 + 1, "_by_jvp"), (5 * K, "_by_jvp")):
+        curvature, v = GGN(library(p, batch_size=3)), right_hand_sides(p, Q)
+        with monkeypatch.context() as patch:
+            forbid(patch, curvature, never)
+            close(product(p, curvature, v, index), v @ wanted)
+
+
+def test_rows_that_last_are_made_and_used_for_any_number_of_right_hand_sides(monkeypatch):
+    p = problem("mlp")
+    curvature, v, index = GGN(library(p, batch_size=4)), right_hand_sides(p, 1), torch.tensor([5, 0, 5])
+    forbid(monkeypatch, curvature, "_by_jvp")
+    close(product(p, curvature, v), v @ p.ggn())
+    forbid(monkeypatch, curvature, "rows")
+    close(product(p, curvature, v, index), v @ part(p, index).ggn())
+    close(product(p, curvature, v), v @ p.ggn())
+
+
+def test_rows_that_do_not_fit_are_not_made_again_for_few_right_hand_sides(monkeypatch):
+    p = problem("mlp")
+    curvature, v = GGN(library(p, batch_size=4, memory=1.0)), right_hand_sides(p, 1)
+    close(product(p, curvature, v), v @ p.ggn())
+    forbid(monkeypatch, curvature, "rows")
+    close(product(p, curvature, v), v @ p.ggn())
+
+
+class Backward(torch.autograd.Function):
+    """tanh with a backward pass and no forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(y := x.tanh())
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0] ** 2)
+
+
+class Tanh(torch.nn.Module):
+    def __init__(self, own: bool):
+        super().__init__()
+        self.first, self.last, self.own = torch.nn.Linear(5, 6).double(), torch.nn.Linear(6, 4).double(), own
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(Backward.apply(h) if self.own else h.tanh())
+
+
+def test_a_model_without_forward_mode_takes_rows(monkeypatch):
+    p = problem("mlp")
+    usual = Tanh(own=False)
+    model = Tanh(own=True)
+    model.load_state_dict(usual.state_dict())
+    curvature, index = GGN(Problem(model, p.task, p.train)), torch.tensor([5, 0, 2])
+    v = {name: torch.randn(1, *t.shape, dtype=torch.float64) for name, t in usual.named_parameters()}
+    wanted = GGN(Problem(usual, p.task, p.train), "jvp").product(v, index)
+    tried = []
+    by_jvp = curvature._by_jvp
+    monkeypatch.setattr(curvature, "_by_jvp", lambda *args: tried.append(1) or by_jvp(*args))
+    for _ in range(2):
+        close(vectors.flatten(curvature.product(v, index)), vectors.flatten(wanted))
+    assert len(tried) == 1
+
+
+def test_a_task_that_fails_says_so_for_few_right_hand_sides_too():
+    p = problem("mlp")
+    curvature = GGN(library(p, (p.train[0][:, :-1], p.train[1])))
+    with pytest.raises(InputError, match="the model failed on a batch of shapes"):
+        product(p, curvature, right_hand_sides(p, 1), torch.tensor([0, 1]))
+
+
+def test_a_loss_that_is_not_convex_is_found_out_from_one_minibatch():
+    p = problem("mlp")
+    curvature = GGN(Problem(p.model, Signed(), p.train))
+    assert curvature.psd
+    product(p, curvature, right_hand_sides(p, 1), torch.arange(p.n))
+    assert not curvature.psd
 
 
 def test_a_zero_right_hand_side_has_a_zero_product():

@@ -1,5 +1,6 @@
 """Per-example gradients of every problem against the autograd loop, and every contraction against dense rows."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -110,6 +111,11 @@ def test_contractions_equal_dense_ones(name, order, monkeypatch):
                 torch.testing.assert_close(some.dot(packed=packed), expected, **TIGHT)
                 expected = torch.einsum("qnr,nrd->qd", w, wanted)
                 torch.testing.assert_close(p.flatten(some.combine(w)), expected, **TIGHT)
+                apart = {k: t for b in some.blocks for k, t in b.unpack(some.rows[b.name].combine(w)).items()}
+                torch.testing.assert_close(p.flatten(apart), expected, **TIGHT)
+                weighted = dataclasses.replace(some, weights=torch.rand(n, R, generator=rng, dtype=torch.float64))
+                expected = torch.einsum("qd,nrd,nr,nre->qe", v, wanted, weighted.weights / 11, wanted)
+                torch.testing.assert_close(p.flatten(weighted.product(p.unflatten(v), 11)), expected, **TIGHT)
             torch.testing.assert_close(some.square_norms(), wanted.square().sum(2), **TIGHT)
             torch.testing.assert_close(some.gram(g), torch.einsum("nrd,msd->nrms", wanted, truth), **TIGHT)
             torch.testing.assert_close(g.gram(some), torch.einsum("nrd,msd->nrms", truth, wanted), **TIGHT)
@@ -194,6 +200,9 @@ def test_pack_and_unpack_are_inverse(name):
         packed = block.pack(p.unflatten(v))
         assert packed.shape == (2, *block.sides)
         back |= block.unpack(packed)
+        pieces = block.pieces(p.unflatten(v))
+        assert torch.equal(torch.cat(pieces, 3 if block.matrix else 2), packed)
+        assert all(torch.equal(t, p.unflatten(v)[name]) for name, t in block.shaped(pieces).items())
     assert torch.equal(p.flatten(back), v)
 
 
@@ -300,6 +309,39 @@ def test_a_layer_that_is_never_called_has_zero_gradients():
     assert found["used.weight"].abs().max() > 0
     assert found["unused.weight"].shape == (p.n, 4, 5)
     assert found["unused.weight"].abs().max() == 0 and found["unused.bias"].abs().max() == 0
+
+
+class Discarded(Unused):
+    def forward(self, x):
+        self.unused(x)
+        return self.used(x)
+
+
+def test_a_layer_whose_output_is_not_used_has_zero_gradients():
+    p = problem("mlp")
+    lib = Problem(Discarded().double(), p.task, p.train)
+    c = torch.randn(3, p.n, 4, dtype=torch.float64)
+    junk = [torch.full((p.n, 3, 4), float("nan"), dtype=torch.float64) for _ in range(20)]
+    del junk  # memory that is not zero
+    found = lib.gradients(p.train, lambda *_: c).dense()
+    torch.testing.assert_close(found["used.bias"], c.transpose(0, 1).reshape(-1, 4), **TIGHT)
+    assert found["unused.weight"].abs().max() == 0 and found["unused.bias"].abs().max() == 0
+
+
+def test_rows_are_written_out_beforehand_where_that_serves_both_contractions(monkeypatch):
+    """A convolution with many positions: for many right-hand sides its rows are summed over positions once."""
+    p = problem("cnn_groups")
+    g, truth = rows_of(p, 3)
+    v = torch.randn(60, p.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.einsum("qd,nrd,nre->qe", v, truth, truth)
+    monkeypatch.setattr(factored, "MOVE", 0.0)
+    written = []
+    made = Factored.written
+    monkeypatch.setattr(Factored, "written", lambda self: written.append(self.sizes) or made(self))
+    torch.testing.assert_close(p.flatten(g.product(p.unflatten(v), 1)), expected, **TIGHT)
+    spacious = {r.sizes for r in g.rows.values() if isinstance(r, Factored) and r.sizes[3] > 1}
+    assert set(written) & spacious, "no convolution was written out"
+    assert len(written) == len(set(written)), "rows were written out twice"
 
 
 def test_coverage_says_what_is_attributed_and_what_is_not():

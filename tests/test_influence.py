@@ -18,7 +18,9 @@ from whence import (
     EKFAC,
     GGN,
     KFAC,
+    Arnoldi,
     ArtefactError,
+    Auto,
     Classification,
     Damping,
     Dual,
@@ -29,6 +31,7 @@ from whence import (
     Influence,
     InputError,
     Neumann,
+    Nystrom,
     Regression,
     Scores,
     UnsupportedError,
@@ -88,16 +91,46 @@ def test_a_positive_score_means_that_the_example_helped():
         torch.testing.assert_close(-change / step, values[:, i], rtol=1e-3, atol=1e-4)
 
 
-def test_the_default_is_the_exact_answer_to_a_certified_tolerance():
-    p = problem("mlp")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "masked_sequence", "odd_parameters"])
+def test_the_default_is_the_exact_answer_to_a_certified_tolerance(name, large, monkeypatch):
+    """Solver and damping are chosen; a problem that counts as large is solved iteratively."""
+    if large:
+        monkeypatch.setattr("whence.solvers.auto.SMALL", 0)
+    p = problem(name)
     scores = attribute(p.model, p.task, p.train, p.queries)
-    assert float(scores.residual.max()) <= 1e-3 and scores.converged.all()
+    assert scores.provenance["solver"] == repr(Auto()) and scores.provenance["tolerance"] == Auto().tolerance
+    assert ("CG(" in scores.provenance["chosen"]["solver"]) == large
     shift = torch.cat(
-        [torch.full((s.numel(),), scores.provenance["damping by parameter"][q]) for q, s in p.shapes.items()]
+        [
+            torch.full((s.numel(),), scores.provenance["damping by parameter"][q], dtype=torch.float64)
+            for q, s in p.shapes.items()
+        ]
     )
-    matrix = p.ggn() + torch.diag(shift.double())
-    wanted = p.measurement_gradients() @ torch.linalg.solve(matrix, p.loss_gradients().T)
-    close(scores.values, wanted, 1e-2)
+    matrix, q = p.ggn() + torch.diag(shift), p.measurement_gradients()
+    wanted = torch.linalg.solve(matrix, q.T).T
+    close(shift, p.ggn().diagonal().sum().expand(p.dim) / p.n)
+    if large:  # |x - x*| <= |(C + damping)^-1| |residual|
+        assert float(scores.residual.max()) <= Auto().tolerance and scores.converged.all()
+        reach = scores.residual * q.norm(dim=1) / shift[0]
+        error = (scores.values - wanted @ p.loss_gradients().T).abs()
+        assert (error <= reach.unsqueeze(1) * p.loss_gradients().norm(dim=1) + 1e-12).all()
+        close(scores.values, wanted @ p.loss_gradients().T, 0.1)
+    else:
+        assert float(scores.residual.max()) <= 1e-9 and scores.converged.all()
+        close(scores.values, wanted @ p.loss_gradients().T)
+
+
+def test_auto_is_a_name_for_the_solver_that_chooses(tmp_path):
+    p = problem("mlp")
+    named, given = (Influence(solver, 0.1, seed=5).fit(p.model, p.task, p.train) for solver in ("auto", Auto()))
+    assert torch.equal(named.score(p.queries).values, given.score(p.queries).values)
+    assert named.provenance()["solver"] == given.provenance()["solver"] == repr(Auto(seed=5))
+    named.save(tmp_path / "fit")
+    loaded = Influence(Auto(seed=5), 0.1).load(tmp_path / "fit", p.model, p.task, p.train)
+    close(loaded.score(p.queries).values, p.exact_scores(p.ggn(), 0.1))
+    close(named.at(0.01).score(p.queries).values, p.exact_scores(p.ggn(), 0.01))
+    close(loaded.at(0.01).score(p.queries).values, p.exact_scores(p.ggn(), 0.01))
 
 
 @pytest.mark.parametrize("solver", [EKFAC(labels="true"), KFAC(labels="true"), EKFAC()])
@@ -112,7 +145,10 @@ def test_scores_without_a_certificate_are_the_same(name, solver):
     assert "residual not measured" in str(short) and "worst residual" in str(certified)
 
 
-@pytest.mark.parametrize("solver", [Exact(), Exact(form="primal"), Dual(drop=0.0), EKFAC(), CG(tolerance=1e-10)])
+@pytest.mark.parametrize(
+    "solver",
+    [Exact(), Exact(form="primal"), Dual(drop=0.0), EKFAC(), CG(tolerance=1e-10), Arnoldi(rank=10, steps=20), Auto()],
+)
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence", "tied_embedding"])
 def test_self_influence(name, solver):
     p = problem(name)
@@ -131,7 +167,15 @@ def test_self_influence(name, solver):
 
 @pytest.mark.parametrize(
     "solver",
-    [Exact(), CG(preconditioner=Dual(drop=0.1), tolerance=1e-9), EKFAC(labels="true"), Neumann(batch=4, steps=9)],
+    [
+        Exact(),
+        CG(preconditioner=Dual(drop=0.1), tolerance=1e-9),
+        CG(preconditioner=Nystrom(rank=20), tolerance=1e-9),
+        EKFAC(labels="true"),
+        Neumann(batch=4, steps=9),
+        Arnoldi(rank=10, steps=25),
+        Auto(),
+    ],
 )
 @pytest.mark.parametrize("name", ["mlp", "mlp_regression_scalar", "masked_sequence", "cnn_groups"])
 def test_how_the_work_is_cut_changes_nothing(name, solver):

@@ -12,10 +12,11 @@ by numbers moved to and from memory. Loose parameters have their rows written ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
@@ -64,65 +65,100 @@ class Factored:
     def written(self) -> Written:
         """The rows W in dense form."""
         G, n, R, T, O, I = self.sizes
-        w = self.g.mT * self.a.unsqueeze(2) if T == 1 else self.g.mT @ self.a.unsqueeze(2)  # (G, n, R, O, I)
+        if T == 1:
+            w = self.g.mT * self.a.unsqueeze(2)  # (G, n, R, O, I)
+        else:  # one product for all R of an example, so that its inputs are read once
+            w = (self.g.mT.reshape(G, n, R * O, T) @ self.a).view(G, n, R, O, I)
         return Written(w.permute(1, 2, 0, 3, 4).reshape(n, R, -1), (G, O, I))
 
     def compact(self) -> Factored | Written:
         """The same rows in whichever form takes less memory."""
         _, _, R, T, O, I = self.sizes
-        return self.written() if R * O * I < T * (I + R * O) else self
+        return self.written() if R * O * I < T * (I + R * O) else self.contiguous()
 
-    def dot(self, v: Tensor) -> Tensor:
-        """Inner products of every row with Q matrices: v (Q, G, O, I) to (Q, n, R)."""
+    def ready(self, Q: int) -> Factored | Written:
+        """The same rows in the form in which several contractions with Q matrices cost least, in no more memory."""
+        return self.compact() if self._order(Q) == "outer" else self.contiguous()
+
+    def contiguous(self) -> Factored:
+        """The same rows with positions next to each other in memory, as products over many examples want them."""
+        return Factored(self.a.contiguous(), self.g.contiguous())
+
+    def dot(self, v: Tensor | Sequence[Tensor]) -> Tensor:
+        """Inner products of every row with Q matrices: v (Q, G, O, I), or their columns in pieces, to (Q, n, R)."""
         G, n, R, T, O, I = self.sizes
-        Q, v = v.shape[0], v.transpose(0, 1).to(self.a.dtype)  # (G, Q, O, I)
+        pieces = [p.transpose(0, 1).to(self.a.dtype) for p in ([v] if isinstance(v, Tensor) else v)]  # (G, Q, O, .)
+        Q = pieces[0].shape[1]
         order = self._order(Q)
-        out = v.new_empty(Q, n, R)
+        if order != "left" and len(pieces) > 1:
+            pieces = [torch.cat(pieces, 3)]
+        widths = [p.shape[3] for p in pieces]
+        out = self.a.new_empty(Q, n, R)
         if order == "outer":
             for s in slices(n, G * R * O * I):
-                out[:, s] = self[s].written().dot(v.transpose(0, 1))
+                out[:, s] = self[s].written().dot(pieces[0].transpose(0, 1))
             return out
+        whole = self.contiguous()
         for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
-            rows, vq = self[s], v[:, q]
-            m, k = rows.a.shape[1], vq.shape[1]
+            rows, k = whole[s], len(range(*q.indices(Q)))
+            m = rows.a.shape[1]
             if order == "left":
-                va = rows.a.reshape(G, m * T, I) @ vq.reshape(G, k * O, I).mT  # (G, m T, k O)
+                va = self.a.new_empty(0)  # (G, m T, k O), the sum over pieces of columns
+                for i, (a, p) in enumerate(zip(rows.a.reshape(G, m * T, I).split(widths, 2), pieces, strict=True)):
+                    vp = p[:, q].reshape(G, k * O, -1).mT
+                    va = va.baddbmm_(a, vp) if i else a @ vp
                 if T == 1:
                     va, g = va.view(G, m, k, O), rows.g.reshape(G, m, R, O)
                 else:
                     va, g = va.view(G, m, T, k, O).transpose(2, 3).flatten(3), rows.g.reshape(G, m, R, T * O)
                 out[q, s] = (va @ g.mT).sum(0).transpose(0, 1)
             else:
-                gv = rows.g.reshape(G, 1, m * R * T, O) @ vq  # (G, k, m R T, I)
+                gv = rows.g.reshape(G, 1, m * R * T, O) @ pieces[0][:, q]  # (G, k, m R T, I)
                 gv = gv.view(G, k, m, R, T, I).mul_(rows.a.view(G, 1, m, 1, T, I))
                 out[q, s] = gv.sum((0, 4, 5))
         return out
 
     def combine(self, w: Tensor) -> Tensor:
         """Weighted sums of rows, sum_{n,r} w[q, n, r] W[n, r]: w (Q, n, R) to (Q, G, O, I)."""
+        return self.columns(w, [self.a.shape[3]])[0]
+
+    def columns(self, w: Tensor, widths: Sequence[int]) -> list[Tensor]:
+        """The columns of `combine` in pieces of these widths, each (Q, G, O, width)."""
         G, n, R, T, O, I = self.sizes
         Q, w = w.shape[0], w.to(self.a.dtype)
         order = self._order(Q)
-        out = w.new_zeros(G, Q, O, I)
+        if order != "left":
+            return [*self._combine(w, order).split(list(widths), 3)]
+        out = [w.new_empty(G, Q, O, width) for width in widths]
+        whole = self.contiguous()
+        for s, q in _tiles(n, Q, G * T * O, T):
+            rows, wq = whole[s], w[q, s]
+            k, m = wq.shape[:2]
+            if R == 1 and T == 1:
+                wg = rows.g.reshape(G, m, 1, O) * wq.reshape(k, m).T.reshape(1, m, k, 1)
+            else:
+                wg = wq.transpose(0, 1) @ rows.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
+                wg = wg.view(G, m, k, T, O).transpose(2, 3)
+            wg = wg.reshape(G, m * T, k * O).mT
+            for part, a in zip(out, rows.a.reshape(G, m * T, I).split(list(widths), 2), strict=True):
+                some = part[:, q].view(G, k * O, -1)
+                some.baddbmm_(wg, a, beta=1 if s.start else 0)
+        return [part.transpose(0, 1) for part in out]
+
+    def _combine(self, w: Tensor, order: str) -> Tensor:
+        G, n, R, T, O, I = self.sizes
+        Q, out = w.shape[0], w.new_zeros(G, w.shape[0], O, I)
         if order == "outer":
             for s in slices(n, G * R * O * I):
                 out += self[s].written().combine(w[:, s]).transpose(0, 1)
             return out.transpose(0, 1)
-        for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
-            rows, wq = self[s], w[q, s]
+        whole = self.contiguous()
+        for s, q in _tiles(n, Q, G * T * R * I, T):
+            rows, wq = whole[s], w[q, s]
             k, m = wq.shape[:2]
-            if order == "left":
-                if R == 1 and T == 1:
-                    wg = rows.g.reshape(G, m, 1, O) * wq.reshape(k, m).T.reshape(1, m, k, 1)
-                else:
-                    wg = wq.transpose(0, 1) @ rows.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
-                    wg = wg.view(G, m, k, T, O).transpose(2, 3)
-                wg = wg.reshape(G, m * T, k * O)
-                out[:, q].view(G, k * O, I).baddbmm_(wg.mT, rows.a.reshape(G, m * T, I))
-            else:
-                wa = wq.reshape(1, k, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
-                gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)
-                out[:, q] += gt @ wa.reshape(G, k, m * R * T, I)
+            wa = wq.reshape(1, k, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
+            gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)
+            out[:, q] += gt @ wa.reshape(G, k, m * R * T, I)
         return out.transpose(0, 1)
 
     def _order(self, Q: int) -> str:

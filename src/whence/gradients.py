@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from whence import rows as forms
+from whence.factored import Factored
 from whence.rows import Rows
-from whence.vectors import Vectors
+from whence.vectors import Vectors, count
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,29 @@ class Block:
         G, O = self.matrix or (1, self.size)
         return G, O, self.size // (G * O)
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of each parameter in the matrix; of loose numbers, rows."""
+        G, O = self.matrix or (1, 1)
+        return [math.prod(s) // (G * O) for s in self.shapes.values()]
+
+    def pieces(self, v: Vectors) -> list[Tensor]:
+        """The block of Q parameter-shaped vectors, a matrix for each parameter, side by side those of `pack`: views."""
+        rows, tail = (self.matrix, ()) if self.matrix else ((1,), (1,))
+        return [v[p].reshape(len(v[p]), *rows, -1, *tail) for p in self.shapes]
+
     def pack(self, v: Vectors) -> Tensor:
         """The block of Q parameter-shaped vectors as matrices: (Q, G, O, I)."""
-        rows = (-1, *self.matrix) if self.matrix else (-1, 1)
-        tail = () if self.matrix else (1,)
-        parts = [v[p].reshape(len(v[p]), *rows[1:], -1, *tail) for p in self.shapes]
+        parts = self.pieces(v)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 3 if self.matrix else 2)
 
     def unpack(self, m: Tensor) -> Vectors:
         """The inverse of `pack`."""
-        G, O = self.matrix or (1, 1)
-        widths = [math.prod(s) // (G * O) for s in self.shapes.values()]
-        parts = m.split(widths, 3 if self.matrix else 2)
-        return {p: t.reshape(len(m), *s) for (p, s), t in zip(self.shapes.items(), parts, strict=True)}
+        return self.shaped(m.split(self.widths, 3 if self.matrix else 2))
+
+    def shaped(self, pieces: Sequence[Tensor]) -> Vectors:
+        """The inverse of `pieces`."""
+        return {p: t.reshape(len(t), *s) for (p, s), t in zip(self.shapes.items(), pieces, strict=True)}
 
 
 Packed = dict[str, Tensor]  # block name -> (Q, G, O, I)
@@ -103,10 +114,15 @@ class Gradients:
 
     def dot(self, v: Vectors | None = None, *, packed: Packed | None = None) -> Tensor:
         """Inner products of Q vectors with every row: (Q, n, R). Give matrices if they are `pack`-ed already."""
-        packed = pack(self.blocks, v) if packed is None and v is not None else packed or {}
         out = None
-        for name, rows in self.rows.items():
-            part = rows.dot(packed[name])
+        for b in self.blocks:
+            rows = self.rows[b.name]
+            if v is None:
+                part = rows.dot((packed or {})[b.name])
+            elif isinstance(rows, Factored) and b.matrix:  # as they are: nothing is copied
+                part = rows.dot(b.pieces(v))
+            else:
+                part = rows.dot(b.pack(v))
             out = part if out is None else out.add_(part)
         if out is None:
             raise KeyError("no block")
@@ -116,8 +132,18 @@ class Gradients:
         """Weighted sums of rows: w (Q, n, R) to Vectors (Q, ...)."""
         out: Vectors = {}
         for b in self.blocks:
-            out |= b.unpack(self.rows[b.name].combine(w))
+            rows = self.rows[b.name]
+            if isinstance(rows, Factored) and b.matrix:
+                out |= b.shaped(rows.columns(w, b.widths))
+            else:
+                out |= b.unpack(rows.combine(w))
         return out
+
+    def product(self, v: Vectors, n: int) -> Vectors:
+        """These rows' part in the product with a curvature of n examples: sum_{n,r} (w / n) (b . v) b."""
+        rows = self.map(lambda _, r: r.ready(count(v)) if isinstance(r, Factored) else r)
+        t = rows.dot(v)
+        return rows.combine(t.mul_((self.weights / n).to(t)))
 
     def dense(self) -> Vectors:
         """Every row written out, example by example: Vectors of n R."""

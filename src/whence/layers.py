@@ -69,9 +69,9 @@ class ConvKind:
         if x.ndim == 3:  # one-dimensional: a picture of height 1
             x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
         patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (n, G I, T)
-        a = patches.view(n, G, -1, patches.shape[-1]).permute(1, 0, 3, 2)  # (G, n, T, I)
+        a = patches.view(n, G, -1, patches.shape[-1]).permute(1, 0, 3, 2)  # (G, n, T, I), positions last in memory
         g = g.reshape(R, n, G, O, -1).permute(2, 1, 0, 4, 3)  # (G, n, R, T, O)
-        return Factored(_columns(a, parts).contiguous(), g.contiguous())
+        return Factored(_columns(a, parts), g)
 
 
 class EmbeddingKind:

@@ -104,19 +104,19 @@ def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list
 
 
 def _backward(outputs: Tensor, cotangents: Tensor, calls: dict[str, list[_Call]]) -> dict[_Call, Tensor]:
-    """The cotangent at the output of every call, (R, *output.shape)."""
+    """The cotangent at the output of every call, (R, *output.shape); in memory those of an example are together."""
     flat = [c for called in calls.values() for c in called]
     if not flat:
         return {}
-    stacks = [outputs.new_zeros(len(cotangents), *c.shape) for c in flat]
+    R = len(cotangents)
+    stacks = [outputs.new_empty(c.shape[0], R, *c.shape[1:]).transpose(0, 1) for c in flat]
     for r, cotangent in enumerate(cotangents):
+        grads: tuple[Tensor | None, ...] = (None,) * len(flat)
         if outputs.requires_grad:
-            keep = r + 1 < len(cotangents)
             pulled = (outputs * cotangent).sum()  # a scalar: passing grad_outputs would import sympy, half a second
-            grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=keep, allow_unused=True)
-            for stack, grad in zip(stacks, grads, strict=True):
-                if grad is not None:
-                    stack[r] = grad
+            grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=r + 1 < R, allow_unused=True)
+        for stack, grad in zip(stacks, grads, strict=True):
+            stack[r] = 0.0 if grad is None else grad
     return dict(zip(flat, stacks, strict=True))
 
 

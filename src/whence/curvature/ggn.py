@@ -24,13 +24,14 @@ from torch.func import grad, jvp, vjp, vmap
 from whence import vectors
 from whence.curvature.base import Need, RowCurvature
 from whence.data import Batch
-from whence.errors import expected
+from whence.errors import InputError, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.vectors import Vectors
 
 How = Literal["auto", "rows", "jvp", "finite-difference"]
 LIMIT = 128  # outputs per example up to which rows are the better product
+CACHED = 2**26  # bytes of right-hand sides that a CPU takes through the model together; more of them are slower
 
 
 class GGN(RowCurvature):
@@ -55,6 +56,8 @@ class GGN(RowCurvature):
         return self._convex
 
     _convex = True
+    _seen = False  # whether an output Hessian has been looked at
+    _forward = True  # whether the model is not known to lack forward mode
 
     @property
     def offers(self) -> frozenset[Need]:
@@ -71,24 +74,58 @@ class GGN(RowCurvature):
         held: dict[str, Tensor] = {}
 
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            values, directions = torch.linalg.eigh(self.output_hessian(outputs, batch).double())
-            held["weights"] = values.flip(-1)  # (n, K), largest first
-            u = directions.flip(-1).permute(2, 0, 1)  # (K, n, outputs)
+            held["weights"], u = self._spectrum(outputs, batch)
             return u.reshape(len(u), *outputs.shape).to(outputs.dtype)
 
         found = self.problem.gradients(batch, seeds)
-        weights = held["weights"]
+        return Gradients(found.blocks, found.rows, held["weights"])
+
+    def _spectrum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (n, K), largest first, and eigenvectors (K, n, K) of the output Hessian; notes a negative one."""
+        values, directions = torch.linalg.eigh(self.output_hessian(outputs, batch).double())
         noise = 1e-6 if self.problem.dtype == torch.float32 else 1e-12
-        if float(weights.min()) < -noise * float(weights.abs().max()):
+        if float(values.min()) < -noise * float(values.abs().max()):
             self._convex = False
-        return Gradients(found.blocks, found.rows, weights)
+        self._seen = True
+        return values.flip(-1), directions.flip(-1).permute(2, 0, 1)
 
     def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
         """C v over all training examples, or over those of the given numbers."""
-        if self._how() == "rows":
-            return super().product(v, index)
-        by = self._by_jvp if self._how() == "jvp" else self._by_differences
+        how = self._how()
+        if how == "rows":
+            if self._jvp_is_cheaper(vectors.count(v), index):
+                try:
+                    return self.streamed(lambda batch: self._by_jvp(batch, v), index)
+                except (RuntimeError, InputError):  # no forward mode or no vmap; rows report what is wrong otherwise
+                    self._forward = False
+            if index is None or self._kept is not None:
+                return super().product(v, index)
+            return self._by_rows(index, v)
+        by = self._by_jvp if how == "jvp" else self._by_differences
         return self.streamed(lambda batch: by(batch, v), index)
+
+    def _jvp_is_cheaper(self, Q: int, index: Tensor | None) -> bool:
+        """Whether Q right-hand sides are too few to make rows for them alone.
+
+        Rows cost K backward passes to the activations and up to two forwards' worth a right-hand side for the
+        contractions; jvp two forwards' worth each for J v and for J^T u: more, once Q > K / 2.
+        """
+        lasting = self._kept is not None or (index is None and self._fits)
+        if self.how != "auto" or lasting or not self._forward or 2 * Q > self._outputs:
+            return False
+        if not self._seen:  # jvp does not find out whether the loss is convex
+            batch = self.problem.batch([0] if index is None else index[: self.problem.train.batch_size])
+            with self.problem.observed() as model:
+                self._spectrum(self.problem.outputs(model, batch), batch)
+        return True
+
+    def _by_rows(self, index: Tensor, v: Vectors) -> Vectors:
+        """The product over a minibatch by rows made for it alone."""
+        out: Vectors = {}
+        for some in index.split(self.problem.train.batch_size):
+            part = self.rows(self.problem.batch(some)).product(v, len(index))
+            out = vectors.add_(out, part) if out else part
+        return out
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
@@ -117,7 +154,8 @@ class GGN(RowCurvature):
         """The sum over a batch of J^T H J v, as many right-hand sides as fit in memory to one forward pass."""
         outputs, theta = self.problem.functional(batch)
         parts = []
-        for some in vectors.chunk(v, rhs_at_once(self.problem, outputs, theta)):
+        together = rhs_at_once(self.problem, outputs, theta) if vectors.count(v) > 1 else 1
+        for some in vectors.chunk(v, together):
 
             def linearised(p: Vectors, some: Vectors = some) -> Any:
                 out: Any = (None, 0)  # outputs once, tangents for each right-hand side
@@ -150,7 +188,7 @@ class GGN(RowCurvature):
 
 
 def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: Vectors) -> int:
-    """How many right-hand sides fit into the problem's memory: each needs the tensors that one backward pass keeps."""
+    """How many right-hand sides go together: each needs the tensors that one backward pass keeps."""
     kept = 0
 
     def pack(t: Tensor) -> Tensor:
@@ -160,4 +198,5 @@ def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: V
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs({name: t.clone().requires_grad_() for name, t in theta.items()})
-    return max(1, int(problem.memory / 4 / max(1, kept)))
+    room = problem.memory / 4 if problem.device.type != "cpu" else min(problem.memory / 4, CACHED)
+    return max(1, int(room / max(1, kept)))

@@ -124,7 +124,10 @@ def arnoldi(product: Product, start: Vectors, steps: int, solve: Product | None 
     h = torch.zeros(steps + 1, steps, dtype=torch.float64)
     n, size, floor = 0, 0.0, 0.0
     for j in track(range(steps + 1), "Arnoldi process", enabled=None if steps > 50 else False):
-        z = vectors.flatten(solve(vectors.unflatten(r.unsqueeze(0), shapes)))[0] if solve else r
+        z = r
+        if solve:
+            found = solve(vectors.unflatten(r.unsqueeze(0), shapes))
+            z = vectors.flatten({name: found[name] for name in shapes})[0]
         size = float(torch.dot(r.double(), z.double()).clamp(min=0).sqrt())
         if j:
             h[j, j - 1] = size
@@ -133,11 +136,11 @@ def arnoldi(product: Product, start: Vectors, steps: int, solve: Product | None 
         n, dual[j], basis[j] = j + 1, r / size, z / size
         image = product(vectors.unflatten(basis[j : j + 1], shapes))
         r = vectors.flatten({name: image[name] for name in shapes})[0].clone()
-        floor = 1e-6 * float(r.norm()) if r.dtype == torch.float32 else 1e-12 * float(r.norm())
         for _ in range(2):
             c = basis[:n] @ r
             r = r - c @ dual[:n]
             h[:n, j] += c.cpu().double()
+        floor = (1e-6 if r.dtype == torch.float32 else 1e-12) * float(h.norm())  # in the norm of P^-1, as size is
     square = h[:n, :n]
     gap = float((square - square.T).norm() / square.norm().clamp(min=1e-300)) if n else 0.0
     square = ((square + square.T) / 2).triu(-1).tril(1)
@@ -218,8 +221,8 @@ def spectrum(
     trace, gap = _estimate(traces), _estimate(gaps)
     scale = batch / max(trace.value, 1e-300)
     per = torch.stack(along)[:, forms > 1e-6 * float(forms.abs().max())]  # (groups, eigenvectors)
-    worst = int(per.mean(0).argmax())
-    constant = _estimate(per[:, worst].tolist())
+    found = [_estimate(one) for one in per.T.tolist()]
+    constant = max(found, key=lambda e: e.value, default=Estimate(0.0, 0.0))  # none where C has no positive direction
     return Spectrum(
         trace,
         _estimate(squares),

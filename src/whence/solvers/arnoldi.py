@@ -92,16 +92,17 @@ class Arnoldi(Solver):
         shift = Damping.of(damping).resolve(curvature)
         level = max(shift.values()) if self.damped else 0.0
         roots = {name: (level / s) ** 0.5 if self.damped else 1.0 for name, s in shift.items()}
-        even = tuple(roots.values()) if len(set(roots.values())) > 1 else None
+        even = tuple(roots[name] for name in curvature.problem.shapes) if len(set(roots.values())) > 1 else None
         krylov = curvature.remember(
             ("arnoldi", self.steps, self.sample, self.fresh, self.seed, even), lambda: self._krylov(curvature, roots)
         )
         values, coefficients, errors = krylov.ritz()
         order = values.abs().sort(descending=True).indices
         order = order[values[order] > 0] if self.positive else order
-        order = order[values[order].abs() > 1e-12 * float(values.abs().max())][: self.rank]
+        noise = 1e-6 if curvature.problem.dtype == torch.float32 else 1e-12  # an eigenvalue of 0, as computed
+        order = order[values[order].abs() > noise * float(values.abs().max())][: self.rank]
         values, errors = values[order], errors[order]
-        if not len(order) or bool(((values + level).abs() <= 1e-9 * values.abs().max()).any()):
+        if not len(order) or bool(((values + level).abs() <= 1e-9 * values.abs()).any()):
             raise UnsupportedError(
                 f"{len(order)} eigenvalues were kept, and one of lambda + damping must not vanish: the curvature is "
                 "indefinite. Take positive=True, another damping, or the GGN."

@@ -45,6 +45,11 @@ class Choice:
     solver: Solver
     why: str
 
+    @property
+    def name(self) -> str:
+        """The preconditioner's class, or the solver's own."""
+        return type(getattr(self.solver, "preconditioner", self.solver)).__name__
+
 
 class AutoInverse(Inverse):
     """The chosen inverse; the ones behind it are fitted only if they are needed."""
@@ -52,8 +57,8 @@ class AutoInverse(Inverse):
     def __init__(self, curvature: Curvature, shift: Shift, solver: Auto, choices: list[Choice]):
         super().__init__(curvature, shift)
         self.tolerance, self.limit, self.choices = solver.tolerance, 0.95 * solver.tolerance, choices
-        self.damping = Damping.by_parameter(shift)
-        self.fitted: list[Inverse] = []
+        self.damping, self.seconds = Damping.by_parameter(shift), solver.seconds
+        self.fitted: dict[int, Inverse] = {}  # by place among the choices
 
     def apply(self, b: Vectors) -> Vectors:
         """x alone."""
@@ -61,10 +66,10 @@ class AutoInverse(Inverse):
 
     def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
         """Each choice in turn solves for what the ones before it left of the queries that did not converge."""
-        x, late = vectors.zeros_like(b), torch.arange(vectors.count(b))
-        residual = (vectors.norm(b) > 0).double()
-        history, passes = [residual], 0.0
-        for i, choice in enumerate(self.choices):
+        x, residual = vectors.zeros_like(b), (vectors.norm(b) > 0).double()
+        late = residual.nonzero()[:, 0]  # queries that have not converged; a right-hand side of 0 has
+        history, passes, start = [residual], 0.0, time.perf_counter()
+        for i, choice in enumerate(self.choices if len(late) else []):
             some = {name: t[late] for name, t in b.items()}
             rest = some if i == 0 else self.residual_vector({name: t[late] for name, t in x.items()}, some)
             try:
@@ -72,7 +77,8 @@ class AutoInverse(Inverse):
             except (UnsupportedError, DivergenceError) as error:
                 if i + 1 == len(self.choices):
                     raise
-                logger.info("%r cannot solve this (%s): going on with %r", choice.solver, error, self.choices[i + 1])
+                following = self.choices[i + 1]
+                logger.info("%r cannot solve this (%s): going on with %r", choice.solver, error, following.solver)
                 continue
             share = vectors.norm(rest) / vectors.norm(some).clamp(min=1e-300)
             if not len(steps):  # a direct method: its residual is measured
@@ -85,7 +91,7 @@ class AutoInverse(Inverse):
                 history.append(residual)
             passes += spent + (i > 0)
             late = (residual > self.limit).nonzero()[:, 0]
-            if not len(late):
+            if not len(late) or (self.seconds is not None and time.perf_counter() - start > self.seconds):
                 break
             if i + 1 < len(self.choices):
                 following = self.choices[i + 1]
@@ -95,17 +101,31 @@ class AutoInverse(Inverse):
     def report(self) -> dict[str, float | str]:
         """What was chosen and why, and what else had to be fitted."""
         first = {"solver": repr(self.choices[0].solver), "because": self.choices[0].why}
-        more = [repr(c.solver) for c in self.choices[1 : len(self.fitted)]]
+        more = [repr(c.solver) for i, c in enumerate(self.choices) if i and i in self.fitted]
         return first | ({"then": ", ".join(more)} if more else {}) | self._fit(0).report()
 
     def state(self) -> dict[str, Tensor]:
         """The first choice's name, and its inverse's state."""
-        name = type(getattr(self.choices[0].solver, "preconditioner", self.choices[0].solver)).__name__
-        return {"auto|first": torch.tensor(list(name.encode()))} | self._fit(0).state()
+        return {"auto|first": torch.tensor(list(self.choices[0].name.encode()))} | self._fit(0).state()
+
+    def begin(self) -> None:
+        """Fit the first choice; one that this curvature does not allow is struck off.
+
+        Raises:
+            UnsupportedError: the last choice's, if none can be fitted.
+        """
+        while 0 not in self.fitted:
+            try:
+                self._fit(0)
+            except UnsupportedError as error:
+                if len(self.choices) == 1:
+                    raise
+                failed = self.choices.pop(0)
+                logger.info("%r cannot be fitted (%s): going on with %r", failed.solver, error, self.choices[0].solver)
 
     def _fit(self, i: int) -> Inverse:
-        while len(self.fitted) <= i:
-            self.fitted.append(self.choices[len(self.fitted)].solver.fit(self.curvature, self.damping))
+        if i not in self.fitted:
+            self.fitted[i] = self.choices[i].solver.fit(self.curvature, self.damping)
         return self.fitted[i]
 
 
@@ -133,15 +153,18 @@ class Auto(Solver):
         """Choose, say so in the log, and fit the first choice."""
         self.check(curvature)
         inverse = AutoInverse(curvature, Damping.of(damping).resolve(curvature), self, self.choices(curvature))
-        inverse.report()
+        inverse.begin()
         logger.info("chose %r: %s", inverse.choices[0].solver, inverse.choices[0].why)
         return inverse
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the state of the first choice."""
         first = bytes(state["auto|first"].tolist()).decode()
-        inverse = AutoInverse(curvature, shift, self, self.choices(curvature, first))
-        inverse.fitted.append(inverse.choices[0].solver.restore(curvature, shift, state))
+        choices = self.choices(curvature, first)
+        while len(choices) > 1 and choices[0].name != first:
+            del choices[0]
+        inverse = AutoInverse(curvature, shift, self, choices)
+        inverse.fitted[0] = choices[0].solver.restore(curvature, shift, state)
         return inverse
 
     def choices(self, curvature: Curvature, first: str | None = None) -> list[Choice]:
@@ -151,11 +174,13 @@ class Auto(Solver):
         exact = [Choice(Exact(memory=self.memory), "its matrix fits into memory")] if self._fits(side) else []
         if side <= SMALL and exact:
             return [Choice(Exact(memory=self.memory), f"a {side:,.0f} x {side:,.0f} matrix is decomposed in seconds")]
-        behind = exact
+        plain = CG(tolerance=self.tolerance, steps=STEPS, seconds=self.seconds)
+        behind = exact or [Choice(plain, "too large for anything but products")]
         if Need.GRADIENTS in curvature.offers:
             dual = CG(Dual(memory=self.memory / 4), self.tolerance, STEPS, seconds=self.seconds)
             behind = [Choice(dual, "the curvature is made of rows"), *exact]
-        return [self._first(curvature, D, first), *behind]
+        leading = self._first(curvature, D, first)
+        return [leading, *(c for c in behind if c.solver != leading.solver)]
 
     def _first(self, curvature: Curvature, D: int, name: str | None) -> Choice:
         rank = min(Nystrom().rank, int(self.memory / (6 * D * curvature.problem.dtype.itemsize)))

@@ -4,7 +4,8 @@
 
 with a = r.z / p.(C + damping) p and b = r'.z' / r.z separately for each query; queries that have converged are frozen.
 The block method (O'Leary 1980) lets each query search along the directions of all: a and b become matrices, and many
-queries need several times fewer products. Its directions are orthonormalised at each step and dependent ones dropped.
+queries need several times fewer products. Residuals are held as s q, q of orthonormal rows, and the method runs on q
+(Dubrulle 2001): queries may then be equal, nearly equal or dependent, and of any length.
 The residual returned is measured afresh at the end, not carried along.
 """
 
@@ -81,29 +82,30 @@ class ConjugateGradients(Inverse):
 
     def _together(self, b: Vectors) -> tuple[Vectors, list[Tensor]]:
         shapes = {name: t.shape[1:] for name, t in b.items()}
-        r = vectors.flatten(b)  # (Q, D)
-        x, p, ap, factor = torch.zeros_like(r), r[:0], r[:0], torch.empty(0)
-        size = r.norm(dim=1).double().clamp(min=1e-300)
-        history = [r.norm(dim=1).double() / size]
+        flat = vectors.flatten(b)  # (Q, D)
+        x, size = torch.zeros_like(flat), flat.norm(dim=1).double()
+        flat = flat.where(size.isfinite().unsqueeze(1), 0.0)  # one that is not finite must not spoil the others
+        q, s = _orthonormal(flat)  # r = s q throughout: (n, D) and (Q, n), n = min(Q, D)
+        p, ap, factor = q, q, torch.empty(0)
+        history = [(size > 0).double()]
         start = time.perf_counter()
         for step in track(range(self.solver.steps), "block CG", enabled=self.curvature.problem.progress):
-            if bool((history[-1] <= self.limit).all()) or self._late(start):
+            if not bool((history[-1] > self.limit).any()) or self._late(start):
                 break
-            z = _flat(self.preconditioner.apply(vectors.unflatten(r, shapes)), shapes)
+            z = _flat(self.preconditioner.apply(vectors.unflatten(q, shapes)), shapes)
             if step:
                 z = z - torch.cholesky_solve((ap @ z.T).double(), factor).T.to(z) @ p
-            p = _orthonormal(z)  # (s, D), s <= Q
-            if not len(p):
-                break
+            p = _orthonormal(z)[0]
             ap = _flat(self._product(vectors.unflatten(p, shapes)), shapes)
             pap = (p @ ap.T).double()
             factor, info = torch.linalg.cholesky_ex((pap + pap.T) / 2)
             if int(info):
                 raise indefinite(step, float(torch.linalg.eigvalsh((pap + pap.T) / 2)[0]))
-            alpha = torch.cholesky_solve((p @ r.T).double(), factor).T.to(r)  # (Q, s)
-            x.addmm_(alpha, p)
-            r = r - alpha @ ap
-            history.append(r.norm(dim=1).double() / size)
+            alpha = torch.cholesky_solve((p @ q.T).double(), factor).T.to(q)  # (n, n)
+            x.addmm_(s @ alpha, p)
+            q, turn = _orthonormal(q - alpha @ ap)
+            s = s @ turn
+            history.append(s.norm(dim=1).double() / size.clamp(min=1e-300))
         return vectors.unflatten(x, shapes), history
 
     def _product(self, p: Vectors) -> Vectors:
@@ -169,9 +171,7 @@ def _flat(v: Vectors, shapes: vectors.Shapes) -> Tensor:
     return vectors.flatten({name: v[name] for name in shapes})
 
 
-def _orthonormal(z: Tensor) -> Tensor:
-    """An orthonormal basis of the rows of z (Q, D), without directions that the precision cannot tell from noise."""
-    z = z / z.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    values, directions = torch.linalg.eigh((z @ z.T).double())
-    keep = values > 100 * torch.finfo(z.dtype).eps * values[-1].clamp(min=1e-30)
-    return (directions[:, keep] / values[keep].sqrt()).T.to(z) @ z
+def _orthonormal(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows q and a matrix t with z = t q, for z (Q, D) of any rank."""
+    q, t = torch.linalg.qr(z.T)
+    return q.T, t.T

@@ -68,9 +68,8 @@ def corollary(measured: Spectrum, damping: float, contraction: float = 2.0, batc
         contraction: the slowest direction's error shrinks by exp(-contraction).
         batch: |B|, if it is given; the step is then the largest stable one for it.
     """
-    largest = SAFETY * max(measured.largest.value, 1e-300)
-    constant = max(2.0, measured.constant.value)
-    trace = max(measured.trace.value, measured.largest.value)
+    top = max(measured.largest.value, 1e-300)
+    largest, constant, trace = SAFETY * top, max(2.0, measured.constant.value), max(measured.trace.value, top)
     chosen = batch or math.ceil(constant * trace / largest)
     full = batch is None and chosen >= measured.examples
     t = 0.0 if full else constant * trace / chosen
@@ -132,27 +131,32 @@ class StochasticNeumann(Inverse):
         return replace(solution, predicted=predicted, converged=lower <= 2 * predicted)
 
     def predicted(self, b: Vectors, x: Vectors) -> Tensor:
-        """Equation 10 with x for x*: the expected |x - x*| / |x|, (Q,)."""
-        plan, damping = self.plan, min(self.shift.values())
-        rate = 1 - plan.step * damping
+        """Equation 10 with x for x*: the expected |x - x*| / |x|, (Q,).
+
+        Momentum counts as a step 1 / (1 - momentum) times as long; a decaying step shortens the first term alone.
+        """
+        plan, solver, damping = self.plan, self.solver, min(self.shift.values())
+        step = plan.step / (1 - solver.momentum)
+        rates = (abs(1 - step * damping * solver.decay ** (k // solver.decay_every)) for k in range(plan.steps))
         size = vectors.norm(x).clamp(min=1e-300)
-        first = rate**plan.steps * vectors.norm(vectors.add(self._start(b), x, -1.0)) / size
+        first = math.prod(rates) * vectors.norm(vectors.add(self._start(b), x, -1.0)) / size
         if not plan.batch:
             return first
-        t = plan.constant * plan.effective_dimension / plan.batch / self.solver.repeats
+        t = plan.constant * plan.effective_dimension / plan.batch / solver.repeats
         form = (vectors.dot(x, b) - vectors.dot(x, vectors.scale(x, self.shift))).clamp(min=0)  # x*.C x*
-        return first + (plan.step * t * form / (damping * (1 + rate))).sqrt() / size
+        return first + (step * t * form / (damping * max(2 - step * damping, 1e-300))).sqrt() / size
 
     def iterates(self, b: Vectors, repeat: int = 0) -> Iterator[tuple[Vectors, Tensor]]:
         """x_1, x_2, ... and the relative residual that each step saw on its minibatch, (Q,); x changes in place."""
         solver, plan = self.solver, self.plan
         rng = torch.Generator().manual_seed(solver.seed + 7919 * repeat)
         A = self.curvature.operator(rng, plan.batch) if plan.batch else self.curvature.operator()
-        x, m = self._start(b), vectors.zeros_like(b)
+        x, m, limit = self._start(b), vectors.zeros_like(b), torch.zeros(0)
         for k in track(range(plan.steps), "stochastic Neumann", enabled=self.curvature.problem.progress):
             r = vectors.add(vectors.add(b, A(x), -1.0), x, {p: -s for p, s in self.shift.items()})
             seen = relative(r, b)
-            if not bool((seen < 1e6).all()):
+            limit = limit if k else 1e6 * seen.clamp(min=1.0)
+            if not bool((seen < limit).all()):
                 raise DivergenceError(
                     f"the iteration diverged at step {k + 1} of {plan.steps} (step size {plan.step:.2e}, batch "
                     f"{plan.batch or 'all'}). Lower the step size, raise the batch size or the damping, or leave "
@@ -250,7 +254,7 @@ class Neumann(Solver):
         spread = max(inner.shift.values()) - damping  # the other blocks' damping adds to their largest eigenvalues
         step = self.step or (1 - self.momentum) / (1 / found.step + spread)
         steps = self.steps or math.ceil(self.contraction * (1 - self.momentum) / (step * damping))
-        if steps > MOST:
+        if self.steps is None and steps > MOST:
             raise UnsupportedError(
                 f"{steps:,} steps would be needed: the largest eigenvalue, {measured.largest.value:.2e}, is "
                 f"{measured.largest.value / damping:.1e} times the damping. Raise the damping, take a preconditioner "
@@ -285,7 +289,11 @@ class ASTRA(Neumann):
 
 
 def preconditioned_spectrum(inner: Inverse, seed: int = 0, steps: int = 15, probes: int = 8) -> tuple[float, float]:
-    """(largest eigenvalue of P^-1 (C + damping), trace of P^-1 C) by the Arnoldi process and by random probes."""
+    """(largest eigenvalue of P^-1 (C + damping), trace of P^-1 C) by the Arnoldi process and by random probes.
+
+    Raises:
+        UnsupportedError: if an eigenvalue is found to be negative.
+    """
     problem = inner.curvature.problem
     rng = torch.Generator().manual_seed(seed)
     z = vectors.random_signs(problem.shapes, probes, rng, problem.dtype)
@@ -295,5 +303,11 @@ def preconditioned_spectrum(inner: Inverse, seed: int = 0, steps: int = 15, prob
     def damped(v: Vectors) -> Vectors:
         return vectors.add(inner.curvature.product(v), v, inner.shift)
 
-    krylov = arnoldi(damped, {name: t[:1] for name, t in z.items()}, steps, inner.apply)
-    return float(krylov.ritz()[0][-1]), max(dimension, 0.0)
+    values = arnoldi(damped, {name: t[:1] for name, t in z.items()}, steps, inner.apply).ritz()[0]
+    noise = 1e3 * torch.finfo(problem.dtype).eps
+    if not len(values) or float(values[0]) < -noise * abs(float(values[-1])):
+        raise UnsupportedError(
+            "P or C + damping has a negative eigenvalue: the iteration would diverge. Raise the damping, or take the "
+            "GGN."
+        )
+    return float(values[-1]), max(dimension, 0.0)

@@ -83,7 +83,7 @@ class Nystrom(Solver):
         shift = Damping.of(damping).resolve(curvature)
         level = max(shift.values())
         back = {name: (level / s) ** 0.5 for name, s in shift.items()}
-        even = tuple(sorted(set(back.values()))) if len(set(back.values())) > 1 else None
+        even = tuple(back[name] for name in curvature.problem.shapes) if len(set(back.values())) > 1 else None
         values, directions = curvature.remember(
             ("nystrom", self.rank, self.seed, even), lambda: _eigenpairs(curvature, back, self.rank, self.seed)
         )
@@ -104,9 +104,11 @@ def _eigenpairs(curvature: Curvature, roots: dict[str, float], rank: int, seed: 
     omega = torch.linalg.qr(omega.T)[0].T.contiguous()  # (r, D)
     image = curvature.product(vectors.scale(vectors.unflatten(omega, shapes), roots))
     y = vectors.flatten(vectors.scale({name: image[name] for name in shapes}, roots))
-    nudge = torch.finfo(y.dtype).eps * float(y.norm())  # keeps the small matrix definite; taken off again
-    y.add_(omega, alpha=nudge)
     small = (omega @ y.T).double()
+    # keeps the small matrix definite, also where products are inexact; taken off again
+    nudge = max(torch.finfo(y.dtype).eps * float(y.norm()), float((small - small.T).norm()))
+    y.add_(omega, alpha=nudge)
+    small.diagonal().add_(nudge)
     factor, info = torch.linalg.cholesky_ex((small + small.T) / 2)
     if int(info):
         raise UnsupportedError(

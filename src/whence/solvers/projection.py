@@ -47,7 +47,7 @@ class ProjectedInverse(Inverse):
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """sum_k w_k (v_k . g)^2 of each of n gradients, (n,); none is written out."""
         along = rows.dot(packed=self._packed)[..., 0].double()  # (p, n)
-        values = self.weights.double() @ along.square()
+        values = self.weights.to(along) @ along.square()
         return values, torch.ones_like(values, dtype=torch.bool)
 
     def pairing(self, rows: Gradients) -> Pairing:

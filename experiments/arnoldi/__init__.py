@@ -1,0 +1,1 @@
+"""Arnoldi (Schioppa et al. 2022): eigenvalue estimates, and finding relabelled images by self-influence."""

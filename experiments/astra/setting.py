@@ -1,0 +1,108 @@
+"""What the three scripts share: a problem with its curvature, right-hand sides and retraining targets, measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from benchmarks import problems
+from torch import Tensor
+
+import whence
+from whence import gradients, vectors
+from whence.curvature.base import Curvature
+from whence.evaluate import linear_datamodeling_score
+from whence.gradients import Gradients
+from whence.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its queries' gradients, and the two measures of an iterate: objective or residual, and LDS.
+
+    Args:
+        problem: the benchmark problem.
+        curvature: its Gauss-Newton matrix, rows kept in memory.
+        damping: lambda, absolute.
+        queries: numbers of the queries in the problem, Q of them.
+        b: gradients of the queries' measurements, (Q, ...) per parameter.
+        train: factored gradients of the N training losses.
+    """
+
+    problem: problems.Problem
+    curvature: Curvature
+    damping: float
+    queries: Tensor
+    b: Vectors
+    train: Gradients
+
+    @property
+    def N(self) -> int:
+        """Number of training examples."""
+        return len(self.problem.x)
+
+    def objective(self, x: Vectors) -> Tensor:
+        """h(x) = x.(C + damping) x / 2 - x.b on all the data (ASTRA eq. 4), (Q,)."""
+        form = torch.zeros(vectors.count(x), dtype=torch.float64)
+        packed = gradients.pack(self.curvature.problem.blocks, x)
+        for rows in self.curvature.gradients():
+            t = rows.dot(packed=packed)  # (Q, N, R)
+            form += (t.double().square() * rows.weights).sum((1, 2)) / self.N
+        return 0.5 * (form + self.damping * vectors.norm(x).square()) - vectors.dot(x, self.b)
+
+    def residual(self, x: Vectors) -> Tensor:
+        """|b - (C + damping) x| / |b| on all the data, (Q,)."""
+        r = vectors.add(vectors.add(self.b, self.curvature.product(x), -1.0), x, -self.damping)
+        return vectors.norm(r) / vectors.norm(self.b)
+
+    def lds(self, x: Vectors) -> float:
+        """Linear datamodeling score of x.g over the training gradients g, mean over the queries."""
+        scores = self.train.dot(x)[..., 0]  # (Q, N)
+        masks, targets = self.problem.masks, self.problem.targets
+        if masks is None or targets is None:
+            raise ValueError(f"{self.problem.name} has no retraining targets: take digits or concrete.")
+        return linear_datamodeling_score(scores, masks, targets[..., self.queries.numpy()], bootstrap=1, splits=1).mean
+
+
+def load(name: str, seed: int = 0, queries: int = 100, damping: float | None = None) -> Setting:
+    """One model of a benchmark problem; of the 100 queries, the first ``queries`` in a fixed random order.
+
+    Args:
+        name: digits or concrete.
+        seed: of the trained model, 0 to 4.
+        queries: how many of the problem's queries.
+        damping: absolute; None takes the problem's, implied by its training.
+    """
+    p = problems.load(name)
+    task = whence.Classification() if p.kind == "classification" else whence.Regression()
+    damping = damping or p.damping
+    influence = whence.Influence(solver=whence.Identity(), damping=damping, progress=False)
+    influence.fit(p.model(seed), task, (p.x, p.y))
+    index = torch.randperm(len(p.xq), generator=torch.Generator().manual_seed(0))[:queries].sort().values
+    problem, curvature = influence.problem, influence.inverse.curvature
+    b = influence.query_gradients((p.xq[index], p.yq[index])).dense()
+    for _ in curvature.gradients():  # rows are kept from here on: a minibatch is a choice of rows
+        pass
+    train = gradients.concatenate([problem.loss_gradients(batch) for _, batch in problem.batches()])
+    return Setting(p, curvature, damping, index, b, train)
+
+
+def due(step: int, steps: int, every: int, tail: int = 0) -> bool:
+    """Whether to measure after this step, counted from 1: every so many, at the last, and in the last ``tail``."""
+    return step % every == 0 or step > steps - max(1, tail)
+
+
+def sizes(names: list[str]) -> Iterator[str]:
+    """A line on each problem."""
+    for name in names:
+        p = problems.load(name)
+        D = sum(t.numel() for t in p.states[0].values())
+        M, R, Q = (0, 0, 0) if p.targets is None else p.targets.shape
+        yield f"{name}: N = {len(p.x)}, D = {D:,}, damping {p.damping:g}; {M} subsets x {R} retrainings, {Q} queries"
+
+
+def where() -> str:
+    """The machine and versions, for the record."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {platform.machine()}"
