@@ -1,8 +1,8 @@
 """What an accurate solve costs: CPU seconds, steps, residuals and memory of solvers stopped at a residual.
 
-    python -m benchmarks.exact_solves digits concrete mnist --solvers exact ekfac@0.1 nystrom@0.03 nystrom@1e-3 dual@1e-3
+    python -m benchmarks.exact_solves digits concrete mnist --solvers exact ekfac@0.1 nystrom@0.03 dual@1e-3
 
-Fit, solve of 100 queries, certificate and scores, in a fresh process at one thread. Names as in `benchmarks.ours.build`.
+Fit, solve of 100 queries, certificate and scores, in a fresh process at one thread. Names: `benchmarks.ours.build`.
 """
 
 from __future__ import annotations

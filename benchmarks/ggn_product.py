@@ -2,11 +2,12 @@
 
     python -m benchmarks.ggn_product mlp:256 cnn:256 cnn:64
 
-The product is ``GGN(problem).product(v, index)`` with a new GGN each time, nothing kept, rows included (only the
-problem's layout, found once per problem, is there already); ``cached`` has the minibatch's rows in memory. A pass is the gradient of the mean
-loss in all parameters. All rows of a table are measured in turn, round after round in one process, and a cell is the
-median over rounds. Useful flops of one right-hand side are those of J v and of J^T u with every other factor given,
-each as many as a forward pass without biases:
+The product is ``GGN(problem).product(v, index)`` of a new GGN, so with nothing kept and rows included; only the
+problem's layout, found once per problem, is there already. ``cached`` is ``product(v)`` with the minibatch's rows in
+memory, ``vmap`` a plain vmap of torch.func's jvp and vjp. A pass is the gradient of the mean loss in all parameters.
+All rows of a table are measured in turn, round after round in one process, and a cell is the median over rounds.
+Useful flops of one right-hand side are those of J v and of J^T u with every other factor given, each as many as a
+forward pass without biases:
 
     4 B P,   P = sum over layers of positions x outputs x inputs
 
@@ -112,9 +113,6 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
 
         return vmap(one, chunk_size=VMAPPED)(v)
 
-    def cached(v: dict[str, Any]) -> dict[str, Any]:
-        return kept.product(v, torch.arange(batch))
-
     kept = whence.GGN(whence.Problem(net, whence.Classification(), (xb, yb), batch_size=batch, progress=False), "rows")
     list(kept.gradients())
 
@@ -130,11 +128,11 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
         some = {name: t[:q].clone() for name, t in right.items()}
         for how in products:
             rows[f"{how} {q}"] = lambda how=how, some=some: fresh(how, some)
-        rows[f"cached {q}"] = lambda some=some: cached(some)
+        rows[f"cached {q}"] = lambda some=some: kept.product(some)
     wanted = plain(right)
     error = max(
         float((found[name] - t).norm() / t.norm())
-        for found in [fresh(how, right) for how in products] + [cached(right)]
+        for found in [fresh(how, right) for how in products] + [kept.product(right)]
         for name, t in wanted.items()
     )
     seconds: dict[str, list[float]] = {name: [] for name in rows}

@@ -75,7 +75,7 @@ SOLVERS = ("auto", "exact", "dual", "nystrom", "cg10", "astra", "astra3", "ekfac
 def build(name: str, damping: float) -> Any:
     """A solver of the tables by its short name.
 
-    ``astra3`` has the step of the paper's table 3, 0.1 x damping. ``cg``, ``block``, ``ekfac``, ``dual`` and ``nystrom``
+    ``astra3`` has the step of the paper's table 3, 0.1 x damping. ``cg``, ``block``, ``ekfac``, ``dual``, ``nystrom``
     are conjugate gradients to a residual if one is given, as in ``nystrom@0.1``, without and with that preconditioner.
     """
     import whence

@@ -1,9 +1,9 @@
 """How loose may a solve be before the linear datamodeling score notices? LDS over a ladder of residuals.
 
-    python -m benchmarks.tolerance digits concrete mnist-cnn --methods ekfac cg astra --seeds 5
+    python -m benchmarks.tolerance digits concrete mnist-cnn --methods dual nystrom ekfac --seeds 5
 
-``ekfac`` and ``cg`` are conjugate gradients with and without EKFAC, stopped at each tolerance; ``astra`` is stopped
-after each number of steps, because a residual is another error there. Every row is compared with ``ekfac`` at 1e-3,
+All but ``astra`` are conjugate gradients with that preconditioner, stopped at each tolerance; ``astra`` is stopped
+after each number of steps, because a residual is another error there. Every row is compared with ``dual`` at 1e-3,
 models and damping being the same: the interval of the difference is a bootstrap over subsets and queries drawn anew for
 both together, the models held fixed. A damping is as in `benchmarks.lds`.
 """
@@ -26,11 +26,11 @@ from benchmarks.lds import describe, parse_damping
 
 TOLERANCES = (0.9, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 1e-3)
 REFERENCE = 1e-3
-CHECK = 1e-4  # one rung of EKFAC-CG beyond the reference, to see that the reference itself has settled
+CHECK = 1e-4  # one rung of Dual-CG beyond the reference, to see that the reference itself has settled
 STEPS = (10, 25, 50, 100, 200, 400)
 Kind = Literal["absolute", "relative", "per example"]  # of a damping
-METHODS = ("ekfac", "cg", "astra")
-NAMES = {"ekfac": "CG(EKFAC)", "cg": "CG", "astra": "ASTRA"}
+METHODS = ("dual", "nystrom", "ekfac", "cg", "astra")
+NAMES = {"dual": "CG(Dual)", "nystrom": "CG(Nystrom)", "ekfac": "CG(EKFAC)", "cg": "CG", "astra": "ASTRA"}
 MARGIN = 0.005  # of LDS: a smaller change is none
 HEADER = (
     "| problem | damping | solver | stopped at | steps | residual, median (largest) | LDS, one model (± over seeds) "
@@ -79,8 +79,9 @@ def solver(method: str, rung: float) -> Any:
     """The solver of a rung: of a tolerance, or for ASTRA of a number of steps."""
     import whence
 
-    if method == "ekfac":
-        return whence.CG(preconditioner=whence.EKFAC(), tolerance=rung, steps=1000)
+    inner = {"dual": whence.Dual, "nystrom": whence.Nystrom, "ekfac": whence.EKFAC}
+    if method in inner:
+        return whence.CG(preconditioner=inner[method](), tolerance=rung, steps=1000)
     if method == "cg":
         return whence.CG(tolerance=rung, steps=2000)
     if method == "astra":
@@ -218,11 +219,11 @@ def measure(p: problems.Problem, args: argparse.Namespace) -> list[Row]:
             runs = [run("benchmarks.tolerance:ladder", {**options, "seed": s}, args.threads).result for s in count]
             return {"rungs": rungs} | {key: np.stack([r[key] for r in runs]) for key in runs[0]}
 
-        whole = seeds("ekfac", (*TOLERANCES, *check) if "ekfac" in args.methods else (REFERENCE,))
+        whole = seeds("dual", (*TOLERANCES, *check) if "dual" in args.methods else (REFERENCE,))
         reference = whole["scores"][:, whole["rungs"].index(REFERENCE)]
         for method in args.methods:
-            rungs = whole["rungs"] if method == "ekfac" else STEPS if method == "astra" else TOLERANCES
-            found = whole if method == "ekfac" else seeds(method, rungs)
+            rungs = whole["rungs"] if method == "dual" else STEPS if method == "astra" else TOLERANCES
+            found = whole if method == "dual" else seeds(method, rungs)
             out += rows(p, method, describe(damping, kind), found, reference)
             print("\n".join(str(r) for r in out[-len(rungs) :]), flush=True)
     return out
@@ -279,7 +280,7 @@ def main() -> None:
     parser.add_argument("--dampings", nargs="+", default=["x1", "trace1"], help="x1, mean0.1, trace1 or a number")
     parser.add_argument("--seeds", type=int, default=5, help="models in the ensemble")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--check", action="store_true", help=f"one rung of ekfac at {CHECK:g} too")
+    parser.add_argument("--check", action="store_true", help=f"one rung of dual at {CHECK:g} too")
     parser.add_argument("--add", nargs="*", default=[], type=Path, help="records of earlier runs, to be put in front")
     args = parser.parse_args()
     stem = RESULTS / f"tolerance_{time.strftime('%Y%m%d-%H%M%S')}"

@@ -158,7 +158,17 @@ def test_nystrom_conforms_on_the_empirical_fisher():
     check_solver(Nystrom(rank=5), EmpiricalFisher(library(problem("mlp"))), damping=0.5)
 
 
-@pytest.mark.parametrize("solver", [Exact(form="primal"), CG(tolerance=1e-9), EKFAC(), Neumann(batch=4, steps=8)])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Exact(form="primal"),
+        CG(tolerance=1e-9),
+        EKFAC(),
+        Neumann(step=0.05, batch=4, steps=8),
+        pytest.param(Neumann(batch=4, steps=8), marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_solvers_conform_on_other_curvatures(solver):
     p = problem("mlp")
     check_solver(solver, EmpiricalFisher(library(p)), damping=0.5)

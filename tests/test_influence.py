@@ -172,7 +172,7 @@ def test_self_influence(name, solver):
         CG(preconditioner=Dual(drop=0.1), tolerance=1e-9),
         CG(preconditioner=Nystrom(rank=20), tolerance=1e-9),
         EKFAC(labels="true"),
-        Neumann(batch=4, steps=9),
+        Neumann(step=0.05, batch=4, steps=9),
         Arnoldi(rank=10, steps=25),
         Auto(),
     ],

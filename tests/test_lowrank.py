@@ -163,7 +163,7 @@ def test_the_top_eigenvalues_are_found(kind):
     assert p.dim > 250
     values, directions = torch.linalg.eigh(matrix(p))
     order = values.abs().sort(descending=True).indices[:20]
-    inverse = Arnoldi(rank=20, steps=90).fit(make(library(p)), 1.0)
+    inverse = Arnoldi(rank=20, steps=70).fit(make(library(p)), 1.0)
     found = inverse.values
     assert float(((found - values[order]) / values[order]).abs().max()) <= 1e-6
     assert ((found - values[order]).abs() <= inverse.errors + 1e-9 * values.abs().max()).all(), "the bound is one"

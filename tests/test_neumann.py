@@ -1,5 +1,6 @@
 """Stochastic Neumann iterations against dense answers: LiSSA's plan and its promised error, ASTRA, what diverges."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -29,7 +30,7 @@ from whence import (
     UnsupportedError,
 )
 from whence.curvature.spectrum import Estimate
-from whence.solvers.neumann import MOST, SAFETY, Plan, corollary, preconditioned_spectrum
+from whence.solvers.neumann import MOST, SAFETY, corollary, preconditioned_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
 PLANNED = (  # two of regression, one of convolutions, two of masked sequences
@@ -49,6 +50,26 @@ class FullBatch(GGN):
 
     def product(self, v, index=None):
         return super().product(v)
+
+
+class Quick(GGN):
+    """The same matrix and minibatches from every example's dense matrix, (N, D, D)."""
+
+    def __init__(self, made: Problem, each: torch.Tensor):
+        super().__init__(made)
+        self.each = each
+
+    def product(self, v, index=None):
+        matrix = (self.each if index is None else self.each[index]).mean(0)
+        flat = torch.cat([t.flatten(1) for t in v.values()], 1) @ matrix
+        parts = flat.split([t[0].numel() for t in v.values()], 1)
+        return {name: part.reshape(t.shape) for (name, t), part in zip(v.items(), parts, strict=True)}
+
+
+def cached(curvature: GGN) -> GGN:
+    """Its rows are made once, as they are by any product over all the data, not for each minibatch."""
+    list(curvature.gradients())
+    return curvature
 
 
 def library(p: TinyProblem, **options) -> Problem:
@@ -87,6 +108,11 @@ def matrix_of(p: TinyProblem, inverse) -> torch.Tensor:
     return p.flatten(inverse.apply(p.unflatten(eye(p.dim))))
 
 
+def levels_of(p: TinyProblem, inverse) -> torch.Tensor:
+    """The damping of every number, (D,)."""
+    return torch.cat([torch.full((s.numel(),), inverse.shift[q], dtype=torch.float64) for q, s in p.shapes.items()])
+
+
 def each_ggn(p: TinyProblem) -> torch.Tensor:
     """The GGN of every example alone: (N, D, D)."""
     return torch.einsum("nkd,nkl,nle->nde", p.jacobian(), p.output_hessians(), p.jacobian())
@@ -107,14 +133,14 @@ def covariance(each: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def growth(each: torch.Tensor, damping: float, step: float, batch: int, inverse: torch.Tensor | None = None) -> float:
-    """Spectral radius of M -> E[F_k M F_k^T], F_k = I - a P^-1 (C_k + damping): the mean square's growth a step."""
+    """Spectral radius of M -> E[F_k M F_k], F_k = I - a P^-1/2 (C_k + damping) P^-1/2: the mean square's growth."""
     N, D, _ = each.shape
-    P = eye(D) if inverse is None else inverse
-    mean = each.mean(0)
-    F = eye(D) - step * P @ (mean + damping * eye(D))
-    parts = (P @ (each - mean)).reshape(N, -1)
+    root = torch.linalg.cholesky(eye(D) if inverse is None else (inverse + inverse.T) / 2)
+    each, level = root.T @ each @ root, damping * root.T @ root
+    F = eye(D) - step * (each.mean(0) + level)
+    parts = (each - each.mean(0)).reshape(N, -1)
     by = parts.T @ parts * (step**2 / N / batch) + F.reshape(-1, 1) * F.reshape(1, -1)  # (ij, kl)
-    return float(torch.linalg.eigvals(by.view(D, D, D, D).transpose(1, 2).reshape(D * D, D * D)).abs().max())
+    return float(torch.linalg.eigvalsh(by.view(D, D, D, D).transpose(1, 2).reshape(D * D, D * D))[-1])
 
 
 def signs(levels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -239,12 +265,18 @@ def test_what_is_planned_is_stable_in_mean_square(name, batch):
 # --- the counter-example: logistic regression on random signs, theta = 0 ---
 
 
-def hadamard(order: int) -> torch.Tensor:
-    """Signs with orthogonal columns, (order, order), order a power of 2."""
-    h = eye(1)
-    while len(h) < order:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h
+def flat_signs(d: int = 60, blocks: int = 64) -> torch.Tensor:
+    """Random signs of which the mean of x x^T is the identity, exactly: (64 blocks, d), d at most 64."""
+    h, rng = eye(1), torch.Generator().manual_seed(0)
+    while len(h) < 64:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])  # orthogonal columns
+    flips = 1.0 - 2.0 * torch.randint(2, (blocks, 1, d), generator=rng).double()
+    return (h[:, :d] * flips).flatten(0, 1)
+
+
+def all_signs(d: int) -> torch.Tensor:
+    """Every pattern of d signs, (2^d, d)."""
+    return 1.0 - 2.0 * ((torch.arange(2**d).unsqueeze(1) >> torch.arange(d)) & 1).double()
 
 
 def coins(inputs: torch.Tensor, levels: torch.Tensor, seed: int = 0) -> GGN:
@@ -255,7 +287,7 @@ def coins(inputs: torch.Tensor, levels: torch.Tensor, seed: int = 0) -> GGN:
     model = nn.Linear(len(levels), 2, bias=False).double()
     nn.init.zeros_(model.weight)
     labels = torch.randint(2, (len(inputs),), generator=torch.Generator().manual_seed(seed))
-    return GGN(Problem(model, Classification(), (inputs * (2 * levels).sqrt(), labels), progress=False))
+    return cached(GGN(Problem(model, Classification(), (inputs * (2 * levels).sqrt(), labels), progress=False)))
 
 
 def along_classes(v: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -283,44 +315,42 @@ def test_the_threshold_of_the_counter_example():
     levels = torch.ones(60).double()
     rate = functools.partial(growth_by_signs, levels, 0.05, 1 / 1.05)
     assert rate(40) == pytest.approx(1.34, abs=5e-3) and rate(60) == pytest.approx(0.89, abs=5e-3)
-    assert rate(53.5) < 1 < rate(53.5 - 0.1)
-    each = torch.einsum("ni,nj->nij", hadamard(8)[:, 1:], hadamard(8)[:, 1:])  # the same, dense and small
+    assert rate(53.6) < 1 < rate(53.4)
+    each = torch.einsum("ni,nj->nij", all_signs(7), all_signs(7))  # the same, dense and small
     assert growth(each, 0.05, 1 / 1.05, 4) == pytest.approx(growth_by_signs(torch.ones(7).double(), 0.05, 1 / 1.05, 4))
 
 
 def test_the_counter_example_is_the_model_it_is_said_to_be():
-    curvature = coins(hadamard(64)[:, 1:61], torch.ones(60).double())
+    curvature = coins(flat_signs(), torch.ones(60).double())
     v = torch.randn(3, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     close(coordinates(curvature.product(along_classes(v))), v, 1e-12)
-    signs_of = hadamard(64)[:, 1:61]
-    one = coordinates(curvature.product(along_classes(v), torch.tensor([5])))
-    close(one, (v @ signs_of[5]).unsqueeze(1) * signs_of[5], 1e-12)
+    g = flat_signs()[300]
+    close(coordinates(curvature.product(along_classes(v), torch.tensor([300]))), (v @ g).unsqueeze(1) * g, 1e-12)
 
 
 @pytest.mark.parametrize(("batch", "rate"), [(40, 1.34), (60, 0.89)])
 def test_below_the_threshold_the_mean_converges_and_the_mean_square_grows(batch, rate):
-    """From b / damping with b = (1, ..., 1); the mean over runs is the solution after one step already."""
-    levels, damping, steps, count = torch.ones(60).double(), 0.05, 12, 150
-    b = torch.ones(1, 60).double()
-    solver = Neumann(step=1 / 1.05, batch=batch, steps=steps)
-    found = runs(coins(hadamard(64)[:, 1:61], levels), solver, damping, b, count)[:, :, 0]  # (count, K, d)
-    star = b[0] / 1.05
-    square = (found - star).square().sum(2).mean(0)  # (K,)
-    wanted = mean_squares(signs, levels, damping, 1 / 1.05, batch, steps, b[0], b[0] / damping)[1:]
-    torch.testing.assert_close(square, torch.tensor(wanted).double(), rtol=0.15, atol=0)
-    grown = float(square[-1] / square[1]) ** (1 / (steps - 2))
-    assert grown == pytest.approx(rate, rel=0.04)
-    off = (found.mean(0) - star).square().sum(1)  # of the mean of so many runs: the mean square over their number
-    assert (off <= 2 * square / count).all() and float(off[-1]) < 0.02 * float(square[-1])
+    """At this step the mean over runs is the solution after one step already; 1.34^10 is 19."""
+    levels, damping, step, steps, count = torch.ones(60).double(), 0.05, 1 / 1.05, 10, 200
+    b = torch.randn(10, 60, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    solver = Neumann(step=step, batch=batch, steps=steps)
+    found = runs(coins(flat_signs(), levels), solver, damping, b, count) - b / 1.05  # (count, K, Q, d)
+    square = found.square().sum(3).mean(0)  # (K, Q)
+    wanted = [mean_squares(signs, levels, damping, step, batch, steps, one, one / damping)[1:] for one in b]
+    torch.testing.assert_close(square.sum(1), torch.tensor(wanted).double().sum(0), rtol=0.12, atol=0)
+    assert float(square[-1].sum() / square[1].sum()) ** (1 / (steps - 2)) == pytest.approx(rate, rel=0.03)
+    off = found.mean(0).square().sum(2)  # of the mean of so many runs: the mean square over their number
+    assert (off <= 2 * square / count).all()
+    start = (b / damping - b / 1.05).square().sum(1)
+    assert (off[-1] < 0.2 * start).all() and bool((square[-1] > 5 * start).all()) == (batch == 40)
 
 
 def test_the_recursion_is_what_the_iteration_does():
     """All 256 sign patterns of 8 inputs, eigenvalues from 0.1 to 2, the mean square at every step."""
     levels = torch.tensor([2.0, 1.5, 1.0, 0.6, 0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    patterns = 1.0 - 2.0 * ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).double()
     b = torch.tensor([[1.0, -1.0, 0.5, 2.0, 1.0, -0.5, 1.0, 1.0]]).double()
     solver = Neumann(step=0.35, batch=4, steps=20, start="zero")
-    found = runs(coins(patterns, levels), solver, 0.1, b, 250)[:, :, 0]
+    found = runs(coins(all_signs(8), levels), solver, 0.1, b, 250)[:, :, 0]
     square = (found - b[0] / (levels + 0.1)).square().sum(2).mean(0)
     wanted = mean_squares(signs, levels, 0.1, 0.35, 4, 20, b[0], torch.zeros(8).double())[1:]
     torch.testing.assert_close(square, torch.tensor(wanted).double(), rtol=0.15, atol=0)
@@ -328,8 +358,7 @@ def test_the_recursion_is_what_the_iteration_does():
 
 def test_the_plan_of_the_counter_example_converges():
     levels = torch.full((7,), 0.5).double()
-    patterns = 1.0 - 2.0 * ((torch.arange(128).unsqueeze(1) >> torch.arange(7)) & 1).double()
-    inverse = Neumann().fit(coins(patterns, levels), 0.02)
+    inverse = Neumann().fit(coins(all_signs(7), levels), 0.02)
     assert inverse.plan.batch == math.ceil(2 * inverse.plan.effective_dimension / (1.1 * 0.5)) < 20
     b = torch.randn(3, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     solution = inverse(along_classes(b))
@@ -382,7 +411,7 @@ def test_a_step_that_shrinks_converges_less_far():
     curvature = FullBatch(library(p))
     for decay, every in ((1.0, 50), (0.5, 10)):
         inverse = Neumann(decay=decay, decay_every=every, steps=40).fit(curvature, 0.1)
-        inverse.plan = Plan(**(inverse.report() | {"batch": 0}))  # the first term alone
+        inverse.plan = dataclasses.replace(inverse.plan, batch=0)  # the first term alone
         x, left = dense(p.ggn(), 0.1, b), 1.0
         for k in range(40):
             left *= 1 - inverse.plan.step * 0.1 * decay ** (k // every)
@@ -394,15 +423,14 @@ def test_a_step_that_shrinks_converges_less_far():
 def test_a_wrong_prediction_is_told():
     """A constant measured far too small: condition C.1 fails, the residual proves it, and the queries are named."""
     p = problem("mlp_regression")
-    b = right_hand_sides(p)
-    inverse = Neumann(batch=1).fit(GGN(library(p)), 0.3)
-    inverse.plan = Plan(**(inverse.report() | {"constant": 1e-4, "steps": 300}))
-    with pytest.warns(
-        ConvergenceWarning, match=r"of 3 queries have an error above twice.*queries \[0.*Raise the batch"
-    ):
+    b = torch.linalg.eigh(p.ggn()).eigenvectors[:, -3:].T.contiguous()
+    inverse = Neumann(batch=1).fit(GGN(library(p)), 3.0)
+    inverse.plan = dataclasses.replace(inverse.plan, constant=1e-8, steps=300)
+    message = r"\d of 3 queries have an error above twice.*queries \[\d.*Raise the batch size"
+    with pytest.warns(ConvergenceWarning, match=message):
         solution = inverse(p.unflatten(b))
     assert solution.predicted is not None and not solution.converged.all()
-    assert (errors(p, solution, 0.3, b)[~solution.converged] > 2 * solution.predicted[~solution.converged]).all()
+    assert (errors(p, solution, 3.0, b)[~solution.converged] > 2 * solution.predicted[~solution.converged]).all()
 
 
 def test_all_the_data_leave_no_sampling_error():
@@ -410,8 +438,8 @@ def test_all_the_data_leave_no_sampling_error():
     damping, b = 0.1 * largest(p.ggn()), right_hand_sides(p)
     found = [Neumann(seed=s).fit(GGN(library(p)), damping) for s in (0, 5)]
     plan = found[0].plan
-    assert plan.batch == 0 and plan.step == found[1].plan.step == pytest.approx(1 / plan.nu)
-    close(solve(p, found[0], b), solve(p, found[1], b), 1e-14)
+    assert plan.batch == 0 == found[1].plan.batch and plan.step == pytest.approx(1 / plan.nu)
+    close(solve(p, found[0], b), solve(p, found[1], b), 1e-9)
     x, A = dense(p.ggn(), damping, b), p.ggn() + damping * eye(p.dim)
     exact = x + (b / damping - x) @ torch.linalg.matrix_power(eye(p.dim) - plan.step * A, plan.steps)
     close(solve(p, found[0], b), exact, 1e-10)
@@ -433,7 +461,7 @@ def test_the_answer_is_linear_in_the_right_hand_side(solver):
 
 def stationary_variance(p: TinyProblem, batch: int, damping: float, step: float, b: torch.Tensor) -> torch.Tensor:
     """E |x_k - x*|^2 along one long run, (Q,)."""
-    inverse = Neumann(step=step, batch=batch, steps=2600).fit(GGN(library(p)), damping)
+    inverse = Neumann(step=step, batch=batch, steps=2600).fit(Quick(library(p), each_ggn(p)), damping)
     x, kept = dense(p.ggn(), damping, b), []
     for k, (found, _) in enumerate(inverse.iterates(p.unflatten(b))):
         if k >= 100:
@@ -458,7 +486,7 @@ def test_the_variance_of_a_score():
     """Var(g.x_K) ~ a / (2 |B|) (x*.C x*) (g.C (C + damping)^-1 g), for flat random signs, where c is 1."""
     levels, damping, step, batch = torch.ones(60).double(), 0.5, 0.1, 40
     b = torch.randn(4, 60, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    inverse = Neumann(step=step, batch=batch, steps=2500).fit(coins(hadamard(64)[:, 1:61], levels), damping)
+    inverse = Neumann(step=step, batch=batch, steps=700).fit(coins(flat_signs(), levels), damping)
     x = torch.stack([coordinates(v).clone() for v, _ in inverse.iterates(along_classes(b))])[100:]  # (K, Q, d)
     star = b / 1.5
     variance = (x - star).square().mean(0).mean(1)  # over unit vectors g, (Q,)
@@ -467,25 +495,26 @@ def test_the_variance_of_a_score():
 
 
 def test_repeats_shrink_the_sampling_error():
-    p = problem("logistic")
-    damping = 0.2 * largest(p.ggn())
-    b, R, curvature = right_hand_sides(p, 4), 9, GGN(library(p))
-    found = {}
-    for repeats in (1, R):
-        options = {"batch": 3, "contraction": 6.0, "repeats": repeats}
-        inverses = [Neumann(**options, seed=100 + s).fit(curvature, damping) for s in range(0, 12 * R // repeats)]
-        solutions = [inverse(p.unflatten(b)) for inverse in inverses]
-        squares = torch.stack([errors(p, s, damping, b).square() for s in solutions])
-        found[repeats] = float(squares.mean().sqrt())
-        assert solutions[0].passes == pytest.approx(repeats * inverses[0].plan.steps * 3 / p.n + 1)
-        predicted = torch.stack([s.predicted for s in solutions if s.predicted is not None])
-        found["predicted", repeats] = float(predicted.mean())
-    assert found[1] / found[R] == pytest.approx(R**0.5, rel=0.25)
-    assert found["predicted", 1] / found["predicted", R] == pytest.approx(R**0.5, rel=0.1)
-    twice = Neumann(batch=3, repeats=2).fit(curvature, damping)
-    parts = [list(twice.iterates(p.unflatten(b), r))[-1][0] for r in (0, 1)]
-    close(solve(p, twice, b), (p.flatten(parts[0]) + p.flatten(parts[1])) / 2, 1e-12)
-    assert not torch.allclose(parts[0]["weight"], parts[1]["weight"])
+    p, R = problem("logistic"), 4
+    damping, b = 0.2 * largest(p.ggn()), right_hand_sides(p, 4)
+    curvature, x = Quick(library(p), each_ggn(p)), dense(p.ggn(), 0.2 * largest(p.ggn()), b)
+    one = Neumann(batch=3, contraction=6.0).fit(curvature, damping)
+    single, together = [], []
+    for seed in range(12):
+        solver = Neumann(batch=3, contraction=6.0, repeats=R, seed=10 * seed)
+        inverse = solver.restore(curvature, one.shift, one.state())
+        ends = torch.stack([p.flatten(list(inverse.iterates(p.unflatten(b), r))[-1][0]) for r in range(R)])
+        single.append((ends - x).square().sum((0, 2)) / R)
+        together.append((ends.mean(0) - x).square().sum(1))
+        if seed == 0:
+            solution = inverse(p.unflatten(b))
+            close(p.flatten(solution.x), ends.mean(0), 1e-12)
+            assert solution.passes == pytest.approx(R * one.plan.steps * 3 / p.n + 1)
+            assert len(solution.history) == one.plan.steps + 1
+            small, large = (i.predicted(p.unflatten(b), p.unflatten(x)) for i in (inverse, one))
+            close(small, large / R**0.5, 0.05)
+    root = (torch.stack(single).mean() / torch.stack(together).mean()).sqrt()
+    assert float(root) == pytest.approx(R**0.5, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence"])
@@ -493,7 +522,7 @@ def test_a_damping_of_its_own_for_each_block(name):
     p = problem(name)
     curvature, b = GGN(library(p)), p.measurement_gradients()
     inverse = Neumann().fit(curvature, Damping.relative(2.0))
-    levels = torch.cat([torch.full((s.numel(),), inverse.shift[q]) for q, s in p.shapes.items()]).double()
+    levels = levels_of(p, inverse)
     assert len(set(inverse.shift.values())) > 1
     spread = max(inverse.shift.values()) - min(inverse.shift.values())
     assert inverse.plan.nu == pytest.approx(1.1 * largest(p.ggn()) + min(inverse.shift.values()) + spread, rel=1e-6)
@@ -541,13 +570,12 @@ def test_an_indefinite_hessian_is_refused_with_the_damping_it_needs(name):
         Neumann().fit(curvature, -0.5 * lowest)
     (needed,) = re.findall(r"Raise the damping above (\S+),", str(refused.value))
     assert float(needed) == pytest.approx(-lowest, rel=0.02)
-    b = right_hand_sides(p)
-    inverse = Neumann(batch=p.n, steps=400).fit(curvature, 1.5 * float(needed))
-    x = dense(p.hessian(), 1.5 * float(needed), b)
-    assert ((solve(p, inverse, b) - x).norm(dim=1) < 0.5 * x.norm(dim=1)).all()
+    plan = Neumann().fit(curvature, 1.05 * float(needed)).plan
+    values = torch.linalg.eigvalsh(p.hessian()) + 1.05 * float(needed)
+    assert ((1 - plan.step * values).abs() < 1).all()
 
 
-@pytest.mark.parametrize("preconditioner", [EKFAC(), Exact()])
+@pytest.mark.parametrize("preconditioner", [EKFAC(), KFAC()])
 def test_an_indefinite_hessian_is_refused_with_a_preconditioner_too(preconditioner):
     p = problem("mlp")
     lowest = float(torch.linalg.eigvalsh(p.hessian())[0])
@@ -578,7 +606,8 @@ def test_a_far_start_is_no_divergence():
     assert float(history[0].min()) > 1e6 and (history[-1] < 0.1 * history[0]).all()
 
 
-def test_a_matrix_of_zeros_needs_no_iteration():
+@pytest.mark.filterwarnings("error::whence.errors.ConvergenceWarning")
+def test_what_is_solved_to_rounding_has_converged():
     class Zero(GGN):
         def product(self, v, index=None):  # unused: index
             return {name: 0 * t for name, t in v.items()}
@@ -586,6 +615,11 @@ def test_a_matrix_of_zeros_needs_no_iteration():
     p = problem("logistic")
     b = right_hand_sides(p)
     close(solve(p, Neumann().fit(Zero(library(p)), 0.1), b), b / 0.1, 1e-12)
+    inverse = Neumann(contraction=100.0, step=1 / (1.5 * largest(p.ggn()))).fit(FullBatch(library(p)), 0.1)
+    inverse.plan = dataclasses.replace(inverse.plan, batch=0)
+    solution = inverse(p.unflatten(b))
+    assert solution.predicted is not None and float(solution.predicted.max()) < 1e-30 and solution.converged.all()
+    close(p.flatten(solution.x), dense(p.ggn(), 0.1, b), 1e-12)
 
 
 # --- ASTRA ---
@@ -628,7 +662,7 @@ def test_the_preconditioned_spectrum_is_the_dense_one(name, damping):
     p = problem(name)
     inner = EKFAC().fit(GGN(library(p)), damping)
     P = matrix_of(p, inner)
-    levels = torch.cat([torch.full((s.numel(),), inner.shift[q]) for q, s in p.shapes.items()]).double()
+    levels = levels_of(p, inner)
     root = torch.linalg.cholesky((P + P.T) / 2)
     nu = largest(root.T @ (p.ggn() + torch.diag(levels)) @ root)
     trace, both = float((P @ p.ggn()).trace()), (P @ p.ggn() + p.ggn() @ P) / 2
@@ -656,7 +690,7 @@ def test_mean_squares_are_stable_below_the_bound_of_the_preconditioned_step(seed
     """a < 2 / (nu + c d / |B|), with a preconditioner that has nothing to do with C, on all sign patterns (c = 1)."""
     rng = torch.Generator().manual_seed(seed)
     levels = torch.rand(5, generator=rng, dtype=torch.float64) ** 3
-    g = (1.0 - 2.0 * ((torch.arange(32).unsqueeze(1) >> torch.arange(5)) & 1).double()) * levels.sqrt()
+    g = all_signs(5) * levels.sqrt()
     each = g.unsqueeze(2) * g.unsqueeze(1)
     root = torch.randn(5, 5, generator=rng, dtype=torch.float64)
     P, damping, batch = root @ root.T + 0.1 * eye(5), 0.01, 1 + seed % 3
@@ -685,32 +719,17 @@ def test_truncation_damps_by_one_over_the_length_within_30_percent():
     p = problem("mlp")
     values, directions = torch.linalg.eigh(p.ggn())
     damping = 1e-3 * float(values[-1])
-    for share in (0.3, 3.0, 30.0):  # a J (mean eigenvalue): where the ratio peaks, and both sides of it
-        step = 1e-3 / float(values[-1])
-        steps = round(share / (step * float(values[-20:].mean())))
-        inverse = Neumann(step=step, batch=4, steps=steps, start="zero").fit(DenseMatrix(library(p), p.ggn()), damping)
+    curvature, step = Quick(library(p), p.ggn().expand(p.n, -1, -1)), 1e-2 / float(values[-1])
+    for k in (1, 3, 6):  # the ratio peaks at the k-th eigenvalue
+        steps = round(1.793 / (step * float(values[-k] + damping)))
+        inverse = Neumann(step=step, batch=1, steps=steps, start="zero").fit(curvature, damping)
         x = (solve(p, inverse, directions.T.contiguous(), certify=False) * directions.T).sum(1)
         ratio = x * (values + damping + 1 / (step * steps))
-        assert float(ratio.min()) >= 1 - 2e-3 and float(ratio.max()) <= 1.2985 * (1 + 2e-3)
-        if share == 3.0:
-            assert float(ratio.max()) > 1.29
+        assert float(ratio.min()) >= 1 - 3e-3 and 1.298 < float(ratio.max()) < 1.2985 * (1 + 3e-3)
     u = torch.logspace(-6, 6, 20_001, dtype=torch.float64)
     exact = -torch.expm1(-u) * (1 + 1 / u)
-    assert float(exact.min()) >= 1 and float(exact.max()) == pytest.approx(1.2985, abs=5e-5)
+    assert float(exact.min()) >= 1 and float(exact.max()) == pytest.approx(1.2985, abs=1e-4)
     assert float(u[exact.argmax()]) == pytest.approx(1.793, abs=2e-3)
-
-
-class DenseMatrix(GGN):
-    """A curvature whose products are with a matrix: quick."""
-
-    def __init__(self, made: Problem, matrix: torch.Tensor):
-        super().__init__(made)
-        self.matrix = matrix
-
-    def product(self, v, index=None):  # unused: index
-        flat = torch.cat([t.flatten(1) for t in v.values()], 1) @ self.matrix
-        parts = flat.split([t[0].numel() for t in v.values()], 1)
-        return {name: part.reshape(t.shape) for (name, t), part in zip(v.items(), parts, strict=True)}
 
 
 # --- the iteration ---
@@ -823,7 +842,7 @@ def test_the_mean_over_seeds_is_the_full_batch():
     b, runs = right_hand_sides(p, 1), 200
     options = {"step": 0.05, "steps": 5, "start": "zero"}
     wanted = solve(p, Neumann(**options).fit(FullBatch(library(p)), 0.1), b)
-    curvature = GGN(library(p))
+    curvature = cached(GGN(library(p)))
     found = torch.cat(
         [solve(p, Neumann(batch=4, seed=s, **options).fit(curvature, 0.1), b, certify=False) for s in range(runs)]
     )

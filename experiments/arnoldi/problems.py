@@ -145,6 +145,8 @@ def style() -> None:
 
 def save(figure: Any, name: str) -> None:
     """The committed SVG, and a PNG of the same in ``out`` to look at."""
+    for axes in figure.axes:
+        axes.minorticks_off()
     figure.savefig(HERE / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / f"{name}.png", dpi=110, bbox_inches="tight")

@@ -6,7 +6,7 @@ with M the inverse of H + L2 I (dense, by CG), of G + L2 I (by CG, EKFAC, LiSSA)
 inverted (Arnoldi, n = 200), or a random projection of rank p (RandProj, RandSelect). All in float64 on one network per
 seed, the fit and the scoring of all training images timed.
 
-    python -m experiments.arnoldi.retrieval                    # three seeds, about 15 minutes of one core
+    python -m experiments.arnoldi.retrieval                    # three seeds, about 20 minutes of one core
     python -m experiments.arnoldi.retrieval --redraw
 """
 
@@ -37,6 +37,7 @@ FIXED = {
     "EKFAC": "#009e73",
     "LiSSA, r = 10": "#e69f00",
     "LiSSA, r = 100": "#cc79a7",
+    "LiSSA, planned": "#8c564b",
     "gradient norm": "#999999",
 }
 
@@ -72,6 +73,7 @@ def measure(seed: int, draws: int) -> dict[str, Any]:
         "EKFAC": (whence.EKFAC(), whence.GGN(case.problem())),
         "LiSSA, r = 10": (whence.Neumann(steps=10), ggn),
         "LiSSA, r = 100": (whence.Neumann(steps=100), whence.GGN(case.problem())),
+        "LiSSA, planned": (whence.Neumann(), whence.GGN(case.problem())),
         "gradient norm": (whence.Identity(), ggn),
         "CG, Hessian": (block, hessian),
     }

@@ -196,7 +196,9 @@ def figure4(data: dict[str, Any], file: Path) -> None:
         top.set(title=f"{name}, {label.split(',')[0]} ({runs[0]['step']:g})", yscale="log")
         bottom.set(xlabel="iteration, batch 256")
         bottom.plot(STEPS + 6, np.mean([e["lds"] for e in d["exact"]]), "_", color="black", markersize=9)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=min(6, 2 * len(columns)), frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=min(6, 2 * len(columns)), frameon=False
+    )
     for name in data:  # the same axes for both methods of a problem
         same = [i for i, (n, _) in enumerate(columns) if n == name]
         for r in range(2):
@@ -261,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=["digits", "concrete"])
     parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=25)
+    parser.add_argument("--queries", type=int, default=16)
     parser.add_argument("--redraw", action="store_true", help="draw out/figures.json again")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -100,7 +100,7 @@ def sweep(s: Setting, seed: int, factors: Sequence[float], bias: bool) -> tuple[
     runs[PAPER] = solve(s, ASTRA(step=0.1 * s.damping, seed=seed)) | {"step": 0.1 * s.damping}
     for f in (1 / 3, 1.0) if bias else ():
         step = f * facts["step"]
-        runs[f"{f:.3g}, all the data"] = solve_on_all(s, ASTRA(step=step)) | {"step": step}
+        runs[f"{f:.3g}, all the data, first model"] = solve_on_all(s, ASTRA(step=step)) | {"step": step}
     return facts, runs
 
 

@@ -111,13 +111,7 @@ class GGN(RowCurvature):
         contractions; jvp two forwards' worth each for J v and for J^T u: more, once Q > K / 2.
         """
         lasting = self._kept is not None or (index is None and self._fits)
-        if self.how != "auto" or lasting or not self._forward or 2 * Q > self._outputs:
-            return False
-        if not self._seen:  # jvp does not find out whether the loss is convex
-            batch = self.problem.batch([0] if index is None else index[: self.problem.train.batch_size])
-            with self.problem.observed() as model:
-                self._spectrum(self.problem.outputs(model, batch), batch)
-        return True
+        return self.how == "auto" and not lasting and self._forward and 2 * Q <= self._outputs
 
     def _by_rows(self, index: Tensor, v: Vectors) -> Vectors:
         """The product over a minibatch by rows made for it alone."""
@@ -162,6 +156,8 @@ class GGN(RowCurvature):
                 return vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=out)(some)  # (n, ...), (Q, n, ...)
 
             h, pull, t = vjp(linearised, theta, has_aux=True)  # pyright: ignore[reportAssignmentType]
+            if self.how == "auto" and self._outputs <= LIMIT and not self._seen:
+                self._spectrum(h, batch)  # in place of rows, which find out whether the loss is convex
             u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
             parts.append(vmap(lambda u, pull=pull: pull(u)[0])(u))
         return vectors.concatenate(parts)

@@ -112,7 +112,7 @@ class Dual(Solver):
         by, N = block_inverses(curvature, shift), len(curvature.problem.train)
         # in units of the damping: the trace of D^-1/2 b b^T D^-1/2 / N
         shares = join([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()], 0)
-        if float(shares.min()) < -1e-6 * float(shares.max()):
+        if not curvature.psd:  # known once the rows have been seen
             raise UnsupportedError(
                 "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. Use CG."
             )
