@@ -388,3 +388,25 @@ def test_dual_is_not_misled_by_the_rounding_of_a_zero_eigenvalue():
     assert float(shares.min()) < -1e-6 * float(shares.max()) and curvature.psd
     b = {name: torch.randn(2, *shape) for name, shape in curvature.problem.shapes.items()}
     assert (CG(Dual(), tolerance=1e-2).fit(curvature, 0.1)(b).residual <= 1e-2).all()
+
+
+def test_dampings_of_layers_that_are_swapped_are_not_confused():
+    p = problem("mlp")
+    curvature, b = GGN(library(p)), right_hand_sides(p)
+    blocks = curvature.problem.blocks
+    for order in (1, -1):
+        shift = {name: 0.05 * 3 ** (i * order) for i, block in enumerate(blocks) for name in block.shapes}
+        damping = torch.cat(
+            [torch.full((s.numel(),), shift[name], dtype=torch.float64) for name, s in curvature.problem.shapes.items()]
+        )
+        wanted = torch.linalg.solve(p.ggn() + torch.diag(damping), b.T).T
+        close(solve(p, Exact(form="primal").fit(curvature, Damping.by_parameter(shift)), b), wanted)
+
+
+def test_cg_raises_for_a_right_hand_side_that_is_not_finite():
+    p = problem("mlp")
+    b = right_hand_sides(p)
+    b[1, 0] = math.nan
+    for block in (False, True):
+        with pytest.raises(DivergenceError, match=r"NaN or infinity for queries \[1\]"):
+            CG(block=block).fit(GGN(library(p)), 0.1)(p.unflatten(b))

@@ -78,6 +78,8 @@ class Damping:
     @classmethod
     def by_parameter(cls, shift: Shift) -> Damping:
         """A lambda for each parameter, by name; the parameters of one layer must share theirs."""
+        if not shift:
+            raise expected("damping by parameter", "a positive number for each attributed parameter", shift)
         return cls(max(shift.values()), "by parameter", each=tuple(shift.items()))
 
     @classmethod

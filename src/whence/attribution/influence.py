@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from whence import gradients, store
+from whence import gradients, store, vectors
 from whence.attribution.scores import Scores
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
@@ -289,7 +289,7 @@ def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
     if pairing.mix is None or not problem.layout.slow:
         return pairing(problem.loss_gradients(batch))
     directions = {p: t for b in problem.blocks for p, t in b.unpack(pairing.packed[b.name]).items()}
-    return pairing.mix @ problem.slopes(batch, directions)
+    return pairing.mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
 
 
 def _seeded(solver: Solver, seed: int) -> Solver:

@@ -109,7 +109,7 @@ class Inverse(ABC):
         """
         start = time.perf_counter()
         x, history, passes = self.solve(b)
-        size = vectors.norm(x)
+        size = vectors.norm(x) + vectors.norm(b)
         if not size.isfinite().all():
             bad = (~size.isfinite()).nonzero().flatten().tolist()
             raise DivergenceError(

@@ -110,7 +110,7 @@ class Exact(Solver):
             [torch.full((s.numel(),), (shift[p] / level) ** 0.5, dtype=torch.float64) for p, s in shapes.items()]
         )
         roots = roots.to(curvature.problem.device)
-        key = ("dense", tuple(roots.unique().tolist()) if len(set(shift.values())) > 1 else None)
+        key = ("dense", tuple(shift[p] / level for p in shapes) if len(set(shift.values())) > 1 else None)
         if not saved:
             matrix = curvature.remember("matrix", lambda: dense(curvature))
             saved = curvature.remember(key, lambda: tuple(torch.linalg.eigh(matrix / roots / roots.unsqueeze(1))))
