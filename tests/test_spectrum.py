@@ -163,9 +163,10 @@ def test_the_sampling_gap_shrinks_with_the_batch():
     assert all(abs(s + 1) < 0.1 for s in slopes), slopes
 
 
-def test_the_constant_is_that_of_the_worst_of_the_top_eigenvectors():
+@pytest.mark.parametrize("name", ["mlp", "reused_layer"])  # where it is the top one, and where it is not
+def test_the_constant_is_that_of_the_worst_of_the_top_eigenvectors(name):
     """Against |B| E|(C_1 - C_2) q|^2 / 2 / (tr(C) q.C q), exactly, from every example's own matrix."""
-    p = problem("mlp")
+    p = problem(name)
     C, each = p.ggn(), each_ggn(p)
     values, directions = torch.linalg.eigh(C)
     q = directions[:, -5:]

@@ -263,20 +263,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=["digits", "concrete"])
     parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--queries", type=int, default=16)
+    parser.add_argument("--queries", type=int, default=30)
+    parser.add_argument("--figures", nargs="+", default=["3", "4"], choices=["3", "4"], help="which to measure")
+    parser.add_argument("--keep", action="store_true", help="keep what else was measured before")
     parser.add_argument("--redraw", action="store_true", help="draw out/figures.json again")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", whence.WhenceWarning)
     kept = HERE / "out" / "figures.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    if not args.redraw:
-        start = time.process_time()
-        three = {n: measure(n, args.models, args.queries, None, 10, False) for n in args.problems}
-        four = {n: measure(n, args.models, args.queries, SMALL, 10, True) for n in args.problems}
-        kept.write_text(json.dumps({"3": three, "4": four}))
-        print(f"{time.process_time() - start:.0f} CPU seconds; {setting.where()}")
-    data = json.loads(kept.read_text())
+    data: dict[str, Any] = json.loads(kept.read_text()) if args.keep or args.redraw else {"3": {}, "4": {}}
+    start = time.process_time()
+    for name in () if args.redraw else args.problems:
+        for number in args.figures:
+            small = number == "4"
+            data[number][name] = measure(name, args.models, args.queries, SMALL if small else None, 10, small)
+            kept.write_text(json.dumps(data))
+    data = json.loads(kept.read_text())  # keys are text from here on
+    print(f"{time.process_time() - start:.0f} CPU seconds; {setting.where()}")
     figure3(data["3"], HERE / "figure3.svg")
     figure4(data["4"], HERE / "figure4.svg")
     print(summary(data))
