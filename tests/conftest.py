@@ -1,4 +1,4 @@
-"""One thread for all tests: their problems are tiny, and threads that wait for each other take several times as long."""
+"""One thread for all tests: their problems are tiny, and threads that wait for each other take several times longer."""
 
 from __future__ import annotations
 
