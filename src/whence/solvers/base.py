@@ -109,7 +109,7 @@ class Inverse(ABC):
         """
         start = time.perf_counter()
         x, history, passes = self.solve(b)
-        size = vectors.norm(x) + vectors.norm(b)
+        size = vectors.norm(x) + vectors.norm(b)  # a query of NaN, and those that some methods leave at 0 then
         if not size.isfinite().all():
             bad = (~size.isfinite()).nonzero().flatten().tolist()
             raise DivergenceError(
