@@ -26,6 +26,7 @@ ROOMS = (
     "data",
     "store",
     "models",
+    "trajectory",
     "task",
     "factored",
     "rows",

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from whence import gradients, store, vectors
+from whence import gradients, store
 from whence.attribution.scores import Scores
+from whence.attribution.stream import streamed
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
@@ -35,6 +36,7 @@ from whence.task import Task
 
 logger = logging.getLogger("whence")
 Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
+Parts = dict[str, Tensor]  # block name -> (Q, n)
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Influence:
         measurement: Measurement | None = None,
         certify: bool = True,
         self_influence: bool = False,
+        candidates: Any = None,
     ) -> Scores:
         """Scores of all training examples on all queries, solved together and streamed once.
 
@@ -97,7 +100,9 @@ class Influence:
             queries: Q queries, in the form of the training data.
             measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
             certify: measure each query's residual with the true operator (one more pass over the training data).
-            self_influence: compute the training examples' self-influence too.
+            self_influence: compute the self-influence of what is scored too.
+            candidates: n examples to score in place of the training set, such as data that might be trained on: adding
+                one to the N training examples changes f by minus its score / N, to first order.
 
         Raises:
             InputError: queries that the model does not accept, or a measurement that is not one finite number a query.
@@ -113,9 +118,8 @@ class Influence:
             solution = inverse(rows.dense(), certify)
             pairing = Pairing(gradients.pack(problem.blocks, solution.x))
         solved = time.perf_counter()
-        values = torch.empty(len(rows), len(problem.train), dtype=problem.dtype, device=problem.device)
-        for index, batch in problem.batches(what="scores"):
-            values[:, index.start : index.stop] = _against(problem, batch, pairing)
+        scored = self._candidates(candidates)
+        values = streamed(problem, pairing, scored)
         seconds = self._seconds | {"solve": solved - start, "scores": time.perf_counter() - solved}
         return Scores(
             values,
@@ -123,8 +127,26 @@ class Influence:
             solution.converged,
             solution.history,
             self.provenance() | {"seconds": seconds, "passes": solution.passes, "steps": solution.steps},
-            self.self_influence() if self_influence else None,
+            self.self_influence(scored) if self_influence else None,
         )
+
+    def by_block(self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None) -> Parts:
+        """The scores of some training examples, by the block of parameters that each part comes through.
+
+        Args:
+            queries, measurement: as for `score`.
+            examples: n training examples, by number.
+
+        Returns:
+            block name to (Q, n); over all blocks they sum to the scores. Nothing is certified.
+        """
+        rows, problem = self.query_gradients(queries, measurement), self.problem
+        pairing = self.inverse.pairing(rows)
+        if pairing is None:
+            pairing = Pairing(gradients.pack(problem.blocks, self.inverse(rows.dense(), certify=False).x))
+        index = torch.as_tensor(examples).split(problem.train.batch_size)
+        parts = [pairing.by_block(problem.loss_gradients(problem.batch(some))) for some in index]
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
     def at(self, damping: float | Damping) -> Influence:
         """The same fit at another damping; what does not depend on damping (factors, rows, decompositions) is shared.
@@ -136,12 +158,13 @@ class Influence:
         other._inverse = other._solver().fit(other._curvature, Damping.of(damping))
         return other
 
-    def self_influence(self) -> Tensor:
-        """g^T (C + damping)^-1 g of every training example's loss gradient, (N,).
+    def self_influence(self, candidates: Any = None) -> Tensor:
+        """g^T (C + damping)^-1 g of the loss gradient of every training example, or of those given, (N,).
 
         Solves go by the solver's own residual; examples that miss its tolerance are named in a `ConvergenceWarning`.
         """
-        parts = [self.inverse.quadratic(rows) for _, rows in self._training_gradients("self-influence")]
+        batches = self.problem.batches(self._candidates(candidates), what="self-influence")
+        parts = [self.inverse.quadratic(self.problem.loss_gradients(batch)) for _, batch in batches]
         warn_unconverged(torch.cat([c for _, c in parts]), "training examples", self.inverse.tolerance or 0.0)
         return torch.cat([v for v, _ in parts]).to(self.problem.dtype)
 
@@ -228,9 +251,9 @@ class Influence:
         damping = Damping.of(self.damping)
         return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
 
-    def _training_gradients(self, what: str) -> Iterator[tuple[range, Gradients]]:
-        for index, batch in self.problem.batches(what=what):
-            yield index, self.problem.loss_gradients(batch)
+    def _candidates(self, candidates: Any) -> Examples | None:
+        given = candidates is None or isinstance(candidates, Examples)
+        return candidates if given else Examples(candidates, "candidates", self.batch_size)
 
 
 def attribute(
@@ -278,18 +301,6 @@ def attribute(
         progress=progress,
     )
     return influence.fit(model, task, train).score(queries, measurement, self_influence=self_influence)
-
-
-def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
-    """Scores of a batch, (Q, n), by contractions of factored gradients.
-
-    Where some parameters' gradients would have to be written out and few directions are enough, by forward-mode
-    derivatives along these.
-    """
-    if pairing.mix is None or not problem.layout.slow:
-        return pairing(problem.loss_gradients(batch))
-    directions = {p: t for b in problem.blocks for p, t in b.unpack(pairing.packed[b.name]).items()}
-    return pairing.mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
 
 
 def _seeded(solver: Solver, seed: int) -> Solver:

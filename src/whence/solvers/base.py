@@ -77,8 +77,14 @@ class Pairing:
 
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
-        found = self.turn(g).dot(packed=self.packed)[..., 0]
-        return found if self.mix is None else self.mix.to(found) @ found
+        return self._mixed(self.turn(g).dot(packed=self.packed))
+
+    def by_block(self, g: Gradients) -> dict[str, Tensor]:
+        """The same, block by block: they sum to the scores."""
+        return {name: self._mixed(rows.dot(self.packed[name])) for name, rows in self.turn(g).rows.items()}
+
+    def _mixed(self, found: Tensor) -> Tensor:
+        return found[..., 0] if self.mix is None else self.mix.to(found) @ found[..., 0]
 
 
 class Inverse(ABC):

@@ -1,0 +1,300 @@
+"""Trajectory: what was kept of a training run, and the recorder that keeps it.
+
+    recorder = whence.Recorder("run", model, optimiser, every=100)      # before the loop, the one line to add
+    ...                                                                 # the loop as it was
+    trajectory = whence.Trajectory.load("run")
+
+The recorder listens to ``optimiser.step``: it notes the learning rate of every step and, at the start and after every
+so many steps, the model's weights. `Recorder.saw` notes which examples a step is made of, which only replaying needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whence import store
+from whence.errors import ArtefactError, InputError, expected
+
+LOG = "trajectory.safetensors"
+KEPT = ("momentum", "dampening", "nesterov", "weight_decay", "betas", "eps", "amsgrad", "maximize")
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The model at one moment of its training.
+
+    Args:
+        step: optimiser steps taken before it.
+        state: its ``state_dict``, on the CPU.
+    """
+
+    step: int
+    state: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of training that is taken as stationary.
+
+    Args:
+        checkpoints: those within it, by step.
+        steps: K, optimiser steps.
+        rate: eta, mean effective learning rate: the mean over its steps of lr / (1 - momentum).
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    steps: int
+    rate: float
+
+    @property
+    def damping(self) -> float:
+        """1 / (eta K), the damping that the segment implies (SOURCE; ASTRA, appendix C)."""
+        return 1 / (self.rate * self.steps)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The checkpoints' weights, averaged; buffers of whole numbers are the last one's (FAST-SOURCE)."""
+        states = [c.state for c in self.checkpoints]
+        return {
+            name: torch.stack([s[name] for s in states]).mean(0) if t.is_floating_point() else t
+            for name, t in states[-1].items()
+        }
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A training run.
+
+    Args:
+        checkpoints: by step; the first has step 0 if the initial model was kept.
+        rates: (T, groups) float64, the learning rate of each step.
+        optimiser: the name of its class in `torch.optim`.
+        groups: one for each parameter group: the names of its ``parameters``, and what else the optimiser was given.
+        order: for each step the numbers of the examples in its minibatch, int64; None if they were not noted.
+
+    Raises:
+        InputError: if checkpoints are missing, out of order, or beyond the last step, or shapes disagree.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    rates: Tensor
+    optimiser: str = "SGD"
+    groups: tuple[Group, ...] = ()
+    order: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        found = [c.step for c in self.checkpoints]
+        if not found or found != sorted(set(found)) or found[0] < 0 or found[-1] > self.steps:
+            raise expected("checkpoints", f"one or more, by step, within 0..{self.steps}", found)
+        if self.rates.ndim != 2 or not self.steps or not bool((self.rates >= 0).all()):
+            raise expected("rates", "(T, groups) learning rates, T > 0", tuple(self.rates.shape))
+        if self.order is not None and len(self.order) != self.steps:
+            raise expected("order", f"one minibatch for each of the {self.steps} steps", len(self.order))
+
+    @property
+    def steps(self) -> int:
+        """T, optimiser steps."""
+        return len(self.rates)
+
+    @classmethod
+    def of_sgd(
+        cls,
+        checkpoints: Sequence[tuple[int, Mapping[str, Tensor]]],
+        lr: float | Sequence[float],
+        steps: int,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> Trajectory:
+        """A run of SGD that was not recorded, from its checkpoints.
+
+        Args:
+            checkpoints: (step, ``state_dict``) of each.
+            lr: the learning rate, or that of each step.
+            steps: T.
+            momentum, weight_decay: as given to `torch.optim.SGD`, without dampening.
+        """
+        rates = torch.as_tensor(lr, dtype=torch.float64).reshape(-1, 1).expand(steps, 1)
+        group = {"momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0, "nesterov": False}
+        ordered = sorted(checkpoints, key=lambda c: c[0])
+        names = tuple(ordered[0][1]) if ordered else ()
+        kept = tuple(Checkpoint(step, state) for step, state in ordered)
+        return cls(kept, rates, "SGD", ({"parameters": names} | group,))
+
+    def effective_rates(self) -> Tensor:
+        """lr / (1 - momentum) of each step, the mean over parameter groups by their numbers of parameters, (T,).
+
+        Raises:
+            InputError: for an optimiser whose steps are no multiple of the gradient, such as Adam.
+        """
+        if self.optimiser != "SGD" or any(g.get("dampening") for g in self.groups):
+            raise InputError(
+                f"A trajectory must be of SGD without dampening for this method, got {self.optimiser}: the steps of "
+                "others are no multiple of the gradient. Take Unrolled, which replays any, or TracIn with rates=False."
+            )
+        state = self.checkpoints[-1].state
+        size = torch.tensor([sum(state[p].numel() for p in g["parameters"]) for g in self.groups], dtype=torch.float64)
+        momentum = torch.tensor([float(g["momentum"]) for g in self.groups], dtype=torch.float64)
+        return self.rates / (1 - momentum) @ (size / size.sum())
+
+    def segments(self, count: int) -> list[Segment]:
+        """The run cut into stretches of equal numbers of steps, each with the checkpoints made in it.
+
+        Args:
+            count: L. A checkpoint belongs to the stretch that its step ends or lies within; one at step 0 to the first
+                if that has no other.
+
+        Raises:
+            InputError: if a stretch has no checkpoint.
+        """
+        edges = torch.linspace(0, self.steps, count + 1, dtype=torch.float64).round().long().tolist()
+        rates, found = self.effective_rates(), []
+        for low, high in zip(edges, edges[1:], strict=False):
+            inside = [c for c in self.checkpoints if low < c.step <= high]
+            inside = inside or [c for c in self.checkpoints if low == c.step == 0]
+            if not inside or high == low:
+                have = [c.step for c in self.checkpoints]
+                advice = "Take fewer segments, or keep checkpoints more often."
+                raise expected(f"checkpoints of {count} segments", f"one in steps {low + 1}..{high}", have, advice)
+            found.append(Segment(tuple(inside), high - low, float(rates[low:high].mean())))
+        return found
+
+    def spread(self, count: int) -> tuple[Checkpoint, ...]:
+        """At most ``count`` of the checkpoints after step 0, evenly spaced, the last among them."""
+        kept = [c for c in self.checkpoints if c.step] or list(self.checkpoints)
+        index = torch.linspace(len(kept) / min(count, len(kept)) - 1, len(kept) - 1, min(count, len(kept))).round()
+        return tuple(kept[int(i)] for i in index)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the run into a folder, a file for each checkpoint."""
+        for checkpoint in self.checkpoints:
+            _keep(Path(folder), checkpoint)
+        _log(Path(folder), self.rates, self.optimiser, self.groups, self.order, [c.step for c in self.checkpoints])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trajectory:
+        """Read what `save` or a `Recorder` wrote.
+
+        Raises:
+            ArtefactError: if a file is missing or damaged.
+        """
+        if not (Path(folder) / LOG).is_file():
+            raise ArtefactError(
+                f"{folder} must be a folder that a Recorder wrote, got none with {LOG}. Check the path."
+            )
+        found, header = store.load(Path(folder) / LOG, "trajectory")
+        kept = tuple(Checkpoint(step, store.load(_file(folder, step), "checkpoint")[0]) for step in header["kept"])
+        order = found["order"].split(found["sizes"].tolist()) if "order" in found else None
+        groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
+        return cls(kept, found["rates"], header["optimiser"], groups, order)
+
+
+class Recorder:
+    """Keeps checkpoints, learning rates and, if told, the order of the examples of a training run.
+
+    Args:
+        folder: where to write; made if need be. A run that is there already is refused.
+        model: the model in training.
+        optimiser: its `torch.optim.Optimizer`; every ``step`` of it counts as one.
+        every: steps between checkpoints. The model as it is now and, at `close`, as it ends are kept too.
+
+    Raises:
+        InputError: if the folder holds a run, or the optimiser has parameters that are not the model's.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, every: int):
+        self.folder, self.model, self.optimiser, self.every = Path(folder), model, optimiser, every
+        if every < 1:
+            raise expected("every", "a positive number of steps", every)
+        if (self.folder / LOG).exists():
+            raise expected("folder", "one without a recorded run", f"{folder}", "Give another, or delete it first.")
+        names = {id(p): name for name, p in model.named_parameters()}
+        if any(id(p) not in names for g in optimiser.param_groups for p in g["params"]):
+            raise expected(
+                "optimiser", "one of the model's own parameters", "others", "Pass the model it was made for."
+            )
+        self.groups = tuple(
+            {"parameters": tuple(names[id(p)] for p in g["params"])} | {k: g[k] for k in KEPT if k in g}
+            for g in optimiser.param_groups
+        )
+        self._rates: list[list[float]] = []
+        self._order: list[Tensor] = []
+        self._seen: list[Tensor] = []
+        self._kept: list[int] = []
+        self._handle = optimiser.register_step_post_hook(lambda *_: self._stepped())
+        self._keep()
+
+    def saw(self, index: Sequence[int] | Tensor) -> None:
+        """Note the numbers of examples that the next step is made of; several calls before a step add up.
+
+        Args:
+            index: their numbers in the training set, in the order of the minibatch.
+        """
+        self._seen.append(torch.as_tensor(index, dtype=torch.int64).cpu().flatten())
+
+    def close(self) -> Trajectory:
+        """Keep the last weights, stop listening, and return the run; ``with Recorder(...)`` does it too."""
+        self._handle.remove()
+        self._keep()
+        return Trajectory.load(self.folder)
+
+    def __enter__(self) -> Recorder:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+        self._keep()
+
+    def _stepped(self) -> None:
+        now = [{k: g[k] for k in KEPT if k in g} for g in self.optimiser.param_groups]
+        if now != [{k: v for k, v in g.items() if k != "parameters"} for g in self.groups]:
+            raise expected("the optimiser's settings", "constant but for the learning rate", now)
+        self._rates.append([float(g["lr"]) for g in self.optimiser.param_groups])
+        if self._seen:
+            self._order.append(torch.cat(self._seen))
+            self._seen = []
+        if len(self._order) not in (0, len(self._rates)):
+            raise InputError(f"saw() must be called before every step or never, got none before {len(self._rates)}.")
+        if len(self._rates) % self.every == 0:
+            self._keep()
+
+    def _keep(self) -> None:
+        step = len(self._rates)
+        if step not in self._kept:
+            _keep(self.folder, Checkpoint(step, self.model.state_dict()))
+            self._kept.append(step)
+        if step:
+            rates = torch.tensor(self._rates, dtype=torch.float64)
+            order = tuple(self._order) or None
+            _log(self.folder, rates, type(self.optimiser).__name__, self.groups, order, self._kept)
+
+
+def _file(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step-{step:08d}.safetensors"
+
+
+def _keep(folder: Path, checkpoint: Checkpoint) -> None:
+    tensors = {name: t.detach().clone() for name, t in checkpoint.state.items()}
+    store.save(_file(folder, checkpoint.step), "checkpoint", tensors, {"step": checkpoint.step})
+
+
+def _log(
+    folder: Path,
+    rates: Tensor,
+    optimiser: str,
+    groups: Sequence[Group],
+    order: Sequence[Tensor] | None,
+    kept: Sequence[int],
+) -> None:
+    tensors = {"rates": rates}
+    if order is not None:
+        tensors |= {"order": torch.cat(tuple(order)), "sizes": torch.tensor([len(o) for o in order])}
+    plain = json.loads(json.dumps([dict(g) for g in groups]))
+    store.save(folder / LOG, "trajectory", tensors, {"optimiser": optimiser, "groups": plain, "kept": list(kept)})
