@@ -6,8 +6,9 @@ verified once against autograd on a few examples; what cannot be factored is com
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -103,6 +104,23 @@ class Problem:
                 stacklevel=2,
             )
         return layout
+
+    def at(self, state: Mapping[str, Tensor]) -> Problem:
+        """The same problem with a copy of the model at other weights, such as a checkpoint's.
+
+        Args:
+            state: a ``state_dict`` of the model, of any float dtype.
+
+        Raises:
+            InputError: if it does not fit the model.
+        """
+        model = copy.deepcopy(self.model)
+        try:
+            model.load_state_dict(state)
+        except (RuntimeError, KeyError) as error:
+            raise InputError(f"The weights must be a state_dict of the model, got: {error}") from error
+        keep = set(self.parameters)
+        return Problem(model, self.task, self.train, lambda n: n in keep, None, self.memory, self.progress)
 
     def coverage(self) -> str:
         """One sentence: the share of trainable parameters attributed, and what is left out."""

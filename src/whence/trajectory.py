@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,21 @@ class Trajectory:
 
     checkpoints: tuple[Checkpoint, ...]
     rates: Tensor
-    optimiser: str = "SGD"
-    groups: tuple[Group, ...] = ()
+    optimiser: str
+    groups: tuple[Group, ...]
     order: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         found = [c.step for c in self.checkpoints]
         if not found or found != sorted(set(found)) or found[0] < 0 or found[-1] > self.steps:
             raise expected("checkpoints", f"one or more, by step, within 0..{self.steps}", found)
-        if self.rates.ndim != 2 or not self.steps or not bool((self.rates >= 0).all()):
-            raise expected("rates", "(T, groups) learning rates, T > 0", tuple(self.rates.shape))
+        if (
+            self.rates.ndim != 2
+            or self.rates.shape[1] != len(self.groups)
+            or not self.steps
+            or not bool((self.rates >= 0).all())
+        ):
+            raise expected("rates", f"({self.steps or 'T'}, {len(self.groups)}) learning rates", self.rates.shape)
         if self.order is not None and len(self.order) != self.steps:
             raise expected("order", f"one minibatch for each of the {self.steps} steps", len(self.order))
 
@@ -128,19 +134,10 @@ class Trajectory:
         return cls(kept, rates, "SGD", ({"parameters": names} | group,))
 
     def effective_rates(self) -> Tensor:
-        """lr / (1 - momentum) of each step, the mean over parameter groups by their numbers of parameters, (T,).
-
-        Raises:
-            InputError: for an optimiser whose steps are no multiple of the gradient, such as Adam.
-        """
-        if self.optimiser != "SGD" or any(g.get("dampening") for g in self.groups):
-            raise InputError(
-                f"A trajectory must be of SGD without dampening for this method, got {self.optimiser}: the steps of "
-                "others are no multiple of the gradient. Take Unrolled, which replays any, or TracIn with rates=False."
-            )
+        """lr / (1 - momentum) of each step, the mean over parameter groups by their numbers of parameters, (T,)."""
         state = self.checkpoints[-1].state
         size = torch.tensor([sum(state[p].numel() for p in g["parameters"]) for g in self.groups], dtype=torch.float64)
-        momentum = torch.tensor([float(g["momentum"]) for g in self.groups], dtype=torch.float64)
+        momentum = torch.tensor([float(g.get("momentum", 0.0)) for g in self.groups], dtype=torch.float64)
         return self.rates / (1 - momentum) @ (size / size.sum())
 
     def segments(self, count: int) -> list[Segment]:
@@ -151,11 +148,15 @@ class Trajectory:
                 if that has no other.
 
         Raises:
-            InputError: if a stretch has no checkpoint.
+            InputError: if a stretch has no checkpoint, or the optimiser was not SGD without dampening: the steps of
+                others are no multiple of the gradient.
         """
+        if self.optimiser != "SGD" or any(g.get("dampening") for g in self.groups):
+            advice = "Take Unrolled, which replays Adam too, TracIn, or Influence at the final weights."
+            raise expected("a trajectory cut into segments", "of SGD without dampening", self.optimiser, advice)
         edges = torch.linspace(0, self.steps, count + 1, dtype=torch.float64).round().long().tolist()
         rates, found = self.effective_rates(), []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             inside = [c for c in self.checkpoints if low < c.step <= high]
             inside = inside or [c for c in self.checkpoints if low == c.step == 0]
             if not inside or high == low:

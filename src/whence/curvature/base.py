@@ -72,10 +72,15 @@ class Curvature(ABC):
 
     Args:
         problem: the model, task, training data and parameters.
+
+    Attributes:
+        statistics: where Kronecker factors are measured, averaged over several weights of the model; ``problem`` alone
+            unless somebody sets it before the first fit.
     """
 
     def __init__(self, problem: Problem):
         self.problem = problem
+        self.statistics: tuple[Problem, ...] = (problem,)
         self._memory: dict[Hashable, Any] = {}
 
     def remember(self, key: Hashable, make: Callable[[], Any]) -> Any:

@@ -13,7 +13,7 @@ that limit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,11 +95,14 @@ class KroneckerBlock:
         return type(written)(v.reshape(n, R, -1), written.sides)
 
 
-def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int = 4096) -> dict[str, KroneckerBlock]:
+def fit(
+    problems: Problem | Sequence[Problem], labels: Labels = "sampled", seed: int = 0, limit: int = 4096
+) -> dict[str, KroneckerBlock]:
     """Two passes over the training data: covariances, then corrected eigenvalues with fresh labels.
 
     Args:
-        problem: the model, task, training data and parameters.
+        problems: the model, task, training data and parameters; of one model at several weights, all statistics are
+            means over these (SOURCE: the checkpoints of a segment).
         labels: "sampled" from the model (the Fisher) or "true" (the empirical Fisher).
         seed: of the label draws.
         limit: widest eigenbasis; a wider side is split into blocks of this width, one wider than 8 blocks is left
@@ -110,18 +113,24 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
     """
     if labels not in ("sampled", "true"):
         raise expected("labels", "'sampled' or 'true'", repr(labels))
+    problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+    problem = problems[0]
+    if any(p.blocks != problem.blocks for p in problems):
+        raise expected(
+            "the model at its several weights", "cut into the same blocks", [len(p.blocks) for p in problems]
+        )
     rng = torch.Generator().manual_seed(seed)
     kept: list[Gradients] = []
     free = problem.memory / 4 if labels == "true" else 0.0
     sides: dict[str, tuple[_Side, _Side]] = {}
-    for rows, real in _passes(problem, labels, rng):
+    for rows, real in _passes(problems, labels, rng):
         free -= rows.numbers() * problem.dtype.itemsize
         kept = [*kept, rows] if free > 0 else []
         for name, r in rows.rows.items():
             if name not in sides:
                 sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
             _accumulate(*sides[name], r, real)
-    n = len(problem.train)
+    n = sum(len(p.train) for p in problems)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
     blocks, sums = {}, {}
     for name, ((left, ds), (right, da)) in bases.items():
@@ -132,7 +141,7 @@ def fit(problem: Problem, labels: Labels = "sampled", seed: int = 0, limit: int 
         sums[name] = torch.zeros_like(kfac)
         blocks[name] = KroneckerBlock(left, right, kfac.to(problem.dtype), sums[name])
     whole = free > 0 and bool(kept)
-    for rows in kept if whole else (r for r, _ in _passes(problem, labels, rng)):
+    for rows in kept if whole else (r for r, _ in _passes(problems, labels, rng)):
         for name, r in rows.rows.items():
             sums[name] += _squares(blocks[name], r)
     for name, ((left, ds), (right, da)) in bases.items():
@@ -184,10 +193,13 @@ class _Side:
         return Basis(tuple(q.to(dtype) for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(min=0)
 
 
-def _passes(problem: Problem, labels: Labels, rng: torch.Generator) -> Iterator[tuple[Gradients, Tensor | None]]:
-    for _, batch in problem.batches(what="Kronecker factors"):
-        rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
-        yield rows, problem.task.padding(batch)
+def _passes(
+    problems: Sequence[Problem], labels: Labels, rng: torch.Generator
+) -> Iterator[tuple[Gradients, Tensor | None]]:
+    for problem in problems:
+        for _, batch in problem.batches(what="Kronecker factors"):
+            rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
+            yield rows, problem.task.padding(batch)
 
 
 def _sides(rows: Rows, sides: tuple[int, int, int], limit: int, device: torch.device) -> tuple[_Side, _Side]:

@@ -133,6 +133,16 @@ class Inverse(ABC):
         seconds = time.perf_counter() - start
         return Solution(x, residual, converged, max(0, len(history) - 1), history, passes, seconds)
 
+    def function(self, phi: Callable[[Tensor], Tensor], b: Vectors) -> Vectors:  # unused: phi, b
+        """phi(C) b for a function phi of the eigenvalues of C, without damping: x of the shapes of b.
+
+        Raises:
+            UnsupportedError: by methods that hold no eigenvalues of C in every direction.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} has no eigenvalues to apply a function to. Take EKFAC() or Exact()."
+        )
+
     def residual_vector(self, x: Vectors, b: Vectors) -> Vectors:
         """b - (C + damping) x with the true operator on all the data."""
         cx = self.curvature.product(x)

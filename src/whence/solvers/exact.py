@@ -7,6 +7,7 @@ formed in the model's dtype, and the certificate says what that costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -49,6 +50,19 @@ class DenseInverse(Inverse):
         flat = vectors.flatten({name: b[name] for name in self.curvature.problem.shapes}).double() / self.roots
         x = (flat @ self.directions / (self.values + self.level)) @ self.directions.T / self.roots
         return vectors.unflatten(x.to(self.curvature.problem.dtype), self.curvature.problem.shapes)
+
+    def function(self, phi: Callable[[Tensor], Tensor], b: Vectors) -> Vectors:
+        """phi(C) b in float64.
+
+        Raises:
+            UnsupportedError: if the damping differs between parameters, so that what was decomposed is not C.
+        """
+        if len(set(self.shift.values())) > 1:
+            raise UnsupportedError("A function of C needs one damping for all parameters. Give it as a number.")
+        shapes = self.curvature.problem.shapes
+        flat = vectors.flatten({name: b[name] for name in shapes}).double()
+        x = (flat @ self.directions * phi(self.values)) @ self.directions.T
+        return vectors.unflatten(x.to(self.curvature.problem.dtype), shapes)
 
     def state(self) -> dict[str, Tensor]:
         """The decomposition."""

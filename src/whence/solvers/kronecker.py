@@ -7,7 +7,7 @@ Lambda are KFAC's products of eigenvalues or EKFAC's corrected second moments; s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,18 +30,28 @@ class EigenInverse(Inverse):
         super().__init__(curvature, shift)
         self.factors, self.corrected = factors, corrected
 
+    def eigenvalues(self, name: str) -> Tensor:
+        """Eigenvalues of a block, (G, O, I)."""
+        return self.factors[name].ekfac if self.corrected else self.factors[name].kfac
+
     def denominators(self, name: str) -> Tensor:
         """Eigenvalues + damping of a block, (G, O, I)."""
         block = next(b for b in self.curvature.problem.blocks if b.name == name)
-        f = self.factors[name]
-        return (f.ekfac if self.corrected else f.kfac) + self.shift[next(iter(block.shapes))]
+        return self.eigenvalues(name) + self.shift[next(iter(block.shapes))]
 
     def apply(self, b: Vectors) -> Vectors:
         """Rotate, divide, rotate back."""
+        return self._scaled(b, lambda name: 1 / self.denominators(name))
+
+    def function(self, phi: Callable[[Tensor], Tensor], b: Vectors) -> Vectors:
+        """phi(C) b, phi of the eigenvalues alone."""
+        return self._scaled(b, lambda name: phi(self.eigenvalues(name)))
+
+    def _scaled(self, b: Vectors, by: Callable[[str], Tensor]) -> Vectors:
         x: Vectors = {}
         for block in self.curvature.problem.blocks:
             f = self.factors[block.name]
-            x |= block.unpack(f.back(f.rotate(block.pack(b)) / self.denominators(block.name)))
+            x |= block.unpack(f.back(f.rotate(block.pack(b)) * by(block.name)))
         return x
 
     def turned(self, rows: Gradients) -> Gradients:
@@ -102,7 +112,7 @@ class EKFAC(Solver):
         self.check(curvature)
         labels = self.labels or curvature.labels
         key = ("kronecker", labels, self.seed, self.limit)
-        factors = curvature.remember(key, lambda: fit(curvature.problem, labels, self.seed, self.limit))
+        factors = curvature.remember(key, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
