@@ -69,7 +69,7 @@ class Segment:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trajectory:
     """A training run.
 
@@ -103,6 +103,10 @@ class Trajectory:
             raise expected("rates", f"({self.steps or 'T'}, {len(self.groups)}) learning rates", self.rates.shape)
         if self.order is not None and len(self.order) != self.steps:
             raise expected("order", f"one minibatch for each of the {self.steps} steps", len(self.order))
+
+    def __repr__(self) -> str:
+        """What run it is, in a few words."""
+        return f"Trajectory({self.steps} steps of {self.optimiser}, {len(self.checkpoints)} checkpoints)"
 
     @property
     def steps(self) -> int:

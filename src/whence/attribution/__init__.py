@@ -2,5 +2,7 @@
 
 from whence.attribution.influence import Influence, attribute
 from whence.attribution.scores import Scores, Top
+from whence.attribution.source import SOURCE
+from whence.attribution.tracin import TracIn
 
-__all__ = ["Influence", "Scores", "Top", "attribute"]
+__all__ = ["SOURCE", "Influence", "Scores", "Top", "TracIn", "attribute"]

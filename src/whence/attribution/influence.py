@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from whence import gradients, store
 from whence.attribution.scores import Scores
-from whence.attribution.stream import streamed
+from whence.attribution.stream import Measurement, query_gradients, streamed
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
-from whence.data import Batch, Examples
+from whence.data import Examples
 from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
@@ -35,7 +35,6 @@ from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, wa
 from whence.task import Task
 
 logger = logging.getLogger("whence")
-Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
 Parts = dict[str, Tensor]  # block name -> (Q, n)
 
 
@@ -170,10 +169,7 @@ class Influence:
 
     def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
         """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
-        problem = self.problem
-        examples = Examples(queries, "queries", self.batch_size)
-        seeds = problem.seeds_of("measurement", measurement)
-        return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
+        return query_gradients(self.problem, queries, measurement, self.batch_size)
 
     def save(self, path: str | Path) -> None:
         """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from whence import vectors
+from whence import gradients, vectors
 from whence.data import Batch, Examples
+from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.solvers.base import Pairing
+
+Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
+
+
+def query_gradients(
+    problem: Problem, queries: Any, measurement: Measurement | None = None, batch_size: int | None = None
+) -> Gradients:
+    """Gradients of the Q queries' measurements, factored.
+
+    Args:
+        problem: the model at the weights where they are taken.
+        queries: in the form of the training data.
+        measurement: f of a query, lower is better; None takes the task's.
+        batch_size: queries per pass of the model.
+    """
+    examples, seeds = Examples(queries, "queries", batch_size), problem.seeds_of("measurement", measurement)
+    return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
 
 
 def streamed(problem: Problem, pairing: Pairing, examples: Examples | None = None, what: str = "scores") -> Tensor:

@@ -69,15 +69,18 @@ class Pairing:
         packed: p directions as matrices, block name to (p, G, O, I).
         turn: the map of training gradients into the directions' coordinates.
         mix: (Q, p), if scores are combinations of what the p directions give; None: p = Q and they are the scores.
+        unit: divide by the lengths of the training gradients.
     """
 
     packed: Packed
     turn: Callable[[Gradients], Gradients] = lambda g: g
     mix: Tensor | None = None
+    unit: bool = False
 
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
-        return self._mixed(self.turn(g).dot(packed=self.packed))
+        found = self._mixed(self.turn(g).dot(packed=self.packed))
+        return found / g.square_norms().sum(1).sqrt().clamp(min=1e-300) if self.unit else found
 
     def by_block(self, g: Gradients) -> dict[str, Tensor]:
         """The same, block by block: they sum to the scores."""
