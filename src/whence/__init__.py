@@ -1,6 +1,6 @@
 """whence: which training examples made a PyTorch model behave so, how strongly, and how sure is the number."""
 
-from whence.attribution import Influence, Scores, Top, attribute
+from whence.attribution import SOURCE, Influence, Scores, Top, TracIn, attribute
 from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator
 from whence.curvature.spectrum import Spectrum, spectrum
 from whence.damping import Damping
@@ -39,6 +39,7 @@ from whence.solvers import (
     Solver,
 )
 from whence.task import Classification, Regression, Task
+from whence.trajectory import Recorder, Trajectory
 from whence.vectors import Vectors
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "EKFAC",
     "GGN",
     "KFAC",
+    "SOURCE",
     "Arnoldi",
     "ArtefactError",
     "Auto",
@@ -78,6 +80,7 @@ __all__ = [
     "Problem",
     "RandProj",
     "RandSelect",
+    "Recorder",
     "Regression",
     "Scores",
     "Solution",
@@ -85,6 +88,8 @@ __all__ = [
     "Spectrum",
     "Task",
     "Top",
+    "TracIn",
+    "Trajectory",
     "UnsupportedError",
     "Vectors",
     "WhenceError",
