@@ -89,8 +89,8 @@ def table(p: problems.Problem, args: argparse.Namespace) -> tuple[list[str], lis
     for solver in args.solvers:
         for text in args.dampings:
             damping, kind = parse_damping(text, p.damping)
-            if solver == "dot" and text != args.dampings[0]:
-                continue  # damping only scales the gradient dot product
+            if solver in ("dot", *ours.OVER_TRAINING) and text != args.dampings[0]:
+                continue  # they take no damping, or only scale with it
             options = {"problem": p.name, "solver": solver, "damping": damping, "kind": kind}
             try:
                 runs = [run("benchmarks.ours:attribute", {**options, "seed": s}, threads=args.threads) for s in seeds]
@@ -101,7 +101,8 @@ def table(p: problems.Problem, args: argparse.Namespace) -> tuple[list[str], lis
             cpu = float(np.mean([r.phases["all"]["cpu_s"] for r in runs]))
             matrices = [r.result["scores"] for r in runs]
             found = np.concatenate(residuals) if residuals else None
-            add(solver, describe(damping, kind), matrices, cpu, max(r.peak_mb for r in runs), found)
+            said = "its own" if solver in ours.OVER_TRAINING else describe(damping, kind)
+            add(solver, said, matrices, cpu, max(r.peak_mb for r in runs), found)
     for labels in args.kronfluence:
         kept = [peers.cached(p.name, labels, (p.damping, None), s, args.threads) for s in seeds]
         for i, damping in enumerate((p.damping, None)):
@@ -116,7 +117,7 @@ def main() -> None:
     """Compute the tables and write them to ``benchmarks/results``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=["digits", "concrete"], help="digits, concrete")
-    parser.add_argument("--solvers", nargs="*", default=list(ours.SOLVERS), choices=ours.SOLVERS)
+    parser.add_argument("--solvers", nargs="*", default=list(ours.SOLVERS), choices=ours.SOLVERS + ours.OVER_TRAINING)
     parser.add_argument("--dampings", nargs="+", default=["x0.1", "x1", "x10"], help="x1, mean0.1, trace1 or a number")
     parser.add_argument("--seeds", type=int, default=5, help="models in the ensemble")
     parser.add_argument("--threads", type=int, default=1)

@@ -38,7 +38,7 @@ def ekfac(
 def attribute(
     problem: str, solver: str, damping: float, kind: str = "absolute", seed: int = 0, batch_size: int | None = None
 ) -> dict[str, Any]:
-    """`whence.attribute` with a solver of `SOLVERS`; ``kind`` is that of a `whence.Damping`.
+    """Any method of `SOLVERS` or `OVER_TRAINING`; ``kind`` is that of a `whence.Damping`.
 
     Returns:
         ``scores``: (Q, N) float32; ``residual``: (Q,), the measured relative residual of each query's solve.
@@ -49,24 +49,39 @@ def attribute(
 
     p = problems.load(problem)
     task = whence.Classification() if p.kind == "classification" else whence.Regression()
-    options = {} if batch_size is None else {"batch_size": batch_size}
+    if solver in OVER_TRAINING:
+        method = over_training(solver, p, seed)
+    else:
+        amount = whence.Damping(damping, kind)
+        method = whence.Influence(build(solver, damping), amount, batch_size=batch_size, seed=seed)
     with phase("all"):
-        scores = whence.attribute(
-            p.model(seed),
-            task,
-            train=(p.x, p.y),
-            queries=(p.xq, p.yq),
-            solver=build(solver, damping),
-            damping=whence.Damping(damping, kind),
-            seed=seed,
-            **options,
-        )
+        scores = method.fit(p.model(seed), task, (p.x, p.y)).score((p.xq, p.yq))
     found = {"scores": torch.as_tensor(scores.values).float().cpu().numpy()}
-    found["steps"] = np.array(scores.provenance["steps"])
-    residual = getattr(scores, "residual", None)
-    if residual is not None:
-        found["residual"] = torch.as_tensor(residual).float().cpu().numpy()
+    if "steps" in scores.provenance:
+        found["steps"] = np.array(scores.provenance["steps"])
+    if scores.residual is not None:
+        found["residual"] = torch.as_tensor(scores.residual).float().cpu().numpy()
     return found
+
+
+OVER_TRAINING = ("tracin", "source", "fast-source", "astra-source", "cg-source", "random", "cosine")
+
+
+def over_training(name: str, p: problems.Problem, seed: int) -> Any:
+    """A method that takes no damping of ours, by its short name: those of a recorded run, and baselines."""
+    import whence
+
+    run = p.trajectory(seed)
+    methods = {
+        "tracin": lambda: whence.TracIn(run),
+        "cosine": lambda: whence.TracIn(run, checkpoints=1, cosine=True),
+        "source": lambda: whence.SOURCE(run),
+        "fast-source": lambda: whence.SOURCE(run, average="weights"),
+        "astra-source": lambda: whence.SOURCE(run, solver=whence.ASTRA()),
+        "cg-source": lambda: whence.SOURCE(run, solver=whence.CG(whence.EKFAC(), tolerance=0.01, steps=500)),
+        "random": lambda: whence.Random(seed),
+    }
+    return methods[name]()
 
 
 SOLVERS = ("auto", "exact", "dual", "nystrom", "cg10", "astra", "astra3", "ekfac", "kfac", "dot", "lissa")

@@ -22,6 +22,7 @@ from benchmarks.harness import CACHE
 
 if TYPE_CHECKING:
     from whence.evaluate import SGDRecipe
+    from whence.trajectory import Trajectory
 
 NAMES = ("digits", "concrete", "mnist")
 RETRAINED = ("digits", "concrete", "mnist-cnn")  # those with retraining targets
@@ -44,12 +45,27 @@ class Problem:
     targets: np.ndarray | None = None  # (M, R, Q) measurement after retraining on the subset
     measured: Literal["measurement", "loss"] = "measurement"  # which function of the task the targets are
     note: str = ""  # how well the models do
+    checkpoints: tuple[
+        tuple[Mapping[str, Tensor], ...], ...
+    ] = ()  # of each seed's training, evenly spaced, the last last
+    recipe: Mapping[str, float] | None = None  # lr, momentum, weight_decay, steps of that training
 
     def model(self, seed: int = 0) -> nn.Sequential:
         """The trained model of one seed, in eval mode."""
         model = mlp(self.sizes) if self.sizes else cnn()
         model.load_state_dict(self.states[seed])
         return model.eval()
+
+    def trajectory(self, seed: int = 0) -> Trajectory:
+        """The training of one seed, from its checkpoints."""
+        import whence
+
+        if not self.checkpoints or self.recipe is None:
+            raise ValueError(f"{self.name} has no checkpoints.")
+        states, steps = self.checkpoints[seed], int(self.recipe["steps"])
+        at = [round(steps * (i + 1) / len(states)) for i in range(len(states))]
+        settings = {k: v for k, v in self.recipe.items() if k != "steps"}
+        return whence.Trajectory.of_sgd(list(zip(at, states, strict=True)), steps=steps, **settings)
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
@@ -117,7 +133,15 @@ def _retrained(
         targets = truth["targets"]
     models = torch.load(home / f"{name}_models.pt", map_location="cpu", weights_only=True)
     states = tuple(_in_order(s, sizes) for s in models["final"])
-    return Problem(name, kind, sizes, x, y, xq, yq, states, damping, masks, targets)
+    kept = tuple(tuple(_in_order(s, sizes) for s in one) for one in models["checkpoints"])
+    found = models["settings"]
+    recipe = {
+        "lr": found["lr"],
+        "momentum": 0.9,
+        "weight_decay": found["wd"],
+        "steps": found["epochs"] * (len(x) // found["bs"]),
+    }
+    return Problem(name, kind, sizes, x, y, xq, yq, states, damping, masks, targets, checkpoints=kept, recipe=recipe)
 
 
 def _in_order(state: Mapping[str, Tensor], sizes: tuple[int, ...]) -> dict[str, Tensor]:
