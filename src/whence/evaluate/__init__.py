@@ -3,11 +3,13 @@
 from whence.evaluate.lds import LDS, linear_datamodeling_score
 from whence.evaluate.mislabeled import MislabeledCurve, flip_labels, mislabeled_curve
 from whence.evaluate.retrain import SGDRecipe, random_subsets, retrain, retrain_small, run_seed, train_small
+from whence.evaluate.tail import Tail, tail
 
 __all__ = [
     "LDS",
     "MislabeledCurve",
     "SGDRecipe",
+    "Tail",
     "flip_labels",
     "linear_datamodeling_score",
     "mislabeled_curve",
@@ -15,5 +17,6 @@ __all__ = [
     "retrain",
     "retrain_small",
     "run_seed",
+    "tail",
     "train_small",
 ]
