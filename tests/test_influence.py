@@ -38,6 +38,7 @@ from whence import (
     WhenceWarning,
     attribute,
 )
+from whence.problem import Problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
 
@@ -695,3 +696,86 @@ def test_nothing_is_done_before_bad_arguments_are_found(monkeypatch):
         p.model.forward = lambda *_: pytest.fail("the model was run")
         with pytest.raises(whence.WhenceError):
             attribute(p.model, p.task, p.train, p.queries, **({"solver": Exact(), "damping": 0.1} | changes))
+
+
+# --- candidates, blocks, and scores that go on where they stopped ----------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", [whence.CG(tolerance=1e-12, steps=2000), whence.EKFAC(), whence.RandProj(rank=7)])
+def test_candidates_are_scored_as_if_they_had_been_trained_on(solver):
+    p = problem("mlp")
+    influence = whence.Influence(solver, 0.05, batch_size=4).fit(p.model, p.task, p.train)
+    for certify in (True, False):
+        whole = influence.score(p.queries, certify=certify)
+        some = tuple(t[[7, 2, 2, 9, 0]] for t in p.train)
+        found = influence.score(p.queries, certify=certify, candidates=some, self_influence=True)
+        torch.testing.assert_close(found.values, whole.values[:, [7, 2, 2, 9, 0]], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.self_influence, influence.self_influence()[[7, 2, 2, 9, 0]])
+
+
+def test_candidates_that_are_new_match_a_dense_solve():
+    p = problem("mlp_regression")
+    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, p.train)
+    matrix = p.ggn() + 0.05 * torch.eye(p.dim, dtype=torch.float64)
+    expected = p.measurement_gradients() @ torch.linalg.solve(matrix, p.loss_gradients(p.queries).T)
+    torch.testing.assert_close(influence.score(p.queries, candidates=p.queries).values, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("solver", [whence.CG(tolerance=1e-12, steps=2000), whence.EKFAC(), whence.RandProj(rank=7)])
+def test_scores_by_block_sum_to_the_scores(solver):
+    p = problem("norms")
+    influence = whence.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    index = [4, 0, 8, 9]
+    parts = influence.by_block(p.queries, index)
+    assert list(parts) == [b.name for b in influence.problem.blocks]
+    whole = influence.score(p.queries, certify=False).values[:, index]
+    torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-9, atol=1e-11)
+    if isinstance(solver, whence.CG):
+        x = torch.linalg.solve(p.ggn() + 0.05 * torch.eye(p.dim, dtype=torch.float64), p.measurement_gradients().T).T
+        for b in influence.problem.blocks:
+            own = torch.cat([torch.arange(p.dim)[p.slices[name]] for name in b.shapes])
+            expected = x[:, own] @ p.loss_gradients()[index][:, own].T
+            torch.testing.assert_close(parts[b.name], expected, rtol=1e-7, atol=1e-9)
+
+
+def test_scores_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
+    p = problem("mlp")
+    solver = whence.CG(tolerance=1e-10, steps=500)
+    influence = whence.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    whole = influence.score(p.queries)
+    original, passes = Problem.loss_gradients, []
+
+    def counted(self, batch):
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        passes.append(batch)
+        return original(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Problem, "loss_gradients", counted)
+        influence.score(p.queries, folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3  # the solution and two batches
+    passes.clear()
+    products = []
+    monkeypatch.setattr(Problem, "loss_gradients", lambda self, batch: passes.append(batch) or original(self, batch))
+    monkeypatch.setattr(whence.GGN, "product", lambda *_: products.append(1))
+    found = influence.score(p.queries, folder=tmp_path)
+    assert not products and len(passes) == 2  # no solve, and the gradients of the two batches that were missing
+    assert torch.equal(found.values, whole.values)
+    assert found.residual is not None and torch.equal(found.residual, whole.residual)
+    assert torch.equal(found.history, whole.history) and found.provenance["steps"] == whole.provenance["steps"]
+
+
+def test_scores_of_something_else_are_refused_by_name(tmp_path):
+    p = problem("mlp")
+    whence.Influence(whence.EKFAC(), 0.05).fit(p.model, p.task, p.train).score(p.queries, folder=tmp_path)
+    other = whence.Influence(whence.EKFAC(), 0.06).fit(p.model, p.task, p.train)
+    with pytest.raises(ArtefactError, match="made for another damping, lambda"):
+        other.score(p.queries, folder=tmp_path)
+    same = whence.Influence(whence.EKFAC(), 0.05).fit(p.model, p.task, p.train)
+    with pytest.raises(ArtefactError, match="another queries"):
+        same.score(tuple(t[:1] for t in p.queries), folder=tmp_path)
+    with pytest.raises(ArtefactError, match="another queries"):
+        same.score(p.queries, lambda outputs, _: outputs[:, 0], folder=tmp_path)
+    with pytest.raises(ArtefactError, match="another candidates"):
+        same.score(p.queries, candidates=p.queries, folder=tmp_path)

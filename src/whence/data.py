@@ -173,3 +173,12 @@ def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def raw(t: Tensor) -> memoryview:
     """A tensor's bytes, for hashing."""
     return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def digest(named: Mapping[str, Tensor]) -> str:
+    """A hash of tensors, their names, dtypes and shapes, in the order given."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, t in named.items():
+        found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        found.update(raw(t))
+    return found.hexdigest()

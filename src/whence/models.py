@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from whence.data import raw
+from whence.data import digest
 from whence.errors import InputError, WhenceWarning, expected
 
 Select = str | Sequence[str] | Callable[[str], bool] | None
@@ -40,11 +39,7 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of the model's parameters and buffers, names and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, t in model.state_dict().items():
-        digest.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(raw(t))
-    return digest.hexdigest()
+    return digest(model.state_dict())
 
 
 def ready(model: nn.Module) -> nn.Module:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from whence.data import raw
+from whence.data import digest
 from whence.errors import ArtefactError
 
 VERSION = 1
@@ -69,6 +69,49 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors, meta["header"]
 
 
+class Shards:
+    """The pieces of one long result in a folder, each written whole or not at all: a killed run loses at most one.
+
+    Args:
+        folder: where they lie.
+        kind: what they are pieces of; part of their file names.
+        header: what the result is made of; pieces made of anything else are refused when they are met.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, header: dict[str, Any]):
+        self.folder, self.kind, self.header = Path(folder), kind, json.loads(json.dumps(header))
+
+    def path(self, name: str | int) -> Path:
+        """The file of a piece."""
+        label = f"{name:08d}" if isinstance(name, int) else name
+        return self.folder / f"{self.kind}-{label}.safetensors"
+
+    def get(self, name: str | int) -> dict[str, Tensor] | None:
+        """A piece, or None if it is not there yet.
+
+        Raises:
+            ArtefactError: if it is damaged, or made of something else, by name of what differs.
+        """
+        path = self.path(name)
+        if not path.exists():
+            return None
+        tensors, header = load(path, self.kind)
+        same(path, header, self.header)
+        return tensors
+
+    def put(self, name: str | int, tensors: dict[str, Tensor]) -> None:
+        """Keep a piece."""
+        save(self.path(name), self.kind, tensors, self.header)
+
+    def made(self, name: str | int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A piece from the disk, or from ``make``, and then kept."""
+        found = self.get(name)
+        if found is None:
+            found = make()
+            self.put(name, found)
+        return found
+
+
 def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse an artefact made for something else, by name of what differs.
 
@@ -84,8 +127,4 @@ def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> No
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
-        digest.update(raw(tensors[name]))
-    return digest.hexdigest()
+    return digest(dict(sorted(tensors.items())))

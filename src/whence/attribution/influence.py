@@ -21,17 +21,18 @@ from torch import Tensor, nn
 
 from whence import gradients, store
 from whence.attribution.scores import Scores
-from whence.attribution.stream import Measurement, query_gradients, streamed
+from whence.attribution.stream import Measurement, query_gradients, solved, streamed
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
-from whence.data import Examples
+from whence.data import Examples, digest
 from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
 from whence.solvers.auto import Auto
-from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, warn_unconverged
+from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, seeded, warn_unconverged
+from whence.store import Shards
 from whence.task import Task
 
 logger = logging.getLogger("whence")
@@ -92,6 +93,7 @@ class Influence:
         certify: bool = True,
         self_influence: bool = False,
         candidates: Any = None,
+        folder: str | Path | None = None,
     ) -> Scores:
         """Scores of all training examples on all queries, solved together and streamed once.
 
@@ -102,24 +104,28 @@ class Influence:
             self_influence: compute the self-influence of what is scored too.
             candidates: n examples to score in place of the training set, such as data that might be trained on: adding
                 one to the N training examples changes f by minus its score / N, to first order.
+            folder: where the solution and each batch's scores are kept, so that the same call goes on where a killed
+                one stopped; what lies there must be of the same model, data and settings.
 
         Raises:
             InputError: queries that the model does not accept, or a measurement that is not one finite number a query.
             DivergenceError: if a solve does not stay finite.
+            ArtefactError: if the folder holds scores of something else, by name of what differs.
         """
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
         rows = self.query_gradients(queries, measurement)
+        scored = self._candidates(candidates)
+        shards = Shards(folder, "scores", self._made_of(rows, scored)) if folder is not None else None
         pairing = None if certify else inverse.pairing(rows)
         if pairing is not None:
             solution = Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
         else:
-            solution = inverse(rows.dense(), certify)
+            solution = solved(inverse, rows, certify, shards)
             pairing = Pairing(gradients.pack(problem.blocks, solution.x))
-        solved = time.perf_counter()
-        scored = self._candidates(candidates)
-        values = streamed(problem, pairing, scored)
-        seconds = self._seconds | {"solve": solved - start, "scores": time.perf_counter() - solved}
+        solving = time.perf_counter()
+        values = streamed(problem, pairing, scored, shards=shards)
+        seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
         return Scores(
             values,
             solution.residual,
@@ -238,7 +244,7 @@ class Influence:
     def _solver(self) -> Solver:
         solver = Auto() if self.solver == "auto" else self.solver
         instance(solver=solver)
-        return solver if self.seed is None else _seeded(solver, self.seed)
+        return solver if self.seed is None else seeded(solver, self.seed)
 
     def _problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:
         return Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
@@ -246,6 +252,16 @@ class Influence:
     def _config(self) -> dict[str, Any]:
         damping = Damping.of(self.damping)
         return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
+
+    def _made_of(self, rows: Gradients, scored: Examples | None) -> dict[str, Any]:
+        """What scores depend on; the queries by their gradients, which the measurement is part of."""
+        mine = {
+            "lambda": self.inverse.shift,
+            "queries": digest(rows.dense()),
+            "candidates": scored.fingerprint() if scored else None,
+            "batch size": (scored or self.problem.train).batch_size,
+        }
+        return self._config() | self.problem.fingerprint() | mine
 
     def _candidates(self, candidates: Any) -> Examples | None:
         given = candidates is None or isinstance(candidates, Examples)
@@ -297,18 +313,6 @@ def attribute(
         progress=progress,
     )
     return influence.fit(model, task, train).score(queries, measurement, self_influence=self_influence)
-
-
-def _seeded(solver: Solver, seed: int) -> Solver:
-    """The same solver, and those nested in it, with this seed."""
-    changes: dict[str, Any] = {}
-    for f in dataclasses.fields(solver):
-        value = getattr(solver, f.name)
-        if f.name == "seed":
-            changes["seed"] = seed
-        elif isinstance(value, Solver):
-            changes[f.name] = _seeded(value, seed)
-    return dataclasses.replace(solver, **changes)
 
 
 def _name(curvature: Callable[[Problem], Curvature]) -> str:

@@ -12,7 +12,8 @@ from whence import gradients, vectors
 from whence.data import Batch, Examples
 from whence.gradients import Gradients
 from whence.problem import Problem
-from whence.solvers.base import Pairing
+from whence.solvers.base import Inverse, Pairing, Solution
+from whence.store import Shards
 
 Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
 
@@ -32,7 +33,32 @@ def query_gradients(
     return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
 
 
-def streamed(problem: Problem, pairing: Pairing, examples: Examples | None = None, what: str = "scores") -> Tensor:
+def solved(inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None = None) -> Solution:
+    """The solution for Q queries' gradients, R = 1; from the disk if it lies there, else kept there if asked."""
+    if shards is None:
+        return inverse(rows.dense(), certify)
+    names = ("residual", "converged", "history", "predicted")
+
+    def make() -> dict[str, Tensor]:
+        found = inverse(rows.dense(), certify)
+        kept = {name: t for name in names if (t := getattr(found, name)) is not None}
+        cost = torch.tensor([found.steps, found.passes, found.seconds], dtype=torch.float64)
+        return kept | {"cost": cost} | {f"x|{name}": t for name, t in found.x.items()}
+
+    t = shards.made("solution", make)
+    device, (steps, passes, seconds) = rows.weights.device, t["cost"].tolist()
+    x = {name[2:]: v.to(device) for name, v in t.items() if name.startswith("x|")}
+    rest = {name: t[name].to(device) if name in t else None for name in names}
+    return Solution(x, steps=int(steps), passes=passes, seconds=seconds, **rest)  # pyright: ignore[reportArgumentType]
+
+
+def streamed(
+    problem: Problem,
+    pairing: Pairing,
+    examples: Examples | None = None,
+    what: str = "scores",
+    shards: Shards | None = None,
+) -> Tensor:
     """Scores of all training examples, or of those given, in one pass over them: (Q, n).
 
     Args:
@@ -40,14 +66,20 @@ def streamed(problem: Problem, pairing: Pairing, examples: Examples | None = Non
         pairing: what scores them.
         examples: those to score; None: the training set.
         what: words for the progress bar.
+        shards: where each batch's scores are kept, and taken from if they are there.
     """
     values = torch.empty(0)
     for index, batch in problem.batches(examples, what):
-        found = _against(problem, batch, pairing)  # (Q, n)
+        found = _against(problem, batch, pairing) if shards is None else _kept(problem, index, batch, pairing, shards)
         if not index.start:
             values = found.new_empty(len(found), len(examples or problem.train), dtype=problem.dtype)
         values[:, index.start : index.stop] = found
     return values
+
+
+def _kept(problem: Problem, index: range, batch: Batch, pairing: Pairing, shards: Shards) -> Tensor:
+    make = lambda: {"values": _against(problem, batch, pairing)}  # noqa: E731
+    return shards.made(index.start, make)["values"].to(problem.device)
 
 
 def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:

@@ -6,8 +6,8 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -212,6 +212,18 @@ def warn_unconverged(converged: Tensor, what: str, tolerance: float) -> None:
 def relative(r: Vectors, b: Vectors) -> Tensor:
     """|r| / |b| per right-hand side; 0 where both vanish."""
     return vectors.norm(r) / vectors.norm(b).clamp(min=1e-300)
+
+
+def seeded(solver: Solver, seed: int) -> Solver:
+    """The same solver, and those nested in it, with this seed."""
+    changes: dict[str, Any] = {}
+    for f in fields(solver):
+        value = getattr(solver, f.name)
+        if f.name == "seed":
+            changes["seed"] = seed
+        elif isinstance(value, Solver):
+            changes[f.name] = seeded(value, seed)
+    return replace(solver, **changes)
 
 
 def instance(**solvers: object) -> None:
