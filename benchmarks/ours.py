@@ -78,7 +78,7 @@ def over_training(name: str, p: problems.Problem, seed: int) -> Any:
         "source": lambda: whence.SOURCE(run),
         "fast-source": lambda: whence.SOURCE(run, average="weights"),
         "astra-source": lambda: whence.SOURCE(run, solver=whence.ASTRA()),
-        "cg-source": lambda: whence.SOURCE(run, solver=whence.CG(whence.EKFAC(), tolerance=0.01, steps=500)),
+        "cg-source": lambda: whence.SOURCE(run, solver=whence.CG(whence.Nystrom(), tolerance=0.01)),
         "random": lambda: whence.Random(seed),
     }
     return methods[name]()
