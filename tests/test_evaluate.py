@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
 from whence.errors import DivergenceError, InputError, UnsupportedError
@@ -22,7 +22,7 @@ from whence.evaluate import (
     run_seed,
     train_small,
 )
-from whence.evaluate.lds import _bootstrap_means
+from whence.evaluate.statistics import Bootstrap, _bootstrap_means
 from whence.evaluate.retrain import streams
 from whence.task import Classification, Regression
 
@@ -117,10 +117,11 @@ def test_resampled_ranks_are_those_of_the_drawn_sample():
     """The weighted bootstrap equals spearmanr on the rows written out."""
     rng = np.random.default_rng(3)
     a, b = rng.integers(0, 5, size=(2, 12, 1)).astype(float)
-    means = _bootstrap_means(a, b, 20, "subsets", np.random.default_rng(7))
     draws = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=20)
-    want = [spearmanr(np.repeat(a[:, 0], d), np.repeat(b[:, 0], d)).statistic for d in draws]
-    np.testing.assert_allclose(means, want, atol=1e-12)
+    for ranked, reference in ((True, spearmanr), (False, pearsonr)):
+        means = _bootstrap_means(a, b, Bootstrap(20, 0.95, np.random.default_rng(7)), ranked, "rows")
+        want = [reference(np.repeat(a[:, 0], d), np.repeat(b[:, 0], d)).statistic for d in draws]
+        np.testing.assert_allclose(means, want, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -15,39 +15,27 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
-from torch import Tensor
 
 from whence.errors import expected
-
-Floats = NDArray[np.float64]
+from whence.evaluate.arrays import Floats, bool_array, float_array
+from whence.evaluate.statistics import Bootstrap, QueryMean, correlation, reliability
 
 
 @dataclass(frozen=True)
-class LDS:
-    """A linear datamodeling score.
+class LDS(QueryMean):
+    """A linear datamodeling score: the Spearman correlation of each query, and their mean.
 
     Attributes:
-        per_query: (Q,) Spearman correlation of each query; NaN where predictions or targets are constant.
-        mean: mean of ``per_query`` over the queries that have one; NaN if none has.
-        interval: percentile bootstrap interval of ``mean``, recentred on it.
         ceiling: about the most a perfect attribution can score, sqrt(reliability) of the targets; None with one repeat.
-        n_constant: number of queries left out of the mean because a correlation does not exist.
         n_subsets: M.
         n_repeats: R.
-        level: the probability that the interval covers.
         resample: what the bootstrap drew anew.
         seed: of the bootstrap and of the random halves.
     """
 
-    per_query: Floats
-    mean: float
-    interval: tuple[float, float]
     ceiling: float | None
-    n_constant: int
     n_subsets: int
     n_repeats: int
-    level: float
     resample: str
     seed: int
 
@@ -99,30 +87,18 @@ def linear_datamodeling_score(
     _check_shapes(tau, kept, f)
     if resample not in ("both", "subsets", "queries"):
         raise expected("resample", "'both', 'subsets' or 'queries'", repr(resample))
-    if bootstrap < 1 or splits < 1 or not 0 < level < 1:
-        raise expected("bootstrap, splits and level", ">= 1, >= 1 and in (0, 1)", (bootstrap, splits, level))
-
-    predicted, truth = -_subset_sums(tau, kept), f.mean(1)  # (M, Q) each
-    per_query = _spearman(predicted, truth)
-    finite = np.isfinite(per_query)
+    if splits < 1:
+        raise expected("splits", ">= 1", splits)
     rng = np.random.default_rng(seed)
-    mean, interval = float("nan"), (float("nan"), float("nan"))
-    if finite.any():
-        means = _bootstrap_means(predicted[:, finite], truth[:, finite], bootstrap, resample, rng)
-        mean = float(per_query[finite].mean())
-        # A subset drawn twice ties with itself, which pulls the resampled correlations towards zero: recentre them.
-        ends = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2]) - np.nanmean(means) + mean
-        low, high = ends.clip(-1, 1)
-        interval = (float(low), float(high))
+    predicted, truth = -_subset_sums(tau, kept), f.mean(1)  # (M, Q) each
+    drawn = "rows" if resample == "subsets" else resample
+    found = correlation(predicted, truth, Bootstrap(bootstrap, level, rng), resample=drawn)
+    reliable = reliability(f, splits, rng)
     return LDS(
-        per_query=per_query,
-        mean=mean,
-        interval=interval,
-        ceiling=_ceiling(f, splits, rng),
-        n_constant=int((~finite).sum()),
+        **vars(found),
+        ceiling=None if reliable is None else float(np.sqrt(reliable)),
         n_subsets=f.shape[0],
         n_repeats=f.shape[1],
-        level=level,
         resample=resample,
         seed=seed,
     )
@@ -132,61 +108,6 @@ def _subset_sums(tau: Floats, kept: NDArray[np.bool_]) -> Floats:
     """sum_{z in S_m} tau(q, z), (M, Q). A query whose scores are all equal gives exact ties, not rounding noise."""
     first = tau[:, :1]  # (Q, 1)
     return kept @ (tau - first).T + kept.sum(1, keepdims=True) * first.T
-
-
-def _spearman(a: Floats, b: Floats) -> Floats:
-    """Spearman correlation of each column, (Q,); average ranks for ties, NaN where a column is constant."""
-    a, b = (rankdata(v, axis=0) - (len(v) + 1) / 2 for v in (a, b))
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
-
-
-def _bootstrap_means(a: Floats, b: Floats, count: int, resample: str, rng: np.random.Generator) -> Floats:
-    """The mean Spearman correlation in each bootstrap sample of subsets (rows) and queries (columns): (count,)."""
-
-    def draws(n: int, anew: bool) -> Floats:  # how often each of n items is in each sample: (n, count)
-        return rng.multinomial(n, np.full(n, 1 / n), size=count).T.astype(float) if anew else np.ones((n, count))
-
-    subsets, queries = draws(len(a), resample != "queries"), draws(a.shape[1], resample != "subsets")
-    total, weight = np.zeros(count), np.zeros(count)
-    for q in range(a.shape[1]):
-        x, y = _resampled_ranks(a[:, q], subsets), _resampled_ranks(b[:, q], subsets)
-        wx, wy = subsets * x, subsets * y
-        with np.errstate(invalid="ignore"):
-            rho = (wx * y).sum(0) / np.sqrt((wx * x).sum(0) * (wy * y).sum(0))
-        exists = np.isfinite(rho)  # a sample can happen to be constant
-        total += np.where(exists, queries[q] * rho, 0)
-        weight += queries[q] * exists
-    with np.errstate(invalid="ignore"):
-        return total / weight
-
-
-def _resampled_ranks(values: Floats, weights: Floats) -> Floats:
-    """Centred average ranks (M, B) of values (M,) in samples that hold value m weights[m, b] times."""
-    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    held = np.add.reduceat(weights[np.argsort(group)], np.cumsum(sizes) - sizes, axis=0)  # (distinct values, B)
-    ranks = np.cumsum(held, axis=0) - held / 2 - len(values) / 2
-    return ranks[group]
-
-
-def _ceiling(f: Floats, splits: int, rng: np.random.Generator) -> float | None:
-    """sqrt of the reliability of the mean over R repeats, from random halves stepped up by Spearman-Brown.
-
-    With halves of h repeats that correlate by r, the mean of R has reliability k r / (1 + (k - 1) r), k = R / h.
-    """
-    repeats = f.shape[1]
-    half = repeats // 2
-    if half == 0:
-        return None
-    found = []
-    for _ in range(splits):
-        order = rng.permutation(repeats)
-        found.append(_spearman(f[:, order[:half]].mean(1), f[:, order[half : 2 * half]].mean(1)))
-    finite = np.isfinite(found)
-    if not finite.any():
-        return None
-    r, k = max(0.0, float(np.asarray(found)[finite].mean())), repeats / half
-    return float(np.sqrt(k * r / (1 + (k - 1) * r)))
 
 
 def _check_shapes(tau: Floats, kept: NDArray[np.bool_], f: Floats) -> None:
@@ -207,44 +128,3 @@ def _check_shapes(tau: Floats, kept: NDArray[np.bool_], f: Floats) -> None:
         )
     if subsets < 3:
         raise expected("masks", "at least 3 subsets", subsets, "A rank correlation needs more; 100 is usual.")
-
-
-def float_array(value: object, what: str, ndims: tuple[int, ...]) -> Floats:
-    """A tensor, an array or an object with ``values`` as a finite float64 array.
-
-    Raises:
-        InputError: if it has another number of dimensions, is empty, or is not finite.
-    """
-    array = _array(value, what).astype(np.float64)
-    if array.ndim not in ndims or array.size == 0:
-        raise expected(what, f"a non-empty array of {' or '.join(map(str, ndims))} dimensions", array.shape)
-    bad = int((~np.isfinite(array)).sum())
-    if bad:
-        raise expected(what, "finite", f"{bad} NaN or infinite values", "Look for a solve or a training that diverged.")
-    return array
-
-
-def bool_array(value: object, what: str, ndim: int) -> NDArray[np.bool_]:
-    """A tensor or an array of bool as an array.
-
-    Raises:
-        InputError: if it is not bool, has another number of dimensions, or is empty.
-    """
-    array = _array(value, what)
-    if array.dtype != np.bool_:
-        raise expected(what, "bool", array.dtype, "Indices and 0/1 numbers are ambiguous; use == 1 on the latter.")
-    if array.ndim != ndim or array.size == 0:
-        raise expected(what, f"a non-empty array of {ndim} dimensions", array.shape)
-    return array
-
-
-def _array(value: object, what: str) -> NDArray:
-    if not isinstance(value, (Tensor, np.ndarray)):
-        value = getattr(value, "values", value)
-    if isinstance(value, Tensor):
-        array = (value.double() if value.is_floating_point() else value).detach().cpu().numpy()
-    else:
-        array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise expected(what, "a tensor or an array of real numbers", f"{type(value).__name__} of {array.dtype}")
-    return array
