@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from whence import gradients, store
+from whence import store
 from whence.attribution.scores import Scores
 from whence.attribution.stream import Measurement, query_gradients, solved, streamed
 from whence.curvature.base import Curvature
@@ -122,7 +122,7 @@ class Influence:
             solution = Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
         else:
             solution = solved(inverse, rows, certify, shards)
-            pairing = Pairing(gradients.pack(problem.blocks, solution.x))
+            pairing = Pairing.of(solution.x, problem.blocks)
         solving = time.perf_counter()
         values = streamed(problem, pairing, scored, shards=shards)
         seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
@@ -148,7 +148,7 @@ class Influence:
         rows, problem = self.query_gradients(queries, measurement), self.problem
         pairing = self.inverse.pairing(rows)
         if pairing is None:
-            pairing = Pairing(gradients.pack(problem.blocks, self.inverse(rows.dense(), certify=False).x))
+            pairing = Pairing.of(self.inverse(rows.dense(), certify=False).x, problem.blocks)
         index = torch.as_tensor(examples).split(problem.train.batch_size)
         parts = [pairing.by_block(problem.loss_gradients(problem.batch(some))) for some in index]
         return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}

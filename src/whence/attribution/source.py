@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from whence.attribution.stream import Measurement, streamed
-from whence.attribution.training import OverTraining, packed
+from whence.attribution.training import OverTraining
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.errors import expected
@@ -116,7 +116,7 @@ class SOURCE(OverTraining):
                 residuals.append(solution.residual)
                 converged.append(solution.converged)
             for place in part.places:
-                values = values + streamed(place, Pairing(packed(place, x))) / len(part.places)
+                values = values + streamed(place, Pairing.of(x, place.blocks)) / len(part.places)
             w = part.basis.function(part.remains, w)
         if not residuals:
             return values, None, torch.ones(len(values), dtype=torch.bool)

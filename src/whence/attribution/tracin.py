@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from whence.attribution.stream import Measurement, streamed
-from whence.attribution.training import OverTraining, packed
+from whence.attribution.training import OverTraining
 from whence.problem import Problem
 from whence.solvers.base import Pairing
 from whence.vectors import norm, scale
@@ -51,7 +51,7 @@ class TracIn(OverTraining):
         for problem, weight in self._weighted():
             f = self._query_vectors(problem, queries, measurement)
             f = scale(f, weight / norm(f).clamp(min=1e-300) if self.cosine else weight)
-            total = total + streamed(problem, Pairing(packed(problem, f), unit=self.cosine))
+            total = total + streamed(problem, Pairing.of(f, problem.blocks, unit=self.cosine))
         return total, None, torch.ones(len(total), dtype=torch.bool)
 
     def _weighted(self) -> list[tuple[Problem, float]]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from whence import gradients
 from whence.attribution.method import Method
-from whence.problem import Problem
 from whence.trajectory import Trajectory
-from whence.vectors import Vectors
 
 
 @dataclass(kw_only=True)
@@ -21,8 +18,3 @@ class OverTraining(Method):
     """
 
     trajectory: Trajectory = field(kw_only=False)
-
-
-def packed(problem: Problem, x: Vectors) -> gradients.Packed:
-    """Vectors as the matrices that are paired with training gradients."""
-    return gradients.pack(problem.blocks, x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from whence import vectors
 from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
 from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
-from whence.gradients import Gradients, Packed
+from whence.gradients import Block, Gradients, Packed, pack
 from whence.vectors import Vectors
 
 
@@ -76,6 +76,11 @@ class Pairing:
     turn: Callable[[Gradients], Gradients] = lambda g: g
     mix: Tensor | None = None
     unit: bool = False
+
+    @classmethod
+    def of(cls, x: Vectors, blocks: Sequence[Block], unit: bool = False) -> Pairing:
+        """From Q solutions as parameter-shaped vectors."""
+        return cls(pack(blocks, x), unit=unit)
 
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
