@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import linregress
 
 from whence.errors import expected
-from whence.evaluate.lds import Floats, float_array
+from whence.evaluate.arrays import Floats, float_array
 
 SHARE, FEWEST = 0.05, 10  # the tail: this share of the examples, at least so many where there are
 
