@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from whence.errors import expected
-from whence.evaluate.lds import Floats, bool_array, float_array
+from whence.evaluate.arrays import Floats, bool_array, float_array
+from whence.evaluate.statistics import Bootstrap
 
 
 def flip_labels(y: Tensor, fraction: float, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -53,13 +54,17 @@ def flip_labels(y: Tensor, fraction: float, num_classes: int, seed: int) -> tupl
 class MislabeledCurve:
     """How well a ranking finds mislabelled examples.
 
+    Intervals are for new examples: flipped and clean ones are each drawn anew.
+
     Attributes:
         auc: P(a flipped example is ranked above a clean one), ties count one half.
-        auc_interval: percentile bootstrap interval of ``auc``; flipped and clean examples are each drawn anew.
+        auc_interval: percentile bootstrap interval of ``auc``.
         average_precision: sum_n (R_n - R_{n-1}) P_n over the distinct scores, as scikit-learn's.
+        average_precision_interval: percentile bootstrap interval of ``average_precision``.
         base_rate: the share of flipped examples; the AUC by chance is 1/2 and the average precision by chance is this.
-        fractions: p, the share of the examples looked at, most suspicious first.
-        detection: rt(p), the share of the flipped examples found there; its mean over random orders among ties.
+        fractions: (P,), p, the share of the examples looked at, most suspicious first.
+        detection: (P,), rt(p), the share of the flipped examples found there; its mean over random orders among ties.
+        detection_interval: (P, 2), percentile bootstrap interval of ``detection`` at each p.
         random: rt(p) of a random order, p.
         oracle: rt(p) of a perfect order, min(p / base_rate, 1).
         n_examples: N.
@@ -70,9 +75,11 @@ class MislabeledCurve:
     auc: float
     auc_interval: tuple[float, float]
     average_precision: float
+    average_precision_interval: tuple[float, float]
     base_rate: float
     fractions: Floats
     detection: Floats
+    detection_interval: Floats
     random: Floats
     oracle: Floats
     n_examples: int
@@ -80,11 +87,11 @@ class MislabeledCurve:
     seed: int
 
     def __str__(self) -> str:
-        low, high = self.auc_interval
+        (low, high), (least, most) = self.auc_interval, self.average_precision_interval
         return (
             f"mislabelled examples: AUC {self.auc:.3f} ({100 * self.level:g}% interval {low:.3f} to {high:.3f}; "
-            f"chance 0.5), average precision {self.average_precision:.3f} (chance {self.base_rate:.3f}); "
-            f"{round(self.base_rate * self.n_examples)} flipped of {self.n_examples}"
+            f"chance 0.5), average precision {self.average_precision:.3f} ({least:.3f} to {most:.3f}; chance "
+            f"{self.base_rate:.3f}); {round(self.base_rate * self.n_examples)} flipped of {self.n_examples}"
         )
 
 
@@ -122,31 +129,29 @@ def mislabeled_curve(
     p = np.linspace(0, 1, 101) if fractions is None else float_array(fractions, "fractions", (1,))
     if p.min() < 0 or p.max() > 1:
         raise expected("fractions", "in [0, 1]", f"{p.min()}..{p.max()}")
-    if bootstrap < 1 or not 0 < level < 1:
-        raise expected("bootstrap and level", ">= 1 and in (0, 1)", (bootstrap, level))
+    boot = Bootstrap(bootstrap, level, np.random.default_rng(seed))
 
     # Examples with the same score form a group; group 0 is the most suspicious.
     _, group = np.unique(-scores if higher_is_suspicious else scores, return_inverse=True)
-    groups = int(group.max()) + 1
-    found = np.bincount(group[wrong], minlength=groups)  # flipped examples of each group
-    passed = np.bincount(group[~wrong], minlength=groups)  # clean ones
-    all_found, all_seen = np.cumsum(found), np.cumsum(found + passed)
-    # Within a group in random order the expected number found grows linearly, so interpolation is exact.
-    detection = np.interp(p * n, np.append(0, all_seen), np.append(0, all_found)) / n_wrong
-
-    rng = np.random.default_rng(seed)
-    samples = np.empty(bootstrap)
-    for b in range(bootstrap):
-        drawn_wrong, drawn_clean = (_redraw(group[which], groups, rng) for which in (wrong, ~wrong))
-        samples[b] = _auc(drawn_wrong, drawn_clean)
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    found = np.bincount(group[wrong], minlength=group.max() + 1)  # flipped examples of each group
+    passed = np.bincount(group[~wrong], minlength=group.max() + 1)  # clean ones
+    measured = _measures(found, passed, p)
+    samples = [
+        _measures(
+            boot.rng.multinomial(n_wrong, found / n_wrong), boot.rng.multinomial(n - n_wrong, passed / (n - n_wrong)), p
+        )
+        for _ in range(bootstrap)
+    ]
+    ends = boot.ends(np.stack(samples, -1))  # (2 + P, 2)
     return MislabeledCurve(
-        auc=_auc(found, passed),
-        auc_interval=(float(low), float(high)),
-        average_precision=float((found * (all_found / all_seen)).sum() / n_wrong),
+        auc=float(measured[0]),
+        auc_interval=(float(ends[0, 0]), float(ends[0, 1])),
+        average_precision=float(measured[1]),
+        average_precision_interval=(float(ends[1, 0]), float(ends[1, 1])),
         base_rate=n_wrong / n,
         fractions=p,
-        detection=detection,
+        detection=measured[2:],
+        detection_interval=ends[2:],
         random=p,
         oracle=np.minimum(p * n / n_wrong, 1),
         n_examples=n,
@@ -155,12 +160,13 @@ def mislabeled_curve(
     )
 
 
-def _auc(wrong: NDArray[np.int64], clean: NDArray[np.int64]) -> float:
-    """The area under the ROC curve from the numbers of wrong and clean examples per group, most suspicious first."""
-    clean_below = clean.sum() - np.cumsum(clean)
-    return float(wrong @ (clean_below + clean / 2) / (wrong.sum() * clean.sum()))
-
-
-def _redraw(group: NDArray[np.int64], groups: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Group counts of as many examples drawn with replacement."""
-    return np.bincount(group[rng.integers(len(group), size=len(group))], minlength=groups)
+def _measures(found: NDArray[np.int64], passed: NDArray[np.int64], p: Floats) -> Floats:
+    """AUC, average precision and rt(p), (2 + P,), from the numbers of flipped and clean examples per group."""
+    n_wrong, n_clean = found.sum(), passed.sum()
+    all_found, all_seen = np.cumsum(found), np.cumsum(found + passed)
+    clean_below = n_clean - np.cumsum(passed)
+    auc = found @ (clean_below + passed / 2) / (n_wrong * n_clean)
+    precision = (found * (all_found / np.maximum(all_seen, 1))).sum() / n_wrong
+    # Within a group in random order the expected number found grows linearly, so interpolation is exact.
+    detection = np.interp(p * (n_wrong + n_clean), np.append(0, all_seen), np.append(0, all_found)) / n_wrong
+    return np.array([auc, precision, *detection])
