@@ -22,8 +22,8 @@ from whence.evaluate import (
     run_seed,
     train_small,
 )
+from whence.evaluate.small import streams
 from whence.evaluate.statistics import Bootstrap, _bootstrap_means
-from whence.evaluate.retrain import streams
 from whence.task import Classification, Regression
 
 # --- the linear datamodeling score ---
@@ -241,8 +241,8 @@ def alone(build, kind, train, subset, recipe, seed):
     model = build()
     sgd = torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     for _ in range(recipe.epochs):
-        order = subset[torch.randperm(len(subset), generator=rng)]
-        for rows in order.split(recipe.batch_size):
+        order = torch.randperm(N, generator=rng)
+        for rows in order[torch.isin(order, subset)].split(recipe.batch_size):
             if recipe.drop_last and len(rows) < recipe.batch_size:
                 continue
             out, y = model(train[0][rows]), train[1][rows]
