@@ -779,3 +779,38 @@ def test_scores_of_something_else_are_refused_by_name(tmp_path):
         same.score(p.queries, lambda outputs, _: outputs[:, 0], folder=tmp_path)
     with pytest.raises(ArtefactError, match="another candidates"):
         same.score(p.queries, candidates=p.queries, folder=tmp_path)
+
+
+def test_self_influence_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
+    p = problem("mlp")
+    influence = whence.Influence(whence.CG(tolerance=1e-9, steps=500), 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    whole = influence.self_influence()
+    original, passes = Problem.loss_gradients, []
+
+    def counted(self, batch):
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        passes.append(batch)
+        return original(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Problem, "loss_gradients", counted)
+        influence.self_influence(folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    passes.clear()
+    monkeypatch.setattr(Problem, "loss_gradients", lambda self, batch: passes.append(batch) or original(self, batch))
+    assert torch.equal(influence.self_influence(folder=tmp_path), whole) and len(passes) == 2
+    other = whence.Influence(whence.CG(tolerance=1e-9, steps=500), 0.06, batch_size=3).fit(p.model, p.task, p.train)
+    with pytest.raises(ArtefactError, match="made for another damping"):
+        other.self_influence(folder=tmp_path)
+
+
+def test_a_resumed_run_warns_as_the_first_did(tmp_path):
+    p = problem("mlp")
+    influence = whence.Influence(whence.CG(tolerance=1e-9, steps=1), 0.05).fit(p.model, p.task, p.train)
+    for _ in range(2):
+        with pytest.warns(whence.ConvergenceWarning, match="queries did not converge"):
+            influence.score(p.queries, folder=tmp_path)
+    for _ in range(2):
+        with pytest.warns(whence.ConvergenceWarning, match="training examples did not converge"):
+            influence.self_influence(folder=tmp_path)

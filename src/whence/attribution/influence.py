@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from whence import store
 from whence.attribution.scores import Scores
-from whence.attribution.stream import Measurement, query_gradients, solved, streamed
+from whence.attribution.stream import Measurement, query_gradients, self_influence, solved, streamed
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
@@ -31,7 +31,7 @@ from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
 from whence.solvers.auto import Auto
-from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, seeded, warn_unconverged
+from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, seeded
 from whence.store import Shards
 from whence.task import Task
 
@@ -163,15 +163,15 @@ class Influence:
         other._inverse = other._solver().fit(other._curvature, Damping.of(damping))
         return other
 
-    def self_influence(self, candidates: Any = None) -> Tensor:
+    def self_influence(self, candidates: Any = None, folder: str | Path | None = None) -> Tensor:
         """g^T (C + damping)^-1 g of the loss gradient of every training example, or of those given, (N,).
 
         Solves go by the solver's own residual; examples that miss its tolerance are named in a `ConvergenceWarning`.
+        ``candidates`` and ``folder`` are as for `score`.
         """
-        batches = self.problem.batches(self._candidates(candidates), what="self-influence")
-        parts = [self.inverse.quadratic(self.problem.loss_gradients(batch)) for _, batch in batches]
-        warn_unconverged(torch.cat([c for _, c in parts]), "training examples", self.inverse.tolerance or 0.0)
-        return torch.cat([v for v, _ in parts]).to(self.problem.dtype)
+        scored = self._candidates(candidates)
+        shards = Shards(folder, "self-influence", self._made_of(None, scored)) if folder is not None else None
+        return self_influence(self.inverse, scored, shards)
 
     def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
         """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
@@ -253,11 +253,11 @@ class Influence:
         damping = Damping.of(self.damping)
         return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
 
-    def _made_of(self, rows: Gradients, scored: Examples | None) -> dict[str, Any]:
+    def _made_of(self, rows: Gradients | None, scored: Examples | None) -> dict[str, Any]:
         """What scores depend on; the queries by their gradients, which the measurement is part of."""
         mine = {
             "lambda": self.inverse.shift,
-            "queries": digest(rows.dense()),
+            "queries": digest(rows.dense()) if rows else None,
             "candidates": scored.fingerprint() if scored else None,
             "batch size": (scored or self.problem.train).batch_size,
         }

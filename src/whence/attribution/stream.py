@@ -12,7 +12,7 @@ from whence import gradients, vectors
 from whence.data import Batch, Examples
 from whence.gradients import Gradients
 from whence.problem import Problem
-from whence.solvers.base import Inverse, Pairing, Solution
+from whence.solvers.base import Inverse, Pairing, Solution, warn_unconverged
 from whence.store import Shards
 
 Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
@@ -45,7 +45,10 @@ def solved(inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | No
         cost = torch.tensor([found.steps, found.passes, found.seconds], dtype=torch.float64)
         return kept | {"cost": cost} | {f"x|{name}": t for name, t in found.x.items()}
 
-    t = shards.made("solution", make)
+    if (t := shards.get("solution")) is None:
+        t = shards.made("solution", make)
+    elif inverse.tolerance is not None:
+        warn_unconverged(t["converged"], "queries", inverse.tolerance)
     device, (steps, passes, seconds) = rows.weights.device, t["cost"].tolist()
     x = {name[2:]: v.to(device) for name, v in t.items() if name.startswith("x|")}
     rest = {name: t[name].to(device) if name in t else None for name in names}
@@ -75,6 +78,20 @@ def streamed(
             values = found.new_empty(len(found), len(examples or problem.train), dtype=problem.dtype)
         values[:, index.start : index.stop] = found
     return values
+
+
+def self_influence(inverse: Inverse, examples: Examples | None = None, shards: Shards | None = None) -> Tensor:
+    """g^T (C + damping)^-1 g of all training examples, or of those given, in one pass over them: (n,)."""
+    problem, parts = inverse.curvature.problem, []
+    for index, batch in problem.batches(examples, "self-influence"):
+
+        def make(batch: Batch = batch) -> dict[str, Tensor]:
+            values, converged = inverse.quadratic(problem.loss_gradients(batch))
+            return {"values": values, "converged": converged}
+
+        parts.append(make() if shards is None else shards.made(index.start, make))
+    warn_unconverged(torch.cat([part["converged"] for part in parts]), "training examples", inverse.tolerance or 0.0)
+    return torch.cat([part["values"] for part in parts]).to(problem.device, problem.dtype)
 
 
 def _kept(problem: Problem, index: range, batch: Batch, pairing: Pairing, shards: Shards) -> Tensor:
