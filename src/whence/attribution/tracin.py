@@ -50,7 +50,7 @@ class TracIn(OverTraining):
         total = torch.zeros(())
         for problem, weight in self._weighted():
             f = self._query_vectors(problem, queries, measurement)
-            f = scale(f, weight / norm(f).clamp(min=1e-300) if self.cosine else weight)
+            f = scale(f, weight / norm(f).clamp(min=1e-30) if self.cosine else weight)
             total = total + streamed(problem, Pairing.of(f, problem.blocks, unit=self.cosine))
         return total, None, torch.ones(len(total), dtype=torch.bool)
 

@@ -85,7 +85,7 @@ class Pairing:
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
         found = self._mixed(self.turn(g).dot(packed=self.packed))
-        return found / g.square_norms().sum(1).sqrt().clamp(min=1e-300) if self.unit else found
+        return found / g.square_norms().sum(1).sqrt().clamp(min=1e-30) if self.unit else found
 
     def by_block(self, g: Gradients) -> dict[str, Tensor]:
         """The same, block by block: they sum to the scores."""
