@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,20 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[s
         tensors: name to tensor.
         header: anything JSON can hold.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     meta = {"kind": kind, "version": VERSION, "checksum": _checksum(tensors), "header": header}
+    with whole(path) as temporary:
+        save_file(tensors, temporary, {"whence": json.dumps(meta)})
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write to, which becomes ``path`` if nothing fails; folders are made if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.part"
     try:
-        save_file(tensors, temporary, {"whence": json.dumps(meta)})
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -118,9 +126,9 @@ def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> No
     Raises:
         ArtefactError: naming each entry that differs, with both values.
     """
-    differing = [key for key in current if saved.get(key) != current[key]]
+    differing = [key for key in {**current, **saved} if saved.get(key) != current.get(key)]
     if differing:
-        details = "; ".join(f"{key}: file {saved.get(key)!r}, now {current[key]!r}" for key in differing)
+        details = "; ".join(f"{key}: file {saved.get(key)!r}, now {current.get(key)!r}" for key in differing)
         raise ArtefactError(
             f"{path} was made for another {', '.join(differing)} ({details}). Fit again, or pass what it was made with."
         )
