@@ -1,6 +1,21 @@
 """whence: which training examples made a PyTorch model behave so, how strongly, and how sure is the number."""
 
-from whence.attribution import SOURCE, Influence, Scores, Top, TracIn, attribute
+from whence.attribution import (
+    BM25,
+    SOURCE,
+    TFIDF,
+    TRAK,
+    Embeddings,
+    GradCos,
+    Influence,
+    Random,
+    Scores,
+    Top,
+    TracIn,
+    attribute,
+    ensemble,
+    response_norms,
+)
 from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator
 from whence.curvature.spectrum import Spectrum, spectrum
 from whence.damping import Damping
@@ -46,11 +61,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ASTRA",
+    "BM25",
     "CG",
     "EKFAC",
     "GGN",
     "KFAC",
     "SOURCE",
+    "TFIDF",
+    "TRAK",
     "Arnoldi",
     "ArtefactError",
     "Auto",
@@ -61,9 +79,11 @@ __all__ = [
     "DataInf",
     "DivergenceError",
     "Dual",
+    "Embeddings",
     "EmpiricalFisher",
     "Exact",
     "Factored",
+    "GradCos",
     "Hessian",
     "HyperINF",
     "Identity",
@@ -80,6 +100,7 @@ __all__ = [
     "Problem",
     "RandProj",
     "RandSelect",
+    "Random",
     "Recorder",
     "Regression",
     "Scores",
@@ -96,6 +117,8 @@ __all__ = [
     "WhenceWarning",
     "Written",
     "attribute",
+    "ensemble",
     "register",
+    "response_norms",
     "spectrum",
 ]

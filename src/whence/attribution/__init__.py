@@ -1,8 +1,27 @@
 """From an inverse to scores."""
 
+from whence.attribution.baselines import Embeddings, GradCos, Random
 from whence.attribution.influence import Influence, attribute
-from whence.attribution.scores import Scores, Top
+from whence.attribution.lexical import BM25, TFIDF
+from whence.attribution.relative import response_norms
+from whence.attribution.scores import Scores, Top, ensemble
 from whence.attribution.source import SOURCE
 from whence.attribution.tracin import TracIn
+from whence.attribution.trak import TRAK
 
-__all__ = ["SOURCE", "Influence", "Scores", "Top", "TracIn", "attribute"]
+__all__ = [
+    "BM25",
+    "SOURCE",
+    "TFIDF",
+    "TRAK",
+    "Embeddings",
+    "GradCos",
+    "Influence",
+    "Random",
+    "Scores",
+    "Top",
+    "TracIn",
+    "attribute",
+    "ensemble",
+    "response_norms",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,32 @@ class Scores:
         high, low = (torch.sort(self.values, dim=1, descending=d, stable=True) for d in (True, False))
         return Top(high.indices[:, :k], high.values[:, :k], low.indices[:, :k], low.values[:, :k])
 
+    def relative(self, lengths: Tensor | None = None) -> Scores:
+        """Scores over how much each example moves the model, whatever the query (RelatIF; Barshan et al. 2020).
+
+        Examples that move it a lot lead the plain ranking of every query. These scores rank by the change of f among
+        removals that change as much elsewhere; they no longer predict a change.
+
+        Args:
+            lengths: what to divide by, (N,), positive. None takes the root of the self-influence, for the change of
+                the example's own loss (l-RelatIF); `response_norms` has that of the parameters (theta-RelatIF).
+
+        Raises:
+            InputError: if self-influence is needed and was not computed, or some of them are not positive.
+        """
+        what, found = ("self-influence", self.self_influence) if lengths is None else ("lengths", lengths)
+        if found.shape != self.values.shape[1:]:
+            raise expected(what, f"one per training example, ({self.values.shape[1]},)", tuple(found.shape))
+        if bad := (~(found > 0)).nonzero().flatten().tolist():
+            raise expected(
+                what,
+                "positive to divide by",
+                f"{float(found[bad[0]]):g} for example {bad[0]} ({len(bad)} in all)",
+                "Leave out examples without a gradient, take a positive semi-definite C, or solve more accurately.",
+            )
+        by = found.sqrt() if lengths is None else found
+        return dataclasses.replace(self, values=self.values / by, provenance=self.provenance | {"relative to": what})
+
     def __str__(self) -> str:
         """A line on the whole."""
         q, n = self.values.shape
@@ -97,3 +125,37 @@ class Scores:
         """
         t, provenance = store.load(path, "scores")
         return cls(t["values"], t.get("residual"), t["converged"], t["history"], provenance, t.get("self_values"))
+
+
+def unsolved(values: Tensor, **provenance: Any) -> Scores:
+    """Scores (Q, N) of a method that solves nothing, so that there is no residual and nothing to converge."""
+    return Scores(values, None, torch.ones(len(values), dtype=torch.bool), provenance=provenance)
+
+
+def ensemble(scores: Sequence[Scores]) -> Scores:
+    """The mean over models that were trained independently, each scored by a fit of its own (ASTRA eq. 11).
+
+    Args:
+        scores: one for each model, of the same queries and training examples, by any method.
+
+    Returns:
+        Means of the values and of the self-influence; for each query the worst residual, and whether it converged in
+        all; None where one lacks it. The provenance is what all share, and that of each as ``members``.
+
+    Raises:
+        InputError: if there are none, or their shapes differ.
+    """
+    scores = list(scores)
+    if len(shapes := {tuple(s.values.shape) for s in scores}) != 1:
+        raise expected("scores", "several of one shape (Q, N)", sorted(shapes) or "none")
+    first, *others = scores
+    residuals = [s.residual for s in scores if s.residual is not None]
+    own = [s.self_values for s in scores if s.self_values is not None]
+    shared = {k: v for k, v in first.provenance.items() if all(s.provenance.get(k) == v for s in others)}
+    return Scores(
+        torch.stack([s.values for s in scores]).mean(0),
+        torch.stack(residuals).amax(0) if len(residuals) == len(scores) else None,
+        torch.stack([s.converged for s in scores]).all(0),
+        provenance=shared | {"members": [s.provenance for s in scores]},
+        self_values=torch.stack(own).mean(0) if len(own) == len(scores) else None,
+    )
