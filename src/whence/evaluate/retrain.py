@@ -25,6 +25,7 @@ from whence.evaluate import kept
 from whence.evaluate.ingredients import ingredients
 from whence.evaluate.small import Data, Run, SGDRecipe, Trainer, checked_masks, checked_tensors
 from whence.progress import track
+from whence.store import Shards
 from whence.task import as_task
 
 Compute = Callable[[Sequence[Run]], Iterator[tuple[list[int], Tensor]]]
@@ -152,8 +153,8 @@ def _targets(
         raise expected("repeats", "at least 1", repeats)
     runs = [Run(mask, run_seed(seed, 0 if paired else m, r)) for m, mask in enumerate(masks) for r in range(repeats)]
     names = [_name(run) for run in runs]
-    header = {} if folder is None else ingredients(**made_of)
-    done = {} if folder is None else kept.read(folder, header)
+    pieces = None if folder is None else Shards(folder, kept.KIND, ingredients(**made_of))
+    done = {} if pieces is None else kept.read(pieces)
     new = {name: run for name, run in zip(names, runs, strict=True) if name not in done}
     order = list(new)
     for numbers, values in compute(list(new.values())) if new else ():
@@ -165,8 +166,8 @@ def _targets(
                 raise DivergenceError(
                     f"{what}: the training diverged. Lower the step size, also for the attributed model."
                 )
-        if folder is not None:
-            kept.write(folder, header, found)
+        if pieces is not None:
+            kept.write(pieces, found)
         done |= found
     return torch.stack([done[name] for name in names]).unflatten(0, (-1, repeats))
 
