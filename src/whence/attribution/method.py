@@ -67,14 +67,14 @@ class Method(ABC):
         Returns:
             `Scores`: (Q, N), positive where removing the example would raise f.
         """
-        start = time.perf_counter()
+        start, problem = time.perf_counter(), self.problem
         values, residual, converged = self._score(queries, measurement)
         seconds = self._seconds | {"scores": time.perf_counter() - start}
         provenance = {
             "solver": str(self),
-            "coverage": self.problem.coverage(),
+            "coverage": problem.coverage(),
             "torch": torch.__version__,
-            "examples": len(self.problem.train),
+            "examples": len(problem.train),
             "seconds": seconds,
         }
         return Scores(values, residual, converged, provenance=provenance)

@@ -7,8 +7,8 @@
 For `Classification`, f is the margin, up to a sign that cancels, and Q(z) = 1 - p_y: the published method. For any task
 Q is read from the cotangents of the outputs, s_l = dl/dh and s_f = df/dh, as (s_l . s_f) / (s_f . s_f): exact where the
 loss depends on the outputs through f alone, else by least squares. Differs from the paper: Gaussian P; no
-soft-thresholding of the scores; a ridge where k is not small beside N; times N, so that score / N is the predicted
-change. As there, the least squares is not weighted by the loss's second derivative in f.
+soft-thresholding of the scores; a ridge where k is not small beside N; times N, as all scores here. As there, the least
+squares is not weighted by the loss's second derivative in f, so that scores rank and their size predicts no change.
 """
 
 from __future__ import annotations
