@@ -127,9 +127,7 @@ def test_what_is_no_list_of_texts_is_refused():
     for texts in ("one string", [], torch.empty(0, 3)):
         with pytest.raises(InputError, match="texts must be a list of texts, got"):
             TFIDF().fit(texts)
-    with pytest.raises(
-        InputError, match="each of texts must be a string, or a sequence of words or token numbers, got int"
-    ):
+    with pytest.raises(InputError, match="each of texts must be a string, or a sequence of words .*, got int"):
         TFIDF().fit([3, 4])
     with pytest.raises(InputError, match="BM25 must be fitted"):
         BM25().score(["a"])
