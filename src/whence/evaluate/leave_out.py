@@ -7,6 +7,9 @@ xi is the randomness of training. A single example changes less than xi does: ta
 xi with and without it; `retrain_small(..., paired=True)`), and judge a correlation by the reliability that comes with
 it. Groups are made by ranking the examples by their mean score; HyperINF's influence has the other sign, so that
 positive is good here and bad there.
+
+Where training drops an epoch's last, smaller batch and N is a multiple of the batch size, leaving out one example costs
+a whole step, which no score foretells: retrain without ``drop_last``.
 """
 
 from __future__ import annotations
@@ -134,8 +137,8 @@ class LeaveOneGroupOut:
         low, high = self.interval
         changes = ", ".join(f"{change:+.3g}" for change in self.changes)
         return (
-            f"leave-one-group-out: Spearman {self.spearman:.2f} ({100 * self.level:g}% interval {low:.2f} to {high:.2f})"
-            f", {len(self.changes)} groups x {self.n_repeats} repeats; f changes by {changes}, most helpful group first"
+            f"leave-one-group-out: Spearman {self.spearman:.2f} ({100 * self.level:g}% interval {low:.2f} to "
+            f"{high:.2f}); f changes by {changes}, most helpful group first; {self.n_repeats} repeats"
         )
 
 
