@@ -2,125 +2,19 @@
 
 from __future__ import annotations
 
-import builtins
-import dataclasses
 import re
-import shutil
-import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
 import whence.report
+from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, examples, extras, fact, make_scores, of_kind, rows
 from whence.attribution import Scores
 from whence.errors import InputError, MissingExtraError
-from whence.evaluate import linear_datamodeling_score, mislabeled_curve, random_subsets
 from whence.report import Example, render, write_report
 from whence.report.page import short, signed
-
-Q, N = 3, 20
-SCRIPT = "<script>alert('caught')</script>"
-
-
-class Page(HTMLParser):
-    """Every element with its attributes, and the text that is shown."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}  # id or class of a table -> cells of the rows of its body
-        self.table: list[list[str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.open.append(tag)
-        if tag == "table":
-            self.table = self.tables.setdefault(dict(attrs).get("id") or dict(attrs).get("class") or "", [])
-        elif tag == "tr" and "tbody" in self.open:
-            self.table.append([])
-        elif tag in ("td", "th") and "tbody" in self.open:
-            self.table[-1].append("")
-
-    def handle_endtag(self, tag):
-        if tag in self.open:
-            while self.open.pop() != tag:
-                pass
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.words.append(data)
-        if "tbody" in self.open and {"td", "th"} & set(self.open):
-            self.table[-1][-1] += data
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def make_scores(**changes) -> Scores:
-    g = torch.Generator().manual_seed(0)
-    steps = torch.tensor([1.0, 0.3, 0.05, 0.004])
-    scores = Scores(
-        values=torch.randn(Q, N, generator=g, dtype=torch.float64) * 10,
-        residual=torch.tensor([0.004, 0.002, 0.001]),
-        converged=torch.ones(Q, dtype=torch.bool),
-        history=steps[:, None] * torch.tensor([1.0, 0.5, 0.25]),
-        provenance={
-            "solver": "CG()",
-            "damping by parameter": {"a": 0.1, "b": 0.1},
-            "coverage": "attributing 7 of 9 trainable parameters",
-            "seconds": {"fit": 1.0, "solve": 2.5},
-            "passes": 4.0,
-            "tolerance": 0.01,
-        },
-        self_values=torch.rand(N, generator=g),
-    )
-    return dataclasses.replace(scores, **changes)
-
-
-def of_kind(kind: str, count: int) -> list[Example]:
-    made = {
-        "image": lambda i: Example(f"label {i}", image=torch.rand(8, 8)),
-        "colour": lambda i: Example(f"label {i}", image=np.full((40, 30, 3), 3 * i, dtype=np.uint8)),
-        "text": lambda i: Example(f"label {i}", text=f"sentence {i}, long enough to read"),
-        "row": lambda i: Example(f"label {i}", row={"age": i, "height": 1.5}),
-        "plain": lambda i: Example(f"label {i}"),
-    }[kind]
-    return [made(i) for i in range(count)]
-
-
-def examples(kind: str = "plain") -> dict:
-    return {"train_examples": of_kind(kind, N), "query_examples": of_kind(kind, Q)}
-
-
-def rows(page: Page, table: str) -> list[list[str]]:
-    """The cells of a table's body, by the table's id."""
-    return page.tables[table]
-
-
-def fact(page: Page, name: str) -> str | None:
-    """The value beside a name in the table of the section on convergence."""
-    return next((row[1] for row in page.tables["facts"] if row[0] == name), None)
-
-
-def extras() -> dict:
-    scores, wrong = make_scores(), torch.zeros(N, dtype=torch.bool)
-    wrong[:4] = True
-    masks = random_subsets(N, 8, 0.5, 0)
-    targets = torch.randn(8, 2, Q, generator=torch.Generator().manual_seed(1))
-    return {
-        "detection": mislabeled_curve(scores.self_influence, wrong),
-        "lds": {f"mine {SCRIPT} $x": linear_datamodeling_score(scores, masks, targets)},
-    }
 
 
 @pytest.mark.parametrize("kind", ["image", "colour", "text", "row", "plain"])
@@ -145,7 +39,7 @@ def test_it_is_accessible():
     page = Page(render(make_scores(), **examples("image"), **extras()))
     assert all(image["alt"] for image in page.all("img"))
     figures = [svg for svg in page.all("svg") if svg.get("role") == "img"]
-    assert len(figures) == 4 and all(svg["aria-label"] for svg in figures)
+    assert len(figures) == 6 and all(svg["aria-label"] for svg in figures)
     assert all(head.get("scope") in ("col", "row") for head in page.all("th"))
     assert page.all("html")[0]["lang"] == "en"
     assert "width=device-width" in str(page.all("meta"))
@@ -348,47 +242,18 @@ def test_writing(tmp_path):
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_named(package, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.split(".")[0] == package:
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.delitem(sys.modules, "whence.report.figures", raising=False)
-    monkeypatch.delattr(whence.report, "figures", raising=False)
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf'{package}.*pip install "whence\[report\]"'):
         render(make_scores(), **examples())
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PROBE = """<script>
-addEventListener("load", () => {
-  const rows = () => [...document.querySelectorAll("#residuals-worst tbody tr")];
-  const column = () => rows().map((row) => row.cells[0].textContent).join("");
-  const before = column();
-  document.querySelectorAll("#residuals-worst thead button")[2].click();
-  const page = document.documentElement;
-  const result = {wide: page.scrollWidth - page.clientWidth, order: before + ">" + column()};
-  parent.postMessage(result, "*");
-});
-</script>"""
-FRAME = """<body><iframe src="r.html" style="width: 390px; height: 900px; border: 0"></iframe><p id="out"></p><script>
-addEventListener("message", (event) => { document.getElementById("out").textContent = JSON.stringify(event.data); });
-</script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 @pytest.mark.parametrize("kind", ["image", "text", "row"])
 def test_in_a_browser_of_phone_width(tmp_path, kind):
-    write_report(tmp_path / "r.html", make_scores(), **examples(kind), **extras())
-    with open(tmp_path / "r.html", "a", encoding="utf-8") as file:
-        file.write(PROBE)
-    (tmp_path / "frame.html").write_text(FRAME)
-    quiet = "gpu quic background-networking component-update sync".split()
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet)]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
-    command += [(tmp_path / "frame.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert '<p id="out">{"wide":0,"order":"012&gt;210"}</p>' in shown
+    probe = """
+    const table = document.querySelector("#residuals-worst"), before = column(table, 0).join("");
+    table.querySelectorAll("thead button")[2].click();
+    const page = document.documentElement;
+    return {wide: page.scrollWidth - page.clientWidth, order: before + ">" + column(table, 0).join("")};"""
+    text = render(make_scores(), **examples(kind), **extras())
+    assert browse(tmp_path, text, probe) == {"loads": 0, "wide": 0, "order": "012>210"}

@@ -2,5 +2,6 @@
 
 from whence.report.examples import Example
 from whence.report.page import render, write_report
+from whence.report.sections import DampingSweep, Table
 
-__all__ = ["Example", "render", "write_report"]
+__all__ = ["DampingSweep", "Example", "Table", "render", "write_report"]

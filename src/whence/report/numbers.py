@@ -7,20 +7,20 @@ import math
 
 def signed(value: float) -> str:
     """Three significant digits, always with a sign, and a minus as wide as the plus."""
-    return ("+" if value > 0 else "") + _digits(value, 3)
+    return ("+" if value > 0 else "") + digits(value, 3)
 
 
 def short(value: float | None) -> str:
     """Two significant digits."""
-    return "–" if value is None else _digits(value, 2)
+    return "–" if value is None else digits(value, 2)
 
 
-def _digits(value: float, digits: int) -> str:
-    """Plainly written between a thousandth and a million, as a power of ten outside."""
+def digits(value: float, count: int) -> str:
+    """So many significant digits, plainly written between a thousandth and a million, else as a power of ten."""
     if not math.isfinite(value):
         return str(value)
-    rounded = float(f"{value:.{digits - 1}e}")
+    rounded = float(f"{value:.{count - 1}e}")
     if rounded == 0 or not 1e-3 <= abs(rounded) < 1e6:
-        return f"{value:.{digits - 1}e}".replace("-", "−") if rounded else "0"
-    after = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
+        return f"{value:.{count - 1}e}".replace("-", "−") if rounded else "0"
+    after = max(0, count - 1 - math.floor(math.log10(abs(rounded))))
     return f"{rounded:,.{after}f}".replace("-", "−")

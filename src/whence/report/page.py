@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from whence.attribution.scores import Scores
 from whence.errors import expected
-from whence.evaluate.lds import LDS, float_array
+from whence.evaluate.arrays import float_array
+from whence.evaluate.lds import LDS
 from whence.evaluate.mislabeled import MislabeledCurve
+from whence.evaluate.removal import RemovalCurve
 from whence.report.convergence import certificate, convergence, final, standing
 from whence.report.examples import Example, missing
 from whence.report.numbers import short, signed
+from whence.report.sections import DampingSweep, Table, cost_rows, layer_rows, ranked, removal_rows, sweep_rows
 
 
 def write_report(path: str | Path, scores: Scores, **content: Any) -> Path:
@@ -65,11 +70,16 @@ def render(
     notes: Sequence[str] = (),
     configuration: Mapping[str, object] | None = None,
     cost: Mapping[str, float] | None = None,
+    tables: Mapping[str, Table] | None = None,
+    removal: RemovalCurve | None = None,
+    sweep: DampingSweep | None = None,
+    layers: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """The page as HTML.
+    """The page as HTML. What is not given leaves no trace on it.
 
     Args:
         scores: (Q, N) scores with their residuals and provenance; with ``self_values``, suspicious examples are shown.
+            Q may be 0: a page on the training examples alone.
         train_examples, query_examples: how each of the N and Q examples is shown; only those on the page are looked up.
         title, lead: heading and first paragraph.
         measurement: what f is, in words.
@@ -81,16 +91,23 @@ def render(
         notes: paragraphs on what the reader should know.
         configuration: more rows for the table of the configuration.
         cost: more rows, in seconds, for the table of costs.
+        tables: heading of a section to the ranked rows in it.
+        removal: what retraining without the highest-ranked examples did, for several rankings.
+        sweep: the same queries at other dampings.
+        layers: block name to (Q, n) contributions of some training examples, as `Influence.by_block` returns them.
 
     Raises:
         InputError: if the examples do not fit the scores, or a number is out of range.
         MissingExtraError: if jinja2 or matplotlib is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise missing("jinja2") from error
-    from whence.report import figures
+    for package in ("jinja2", "matplotlib"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise missing(package) from error
+    import jinja2
+
+    from whence.report import figures, spread
 
     q, n = scores.values.shape
     for what, examples, size in (("train_examples", train_examples, n), ("query_examples", query_examples, q)):
@@ -99,7 +116,9 @@ def render(
     shown = list(range(min(q, 12))) if show is None else list(show)
     if any(not 0 <= i < q for i in shown):
         raise expected("show", f"query numbers in 0..{q - 1}", shown)
-    changes = float_array(scores, "scores", (2,)) / n
+    changes = float_array(scores, "scores", (2,)) / n if q else np.empty((0, n))
+    swept = sweep_rows(sweep) if sweep else []
+    spreading = spread.measure(changes)
     tolerance = scores.provenance.get("tolerance")
     late = [i for i in range(q) if not bool(scores.converged[i])]
     page = {
@@ -117,19 +136,31 @@ def render(
         "suspects": _suspects(scores.self_values, min(suspects, n), train_examples),
         "detection": detection,
         "lds": lds or {},
-        "convergence": convergence(scores, [example.caption for example in query_examples], shown),
-        "configuration": _configuration(scores.provenance)
+        "tables": [ranked(heading, table) for heading, table in (tables or {}).items()],
+        "removal": removal,
+        "removed": removal_rows(removal) if removal else [],
+        "sweep": sweep,
+        "swept": swept,
+        "layers": layer_rows(layers, q, shown) if layers else [],
+        "shown": shown,
+        "spread": spreading,
+        "convergence": convergence(scores, [e.caption for e in query_examples], shown) if q else None,
+        "configuration": _configuration(scores.provenance, q)
         | {name: str(v) for name, v in (configuration or {}).items()},
-        "cost": _cost(scores.provenance, cost or {}),
+        "cost": cost_rows(scores.provenance, cost or {}),
         "figures": {
-            "distribution": figures.distribution(changes),
+            "distribution": spread.distribution(changes) if q else None,
+            "tails": spread.tails(spreading) if spreading else None,
+            "covered": spread.covered(spreading) if spreading else None,
             "residuals": figures.residuals(scores.history, scores.converged, tolerance, final(scores))
-            if len(scores.history) > 2
+            if len(scores.history) > 2 and q
             else None,
             "detection": figures.detection(detection) if detection else None,
             "lds": figures.lds_bars(lds) if lds else None,
+            "removal": figures.removal(removal) if removal else None,
+            "sweep": figures.sweep(swept, sweep.chosen) if sweep else None,
         },
-        "lines": figures.LINES,
+        "lines": spread.LINES,
     }
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("whence.report", "."),
@@ -176,8 +207,9 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     """The numbers to see first."""
     q, n = scores.values.shape
     good = int(scores.converged.sum())
-    tiles = [{"value": f"{q:,} × {n:,}", "name": "queries × training examples"}]
-    if scores.residual is not None:
+    size = (f"{q:,} × {n:,}", "queries × training examples") if q else (f"{n:,}", "training examples")
+    tiles = [dict(zip(("value", "name"), size, strict=True))]
+    if scores.residual is not None and q:
         status = standing(scores)
         status = f"{good} of {q} converged" if good < q or status == "converged" else status
         tiles.append({"value": short(float(scores.residual.max())), "name": f"worst residual; {status}"})
@@ -195,11 +227,12 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     return tiles
 
 
-def _configuration(provenance: Mapping[str, Any]) -> dict[str, str]:
+def _configuration(provenance: Mapping[str, Any], queries: int) -> dict[str, str]:
     """The provenance as rows of words; what has a section of its own is left out."""
+    elsewhere = ("seconds", *(("solver", "chosen", "tolerance", "steps", "passes", "coverage") if queries else ()))
     rows: dict[str, str] = {}
     for name, value in provenance.items():
-        if name in ("solver", "chosen", "tolerance", "steps", "passes", "seconds", "coverage"):
+        if name in elsewhere:
             continue
         if isinstance(value, Mapping):
             value = _agree(value)
@@ -214,11 +247,3 @@ def _agree(values: Mapping[str, Any]) -> str:
     if len(set(words.values())) == 1:
         return f"{next(iter(words.values()))} for all"
     return ", ".join(f"{name}: {word}" for name, word in words.items())
-
-
-def _cost(provenance: Mapping[str, Any], more: Mapping[str, float]) -> dict[str, str]:
-    """Seconds of the attribution, whose parts are with its convergence, and of what else there was."""
-    parts = provenance.get("seconds", {})
-    seconds = ({"attribution": sum(parts.values())} if parts else {}) | dict(more)
-    rows = {name: f"{value:.2f} s" for name, value in seconds.items()}
-    return rows | ({"in all": f"{sum(seconds.values()):.2f} s"} if len(rows) > 1 else {})
