@@ -4,10 +4,12 @@ from whence.attribution.baselines import Embeddings, GradCos, Random
 from whence.attribution.influence import Influence, attribute
 from whence.attribution.lexical import BM25, TFIDF
 from whence.attribution.relative import response_norms
+from whence.attribution.replay import Replay
 from whence.attribution.scores import Scores, Top, ensemble
 from whence.attribution.source import SOURCE
 from whence.attribution.tracin import TracIn
 from whence.attribution.trak import TRAK
+from whence.attribution.unrolled import Unrolled
 
 __all__ = [
     "BM25",
@@ -18,9 +20,11 @@ __all__ = [
     "GradCos",
     "Influence",
     "Random",
+    "Replay",
     "Scores",
     "Top",
     "TracIn",
+    "Unrolled",
     "attribute",
     "ensemble",
     "response_norms",

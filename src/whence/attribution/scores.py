@@ -105,7 +105,8 @@ class Scores:
         q, n = self.values.shape
         worst = "residual not measured" if self.residual is None else f"worst residual {float(self.residual.max()):.1e}"
         solved = f", {int(self.converged.sum())} of {q} converged" if len(self.history) else ""
-        return f"scores of {n} training examples on {q} queries, {worst}{solved}"
+        measured = "".join(f", {name} {value:.2g}" for name, value in self.provenance.get("measured", {}).items())
+        return f"scores of {n} training examples on {q} queries, {worst}{solved}{measured}"
 
     def save(self, path: str | Path) -> None:
         """Write to a file, complete or not at all."""
