@@ -1,7 +1,5 @@
 """The evaluate room, compared with scipy, scikit-learn, hand values and plain loops of torch.optim.SGD."""
 
-import os
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +175,26 @@ def test_auc_and_average_precision_equal_sklearn(ties):
     assert curve.base_rate == pytest.approx(flipped.mean()) and "AUC" in str(curve)
     reverse = mislabeled_curve(-scores, flipped, higher_is_suspicious=False)
     assert reverse.auc == curve.auc and np.array_equal(reverse.detection, curve.detection)
+
+
+def test_intervals_equal_an_explicit_bootstrap():
+    """Flipped and clean examples drawn anew, measured by scikit-learn."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    flipped = np.arange(120) < 30
+    scores = np.round(rng.normal(size=120) + flipped, 1)
+    curve = mislabeled_curve(scores, flipped, fractions=[0, 0.3, 1], bootstrap=400)
+    samples = []
+    for _ in range(400):
+        rows = np.concatenate([rng.integers(0, 30, 30), rng.integers(30, 120, 90)])
+        found = metrics.roc_auc_score(flipped, scores[rows]), metrics.average_precision_score(flipped, scores[rows])
+        first = np.lexsort((rng.random(120), -scores[rows]))[:36]
+        samples.append((*found, flipped[first].mean() * 36 / 30))
+    ends = np.quantile(samples, [0.025, 0.975], axis=0).T
+    got = [curve.auc_interval, curve.average_precision_interval, curve.detection_interval[1]]
+    np.testing.assert_allclose(got, ends, atol=0.035)
+    np.testing.assert_allclose(curve.detection_interval[[0, 2]], [[0, 0], [1, 1]])
+    assert curve.average_precision_interval[0] < curve.average_precision < curve.average_precision_interval[1]
 
 
 def test_detection_ratio_by_hand():
@@ -357,21 +375,3 @@ def test_retraining_bad_input():
         retrain(lambda rows, seed: mlp(), lambda model: torch.zeros(()), masks, 1, seed=0)
     with pytest.raises(DivergenceError, match="subset 0, repeat 0"):
         retrain(lambda rows, seed: mlp(), lambda model: torch.full((2,), torch.nan), masks, 1, seed=0)
-
-
-# --- retraining already done ---
-
-
-@pytest.mark.skipif("WHENCE_GROUNDTRUTH" not in os.environ, reason="WHENCE_GROUNDTRUTH does not name a folder")
-@pytest.mark.parametrize(("name", "reliability"), [("digits", 0.854), ("concrete", 0.841)])
-def test_stored_ground_truth(name, reliability):
-    stored = np.load(Path(os.environ["WHENCE_GROUNDTRUTH"]) / f"{name}.npz")
-    masks = np.unpackbits(stored["masks"], axis=1)[:, : int(stored["n"])].astype(bool)
-    truth = stored["targets"].mean(1)  # (M, Q)
-    # The mean effect of leaving z out, from the targets themselves: in sample, so above any honest method.
-    scores = np.stack([truth[~kept].mean(0) - truth[kept].mean(0) for kept in masks.T], 1)  # (Q, N)
-    result = linear_datamodeling_score(scores, masks, stored["targets"])
-    assert result.ceiling == pytest.approx(reliability**0.5, abs=0.01)
-    assert result.mean > 0.9
-    noise = linear_datamodeling_score(np.random.default_rng(0).normal(size=scores.shape), masks, stored["targets"])
-    assert noise.interval[0] < 0 < noise.interval[1]

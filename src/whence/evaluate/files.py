@@ -114,9 +114,10 @@ def _npy(path: Path) -> NDArray:
 
 
 def _npz(path: Path) -> Mapping[str, NDArray]:
-    with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise InputError("a single array, not an .npz.")
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+        raise InputError("a single array, not an .npz.")
+    with file:
         return dict(file)
 
 

@@ -179,7 +179,7 @@ def flips(
         y, yq = (int_array(label, "labels", n) for label, n in zip(labels, tau.shape[::-1], strict=True))
         alike = (y == yq[:, None]).astype(float)
     orders = {"top": places(tau, rng), "random": places(alike, rng)} | _others(rankings, tau, rng)
-    asked = (outcome(runs, np.ones_like(tau[:1], dtype=bool), len(tau)) <= threshold).all((0, 1))
+    asked = (outcome(runs, np.ones_like(tau[:1], dtype=bool), len(tau))[0] <= threshold).all(axis=0)
     if not asked.any():
         raise expected("f on all the data", f"at or below {threshold} for some query", "none in every run")
     flipped = {name: np.zeros((len(sizes), len(tau)), dtype=bool) for name in orders}

@@ -3,8 +3,8 @@
     c(k) = sum_{i <= k} s_(i) / sum_i max(s_i, 0),        s_(1) >= s_(2) >= ...
     P(score > s) ~ s^-a in the tail:                      Hill (1975), and least squares of ln((rank - 1/2) / N) on ln s
 
-Grosse et al. (2023, section 5.2.1) find a power law in language models. Of the k examples in the tail, Hill's a is the
-likely one, k / sum_{i <= k} ln(s_(i) / s_(k + 1)); R2 of the line says how straight the tail is. Half a rank takes the
+Grosse et al. (2023, section 5.2.1) find a power law in language models. Hill's a is the most likely one of a tail of k
+examples, k / sum_{i <= k} ln(s_(i) / s_(k + 1)); R2 of the line says how straight that tail is. Half a rank takes the
 bias out of its slope (Gabaix & Ibragimov 2011). Only positive scores count: for those that hurt, pass the negative.
 """
 
