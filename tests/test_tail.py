@@ -26,6 +26,13 @@ def test_exact_values_on_a_few_numbers():
     assert found.line(np.array([4.0])) == pytest.approx([np.exp(y.mean())], rel=1e-13)  # the middle of the three
 
 
+def test_the_top_is_of_all_examples():
+    values = np.random.default_rng(0).normal(size=300)
+    positive = np.sort(values.clip(0))
+    assert (positive > 0).sum() < 200  # 1% of those would be fewer than three
+    assert tail(values).top == pytest.approx(positive[-3:].sum() / positive.sum(), rel=1e-12)
+
+
 def test_gini_is_the_mean_difference():
     values = np.random.default_rng(0).normal(size=301)
     positive = values.clip(0)
