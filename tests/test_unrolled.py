@@ -275,6 +275,7 @@ def test_weights_that_never_move_are_no_obstacle_to_adam():
     zero = torch.zeros(1, 3, dtype=torch.float64)
     slopes = jacobian(lambda rows, g: Adam().update(rows, g, 0.1, 0), (zero, zero, zero), zero)
     assert all(bool(t.isfinite().all()) for rows, g in slopes for t in (*rows, g))
+    assert slopes[0][1].tolist() == [[pytest.approx(-0.1 / 1e-8)] * 3]  # theta - rate * m / eps
 
 
 def test_what_is_measured_comes_with_the_scores(tmp_path):
