@@ -13,6 +13,7 @@ import torch
 import whence
 from whence import cli, demo, loading, vectors
 from whence.attribution import Scores
+from whence.commands import spectrum
 from whence.errors import DivergenceError, InputError
 from whence.solvers.neumann import corollary
 
@@ -245,7 +246,7 @@ def test_the_spectrum_is_the_one_measured(mine, capsys, argv, kind, parameters, 
     damping = min(whence.Damping.per_example().resolve(c).values())
     plan = corollary(measured, damping)
     found = row(text)
-    assert found.pop("sampling error / |x|") == f"at most {cli.sampling_error(plan, damping):.3g}"
+    assert found.pop("sampling error / |x|") == f"at most {spectrum.sampling_error(plan, damping):.3g}"
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {
             "damping": damping,
@@ -307,7 +308,7 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     C, shapes = dense(c), c.problem.shapes
     damping = 0.05
     inverse = whence.Neumann(batch=5).fit(c, damping)
-    plan, bound = inverse.plan, cli.sampling_error(inverse.plan, damping)
+    plan, bound = inverse.plan, spectrum.sampling_error(inverse.plan, damping)
     values, directions = torch.linalg.eigh(C)
     b = torch.cat([directions.T, torch.randn(20, len(C), generator=torch.Generator().manual_seed(0)).double()])
     x = torch.linalg.solve(C + damping * torch.eye(len(C), dtype=torch.float64), b.T).T
@@ -316,7 +317,7 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     assert bool((noise <= bound).all())
     top = float(values[-1])
     assert float(noise[len(C) - 1]) == pytest.approx(bound * (top / (plan.nu - damping)) ** 0.5, rel=1e-6)
-    assert cli.sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
+    assert spectrum.sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
 
 
 def made(largest: float, trace: float, constant: float = 1.0, examples: int = 100) -> whence.Spectrum:
@@ -327,16 +328,16 @@ def made(largest: float, trace: float, constant: float = 1.0, examples: int = 10
 
 
 def test_the_readings_follow_the_spectrum():
-    few = " ".join(cli.readings(made(1.0, 4.0), 0.1, True))
+    few = " ".join(spectrum.readings(made(1.0, 4.0), 0.1, True))
     assert "the sampling error of its minibatches" in few and "usual 2" not in few and "accepts" not in few
     noisy = made(1.0, 4.0, constant=5.0)
-    assert "c = 5, was measured to need c = 5 ± 0.1" in " ".join(cli.readings(noisy, 0.1, True))
-    assert "more than the usual 2" in " ".join(cli.readings(noisy, 0.1, True))
+    assert "c = 5, was measured to need c = 5 ± 0.1" in " ".join(spectrum.readings(noisy, 0.1, True))
+    assert "more than the usual 2" in " ".join(spectrum.readings(noisy, 0.1, True))
     flat = made(1.0, 90.0)
-    assert "takes all of it at every step" in " ".join(cli.readings(flat, 0.1, True))
-    assert row("\n".join(cli.planned(flat, 0.1, True)))["batch size"] == "100"
-    assert row("\n".join(cli.planned(flat, 0.1, True)))["sampling error / |x|"] == "at most 0"
-    assert "more than the 50,000 steps that Neumann() accepts" in " ".join(cli.readings(made(1e5, 1e6), 0.1, True))
+    assert "takes all of it at every step" in " ".join(spectrum.readings(flat, 0.1, True))
+    assert row("\n".join(spectrum.planned(flat, 0.1, True)))["batch size"] == "100"
+    assert row("\n".join(spectrum.planned(flat, 0.1, True)))["sampling error / |x|"] == "at most 0"
+    assert "more than the 50,000 steps that Neumann() accepts" in " ".join(spectrum.readings(made(1e5, 1e6), 0.1, True))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +361,7 @@ def test_the_readings_follow_the_spectrum():
         (["mine:needy"], r"mine:needy must be callable without arguments, got needy\(count, \*rest, flag=True\). Give"),
         (
             ["mine:two"],
-            r"What mine:two returns must be \(model, task, train\) or .*, got \(Sequential, Classification\).",
+            r"What mine:two returns must be \(model, task, train\), .*, got \(Sequential, Classification\).",
         ),
         (["mine:nothing"], r"What mine:nothing returns must be .*, got NoneType."),
         (["mine:wrong_model"], "model must be a torch.nn.Module, got str"),

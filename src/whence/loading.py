@@ -7,22 +7,105 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
+from torch import Tensor
+
+from whence.data import Examples
 from whence.errors import InputError, expected
+from whence.report import Example
+from whence.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the user's function returned: a trained model, its task, its training data, and queries or None."""
+    """What the user's function returned, or may return to say more than a tuple of the first four.
+
+    Args:
+        model: the trained model; for methods that take several, a list of them, the attributed one first.
+        task: what was trained and what is measured.
+        train: the N training examples.
+        queries: those that are asked about; the fields below are in the form of the training examples too.
+        trusted: examples with labels that are known to be right, for ``whence clean``.
+        candidates: examples that might be trained on, for ``whence select``.
+        trajectory: the recorded run, or its folder, for methods that look at training.
+        retrain: the training again, for ``whence evaluate``: a function of masks (M, N) that returns the measurements
+            (M, R, Q), such as a ``functools.partial`` of `retrain_small`; or one of the numbers of the examples to
+            train on and a seed, that returns a trained model.
+        show: how an example looks: a function of a data set, which is one of those above, and a number in it, to a
+            caption or a `report.Example`. None: its label where the data are a pair with labels, else its number.
+    """
 
     model: Any
     task: Any
     train: Any
     queries: Any = None
+    trusted: Any = None
+    candidates: Any = None
+    trajectory: Trajectory | str | Path | None = None
+    retrain: Callable[..., Any] | None = None
+    show: Callable[[Any, int], Example | str] | None = None
+
+    def given(self, name: str) -> Any:
+        """A field.
+
+        Raises:
+            InputError: if it was left out.
+        """
+        value = getattr(self, name)
+        if value is None:
+            advice = f"Let the target's function return whence.loading.Target(..., {name}=...)."
+            raise expected(name, "given", "none", advice)
+        return value
+
+    def shown(self, name: str) -> Shown:
+        """How the examples of a data set look.
+
+        Args:
+            name: of the field.
+
+        Raises:
+            InputError: if it was left out.
+        """
+        return Shown(self.given(name), name, self.show or _plain)
+
+    def run(self) -> Trajectory:
+        """The recorded run, read if it is given by its folder."""
+        given = self.given("trajectory")
+        return given if isinstance(given, Trajectory) else Trajectory.load(given)
+
+
+class Shown(Sequence[Example]):
+    """How the examples of a data set look; each is made when it is asked for."""
+
+    def __init__(self, data: Any, name: str, show: Callable[[Any, int], Example | str]):
+        self.data, self.show, self.length = data, show, len(Examples(data, name))
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at: int | slice) -> Example | list[Example]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(self.length)[at]]
+        found = self.show(self.data, range(self.length)[at])
+        return found if isinstance(found, Example) else Example(str(found))
+
+
+def _plain(data: Any, number: int) -> str:
+    """An example's label where it has one, else its number."""
+    labels = data[1] if isinstance(data, (tuple, list)) and len(data) > 1 else None
+    if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim == 1:
+        return f"label {labels[number].item():.6g}"
+    return f"example {number}"
 
 
 @contextmanager
@@ -46,19 +129,22 @@ def load(target: str) -> Target:
 
     Raises:
         InputError: if it has another form, the module cannot be imported, it has no such function, the function wants
-            arguments, or it returns anything but (model, task, train) or (model, task, train, queries). What the
-            function itself raises comes through.
+            arguments, or it returns anything but a `Target`, (model, task, train) or (model, task, train, queries).
+            What the function itself raises comes through.
     """
     form = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", target)
     if form is None:
         advice = "The module is written as in an import. For example: whence.demo:problem."
         raise expected("the target", "module:function", repr(target), advice)
     made = _function(form[1], form[2])()
+    if isinstance(made, Target):
+        return made
     if not isinstance(made, (tuple, list)) or len(made) not in (3, 4):
         got = (
             f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, (tuple, list)) else type(made).__name__
         )
-        raise expected(f"What {target} returns", "(model, task, train) or (model, task, train, queries)", got)
+        wanted = "(model, task, train), (model, task, train, queries) or a whence.loading.Target"
+        raise expected(f"What {target} returns", wanted, got)
     return Target(*made)
 
 

@@ -1,0 +1,137 @@
+"""From a model to scores: fit, score, top, self-influence."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import tyro
+
+import whence
+from whence.commands.evaluate import read
+from whence.commands.options import Attributed, Flat
+from whence.commands.results import Results, say, tabulated
+from whence.commands.run import Run
+from whence.errors import UnsupportedError
+
+
+def fit(options: Flat[Attributed]) -> None:
+    """Fit the inverse of the curvature, once for all queries, and keep it.
+
+    For example: whence fit mine:problem --solver "CG(preconditioner=EKFAC())" --out run
+
+    Other commands start from it if they have the same --out and the same settings. Only influence functions have a fit
+    to keep: other methods (--method) are fitted when they score.
+    """
+    run = Run("fit", options)
+    if not isinstance(run.method, whence.Influence):
+        raise UnsupportedError(f"{options.method} has no fit to keep. Leave this out: whence score fits it.")
+    for influence in run.fits:
+        for line in about(influence.provenance()):
+            say(line)
+    run.finish()
+
+
+def score(options: Flat[Attributed], *, certify: bool = True) -> None:
+    """Score all training examples on the queries.
+
+    For example: whence score mine:problem --damping 0.01 --out run
+
+    Writes the scores (queries by training examples), and a table with each query's residual, strongest proponent and
+    strongest opponent. A positive score means that the example helped: removing it would raise the query's loss, by
+    about score / N.
+
+    Args:
+        certify: measure the residual of each query's solve, one more pass over the training data.
+    """
+    run = Run("score", options)
+    scores = run.scores(certify)
+    for line in about(scores.provenance):
+        say(line)
+    say(str(scores))
+    top = scores.top(1)
+    columns: dict[str, Any] = {
+        "query": list(range(len(scores.values))),
+        "shown": [example.caption for example in run.target.shown("queries")],
+        "residual": [None] * len(scores.values) if scores.residual is None else scores.residual.tolist(),
+        "converged": scores.converged.tolist(),
+        "proponent": top.proponents[:, 0].tolist(),
+        "proponent score": top.proponent_scores[:, 0].tolist(),
+        "opponent": top.opponents[:, 0].tolist(),
+        "opponent score": top.opponent_scores[:, 0].tolist(),
+    }
+    run.table("queries", columns)
+    run.finish(certify=certify)
+
+
+def top(
+    scores: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]] = tyro.MISSING,
+    *,
+    config: str | None = None,  # unused: config
+    k: int = 5,
+    out: str | None = None,
+) -> None:
+    """The strongest training examples of each query, from a file of scores.
+
+    For example: whence top whence-run/scores.safetensors --k 3
+
+    Proponents helped: removing one would raise the query's loss. Opponents hurt. The numbers are those of the examples
+    in the training data; change is what is foretold for removing the example, score / N.
+
+    Args:
+        scores: a file ending in .safetensors, .npy, .npz, .csv or .parquet.
+        config: a TOML file with options by these names; those of the command line go first.
+        k: how many of each.
+        out: a folder for the table; without it it is only shown.
+    """
+    found = read(scores)
+    q, n = found.values.shape
+    best = found.top(k)
+    kinds = (("proponent", best.proponents, best.proponent_scores), ("opponent", best.opponents, best.opponent_scores))
+    rows = [
+        (i, kind, rank + 1, int(index[i, rank]), float(values[i, rank]), float(values[i, rank]) / n)
+        for i in range(q)
+        for kind, index, values in kinds
+        for rank in range(k)
+    ]
+    names = ("query", "kind", "rank", "example", "score", "change")
+    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+    if out is None:
+        say("\n".join(tabulated(columns, len(rows))))
+        return
+    results = Results("top", out)
+    results.table("top", columns, len(rows))
+    results.done({"scores": scores, "k": k, "out": out})
+
+
+def self_influence(options: Flat[Attributed]) -> None:
+    """Rank the training examples by their influence on themselves: what the model knows by heart comes first.
+
+    For example: whence self-influence mine:problem --solver "CG(tolerance=0.3)" --out run
+
+    Wrong labels and outliers are found at the top.
+    """
+    run = Run("self-influence", options)
+    values = run.self_influence().self_influence
+    shown = run.target.shown("train")
+    order = values.argsort(descending=True, stable=True)
+    columns = {
+        "rank": list(range(1, 1 + len(order))),
+        "example": order.tolist(),
+        "shown": [shown[i].caption for i in order.tolist()],
+        "self-influence": values[order].tolist(),
+    }
+    run.table("self-influence", columns)
+    run.finish()
+
+
+def about(provenance: dict[str, Any]) -> list[str]:
+    """The lines on what was chosen."""
+    chosen = provenance.get("chosen", {})
+    rows = {name: provenance[name] for name in ("solver", "damping", "curvature") if name in provenance}
+    rows |= {f"chosen {name}": value for name, value in chosen.items()}
+    shift = provenance.get("damping by parameter")
+    if shift:
+        low, high = min(shift.values()), max(shift.values())
+        rows["lambda"] = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, by parameter"
+    width = max(map(len, rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]

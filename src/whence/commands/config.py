@@ -1,0 +1,131 @@
+"""Configuration files: the options of the commands, by the same names, in TOML.
+
+    target = "mine:problem"
+    solver = "CG(preconditioner=EKFAC(), tolerance=0.01)"
+    damping = 0.01
+
+One file serves several commands: each takes the options that it has. What is given on the command line goes first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from whence.commands.expressions import nearest
+from whence.errors import InputError, expected
+from whence.store import whole
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Command = Callable[..., Any]
+RECORD = "record"  # the table of a written configuration that is no option
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The options in a file, without the record of the run that wrote it.
+
+    Raises:
+        InputError: if it is no TOML. OSError, if it cannot be read.
+    """
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise expected(str(path), "a TOML file", f"this: {error}") from error
+    return {key: value for key, value in found.items() if key != RECORD}
+
+
+def write(path: Path, options: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """A configuration that `read` takes, complete or not at all.
+
+    Args:
+        path: the file.
+        options: name to value; those that are None are left out.
+        record: what else is worth knowing of the run: versions, fingerprints.
+    """
+    lines = [f"{key} = {_toml(value)}" for key, value in options.items() if value is not None]
+    lines += ["", f"[{RECORD}]", *(f"{json.dumps(key)} = {_toml(value)}" for key, value in record.items())]
+    with whole(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def configured(commands: Mapping[str, Command], path: str | Path) -> dict[str, Command]:
+    """The commands with the options of a file as their defaults.
+
+    Raises:
+        InputError: for a key that no command has, with the nearest one, or a value of another type.
+    """
+    values, taken = read(path), {name: dict(_options(command)) for name, command in commands.items()}
+    known = {option: kind for options in taken.values() for option, kind in options.items() if option != "config"}
+    for key in values:
+        if key not in known:
+            raise InputError(f"{path}: no command has an option {key!r}.{nearest(key, known)}")
+    return {name: _with(command, taken[name], values, path) for name, command in commands.items()}
+
+
+def _with(command: Command, taken: Mapping[str, Any], values: Mapping[str, Any], path: str | Path) -> Command:
+    mine = {key: _of(f"{path}: {key}", taken[key], value) for key, value in values.items() if key in taken}
+    own: dict[str, Any] = {}
+    for name, kind in get_type_hints(command).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            own[name] = kind(**{f.name: mine[f.name] for f in dataclasses.fields(kind) if f.name in mine})
+        elif name in mine:
+            own[name] = mine[name]
+    changed = functools.partial(command, **own)
+    changed.__doc__ = command.__doc__
+    return changed
+
+
+def _options(command: Command) -> Iterator[tuple[str, Any]]:
+    """Names and types; those of a record that is an argument count as the command's own."""
+    for name, kind in get_type_hints(command).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from ((f.name, get_type_hints(kind)[f.name]) for f in dataclasses.fields(kind))
+        elif name != "return":
+            yield name, kind
+
+
+def _of(what: str, kind: Any, value: Any) -> Any:
+    """A value of TOML as one of that type.
+
+    Raises:
+        InputError: if it is of another.
+    """
+    if not _fits(kind, value):
+        names = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k is not types.NoneType]
+        raise expected(what, " or ".join(map(str, names)), repr(value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(k, value) for k in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(inner[0], v) for v in value)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,86 @@
+"""The options that commands share, and what the library makes of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+import whence
+from whence.commands.expressions import NAMES, given, made
+from whence.errors import expected
+
+CURVATURES = {"ggn": whence.GGN, "hessian": whence.Hessian, "fisher": whence.EmpiricalFisher}
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]  # a record whose fields are options of the command itself
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is looked at.
+
+    Args:
+        target: the function that gives the model, its task and its data.
+        config: a TOML file with options by these names; those of the command line go first.
+        damping: lambda: a number, per_example(), relative(0.1) or from_training(lr=0.05, steps=300, momentum=0.9).
+        curvature: C: the Gauss-Newton matrix, the Hessian or the empirical Fisher matrix.
+        parameters: a regular expression; only parameters with such a name count.
+        batch_size: examples per pass of the model; changes speed and memory only.
+        seed: of what is random; replaces the seeds in a solver or method.
+    """
+
+    target: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION")]] = tyro.MISSING
+    config: str | None = None
+    damping: float | str = "per_example()"
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    parameters: str | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.parameters or "")
+        except re.error as error:
+            raise expected("parameters", "a regular expression", repr(self.parameters), f"{error}.") from error
+
+    def chosen_damping(self) -> whence.Damping:
+        """The damping."""
+        text = str(self.damping)
+        return whence.Damping.of(made("damping", text, "0.01 or relative(0.1)"))
+
+
+@dataclass(frozen=True)
+class Attributed(Subject):
+    """What is looked at, how, and where the results go.
+
+    Args:
+        out: the folder of the results. A command that was stopped goes on from what is there.
+        solver: such as "CG(preconditioner=EKFAC(), tolerance=0.01)"; auto chooses by size.
+        method: another than influence functions, with its own settings: "TracIn()", "SOURCE(solver=ASTRA())", "TRAK()".
+    """
+
+    out: str = "whence-run"
+    solver: str = "auto"
+    method: str | None = None
+
+    def chosen_method(self) -> Any:
+        """The method; one that looks at training has no recorded run yet.
+
+        Raises:
+            InputError: if an expression does not say one, or something that belongs inside it is given besides it.
+        """
+        shared = {"parameters": self.parameters, "batch_size": self.batch_size, "seed": self.seed}
+        if self.method is None:
+            solver = "auto" if self.solver == "auto" else made("solver", self.solver, "CG(preconditioner=EKFAC())")
+            return whence.Influence(solver, self.chosen_damping(), CURVATURES[self.curvature], **shared)
+        for name in ("solver", "damping", "curvature"):
+            if getattr(self, name) != getattr(Attributed, name):
+                advice = f"Write it inside, if {self.method} takes one."
+                raise expected(name, "left out where a method is given", repr(getattr(self, name)), advice)
+        names = given(NAMES, trajectory=None, **{k: v for k, v in shared.items() if v is not None})
+        found = made("method", self.method, "SOURCE(segments=3)", names)
+        if not (hasattr(found, "fit") and hasattr(found, "score")):
+            raise expected("method", "a method such as TracIn() or TRAK()", repr(self.method))
+        return found

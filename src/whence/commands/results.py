@@ -1,0 +1,94 @@
+"""What a command leaves behind: lines on the screen, and files in a folder."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import whence
+from whence.attribution import Scores
+from whence.commands import config
+from whence.commands import standin as tables
+from whence.errors import expected
+from whence.report import write_report
+
+WIDEST = 48  # characters of a cell on the screen
+
+
+def say(line: str = "") -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+class Results:
+    """The folder that a command writes to; every file is complete or absent.
+
+    Args:
+        command: its name.
+        folder: where; made when something is written.
+
+    Raises:
+        InputError: if there is a file of that name.
+    """
+
+    def __init__(self, command: str, folder: str):
+        self.command, self.folder, self.written = command, Path(folder), list[Path]()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise expected("out", "a folder", f"the file {self.folder}")
+
+    def path(self, name: str) -> Path:
+        """The path of a file that is going to be written."""
+        self.written.append(self.folder / name)
+        return self.folder / name
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]], rows: int = 20) -> None:
+        """Print the first rows of a table, and write all of it as CSV and Parquet."""
+        for line in tabulated(columns, rows):
+            say(line)
+        tables.write(self.path(f"{name}.csv"), columns)
+
+    def report(self, scores: Scores, **content: Any) -> None:
+        """Write the report."""
+        write_report(self.path(f"{self.command}.html"), scores, **content)
+
+    def done(self, options: Mapping[str, Any], record: Mapping[str, str] | None = None) -> None:
+        """Write the configuration, and say what was written.
+
+        Args:
+            options: name to value, as the command takes them back.
+            record: what else is worth knowing, by name.
+        """
+        versions = {"whence": whence.__version__, "torch": torch.__version__, "python": platform.python_version()}
+        record = {"command": self.command} | versions | dict(record or {})
+        options = {name: value for name, value in options.items() if name != "config"}
+        config.write(self.path(f"{self.command}.toml"), options, record)
+        say(f"Written: {', '.join(map(str, self.written))}")
+
+
+def tabulated(columns: Mapping[str, Sequence[Any]], rows: int = 20) -> Iterator[str]:
+    """The lines of a table: names, and as many rows as asked; numbers to the right."""
+    count = max(map(len, columns.values()), default=0)
+    cells = {name: [name, *map(_cell, values[:rows])] for name, values in columns.items()}
+    numbers = {name for name, values in columns.items() if all(isinstance(v, (Real, type(None))) for v in values)}
+    width = {name: max(map(len, column)) for name, column in cells.items()}
+    for i in range(1 + min(rows, count)):
+        line = [f"{c[i]:>{width[n]}}" if n in numbers else f"{c[i]:<{width[n]}}" for n, c in cells.items()]
+        yield "  ".join(line).rstrip()
+    if count > rows:
+        yield f"... and {count - rows:,} more"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = " ".join(str(value).split())
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."

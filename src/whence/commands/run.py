@@ -1,0 +1,188 @@
+"""A command at work: the target is loaded, results are kept in a folder and taken from there, the rest is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import whence
+from whence import loading, store
+from whence.attribution import Scores
+from whence.attribution.lexical import Lexical
+from whence.attribution.scores import unsolved
+from whence.attribution.training import OverTraining
+from whence.commands.options import Attributed
+from whence.commands.results import Results, say
+from whence.data import Examples
+from whence.errors import ArtefactError, ConvergenceWarning, UnsupportedError, expected
+from whence.evaluate.ingredients import ingredients
+from whence.models import fingerprint
+from whence.problem import Problem
+
+INDIFFERENT = ("batch_size", "memory", "progress")  # settings of a method that change no result
+
+
+class Run(Results):
+    """One command on one target.
+
+    Args:
+        command: its name.
+        options: what was asked.
+    """
+
+    def __init__(self, command: str, options: Attributed):
+        super().__init__(command, options.out)
+        self.options, self.method = options, options.chosen_method()
+        self.target = loading.load(options.target)
+        if isinstance(self.method, OverTraining):
+            self.method = dataclasses.replace(self.method, trajectory=self.target.run())
+        model, task, train = self.target.model, self.target.task, self.target.train
+        self.models: list[nn.Module] = list(model) if isinstance(model, (list, tuple)) else [model]
+        self.problem = Problem(self.models[0], task, train, options.parameters, options.batch_size)
+        say(f"{options.method or 'Influence'} of {options.target}, {self.problem.coverage()}")
+
+    @cached_property
+    def fits(self) -> list[Any]:
+        """The method, fitted to each model; influence functions are kept in the folder, and taken from there."""
+        task, train = self.target.task, self.target.train
+        if isinstance(self.method, whence.TRAK):
+            return [self.method.fit(self.models, task, train)]
+        if isinstance(self.method, Lexical):
+            return [self.method.fit(self.texts("train"))]
+        if isinstance(self.method, whence.Influence):
+            return [self._kept(model, f"fit-{i}" if i > 1 else "fit") for i, model in enumerate(self.models, 1)]
+        if isinstance(self.method, OverTraining) and len(self.models) > 1:
+            raise expected("model", "the one that the recorded run ended with", f"{len(self.models)} models")
+        return [dataclasses.replace(self.method).fit(model, task, train) for model in self.models]
+
+    def _kept(self, model: nn.Module, name: str) -> whence.Influence:
+        method, task, train = dataclasses.replace(self.method), self.target.task, self.target.train
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            with elsewhere():
+                fitted = method.load(path, model, task, train)
+            say(f"The fit is taken from {path}.")
+            return fitted
+        fitted = method.fit(model, task, train)
+        fitted.save(self.path(path.name))
+        return fitted
+
+    @cached_property
+    def made_of(self) -> dict[str, str]:
+        """What results depend on, by name: the method's settings, the task, the models and the training data."""
+        names = [f.name for f in dataclasses.fields(self.method) if f.name not in INDIFFERENT]
+        settings = {name: getattr(self.method, name) for name in names}
+        said = {n: str(v) for n, v in settings.items() if isinstance(v, (str, whence.Solver, whence.Damping))}
+        rest = ingredients(**{n: v for n, v in settings.items() if n not in said}, task=self.target.task)
+        more = {f"model {i}": fingerprint(model) for i, model in enumerate(self.models[1:], 2)}
+        return said | rest | self.problem.fingerprint() | more
+
+    def kept(self, name: str, make: Callable[[Any, Path], Scores], **data: Any) -> Scores:
+        """Scores from the folder, or made by each fit and then kept there; of several models the mean.
+
+        Args:
+            name: of the file.
+            make: from a fit, and a folder of its own for the pieces of a run that may be stopped, to scores.
+            data: the data sets that they depend on besides the training data, and settings.
+
+        Raises:
+            ArtefactError: if those that are there were made of something else, by name of what differs.
+        """
+        path, pieces = self.folder / f"{name}.safetensors", self.folder / f"{name}.pieces"
+        made_of = self.made_of | {what: _fingerprint(what, some) for what, some in data.items()}
+        if path.exists():
+            found = Scores.load(path)
+            with elsewhere():
+                store.same(path, found.provenance.pop("made of", {}), made_of)
+            say(f"The scores are taken from {path}.")
+            for message in found.provenance.pop("warned"):
+                warnings.warn(message, ConvergenceWarning, stacklevel=2)
+            return found
+        with heard() as warned, elsewhere():
+            scores = [make(fit, pieces / str(i)) for i, fit in enumerate(self.fits)]
+        found = scores[0] if len(scores) == 1 else whence.ensemble(scores)
+        more = {"made of": made_of, "warned": warned}
+        dataclasses.replace(found, provenance=found.provenance | more).save(self.path(path.name))
+        shutil.rmtree(pieces, ignore_errors=True)
+        return found
+
+    def scores(self, certify: bool = True) -> Scores:
+        """Those of the training examples on the queries."""
+        queries = self.target.given("queries")
+
+        def make(fit: Any, pieces: Path) -> Scores:
+            if isinstance(fit, whence.Influence):
+                return fit.score(queries, certify=certify, folder=pieces)
+            return fit.score(self.texts("queries") if isinstance(fit, Lexical) else queries)
+
+        return self.kept("scores", make, queries=queries, certify=certify)
+
+    def self_influence(self) -> Scores:
+        """That of the training examples, as scores of no query."""
+
+        def make(fit: Any, pieces: Path) -> Scores:
+            if not hasattr(fit, "self_influence"):
+                advice = "Take influence functions, or TracIn()."
+                raise UnsupportedError(f"{self.options.method} has no self-influence. {advice}")
+            if isinstance(fit, whence.Influence):
+                values, provenance = fit.self_influence(folder=pieces), fit.provenance()
+            else:
+                values, provenance = fit.self_influence(), {"solver": str(fit)}
+            return dataclasses.replace(unsolved(values.new_zeros(0, len(values)), **provenance), self_values=values)
+
+        return self.kept("self-influence", make)
+
+    def texts(self, name: str) -> list[str]:
+        """The texts of a data set, as the target shows them.
+
+        Raises:
+            InputError: if they are not shown as text.
+        """
+        found = [example.text for example in self.target.shown(name)]
+        if None in found:
+            advice = "Let the target's show return whence.report.Example(caption, text=...)."
+            got = f"no text of example {found.index(None)}"
+            raise expected(f"{name} for {self.options.method}", "shown as texts", got, advice)
+        return [str(text) for text in found]
+
+    def finish(self, **own: Any) -> None:
+        """Write the configuration, with the command's own options, and say what was written."""
+        self.done(dataclasses.asdict(self.options) | own, self.made_of)
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Tell whoever meets results of something else that there may be several folders."""
+    try:
+        yield
+    except ArtefactError as error:
+        raise ArtefactError(f"{error} Or give another --out.") from error
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """The messages of every ConvergenceWarning in the block; they are shown as well."""
+    show, found = warnings.showwarning, list[str]()
+
+    def listen(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, ConvergenceWarning):
+            found.append(str(message))
+        show(message, category, *rest)
+
+    warnings.showwarning = listen
+    try:
+        yield found
+    finally:
+        warnings.showwarning = show
+
+
+def _fingerprint(name: str, value: Any) -> str:
+    return str(value) if isinstance(value, (bool, int, str)) else Examples(value, name).fingerprint()
