@@ -48,12 +48,13 @@ def row(
     cpu: float,
     peak: float,
     residuals: np.ndarray | None,
+    whole: np.ndarray | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """One line of the table and its record, from one (Q, N) score matrix per seed."""
+    """One line of the table and its record, from one (Q, N) score matrix per seed; ``whole`` is that of all models."""
     from whence.evaluate import linear_datamodeling_score
 
     single = [linear_datamodeling_score(m, p.masks, p.targets, bootstrap=1).mean for m in matrices]
-    mean = np.mean(np.stack(matrices).astype(np.float64), axis=0)  # (Q, N)
+    mean = np.mean(np.stack(matrices).astype(np.float64), axis=0) if whole is None else whole  # (Q, N)
     ensemble = linear_datamodeling_score(mean, p.masks, p.targets)
     low, high = ensemble.interval
     spread = f" ± {np.std(single, ddof=1):.3f}" if len(single) > 1 else ""
@@ -100,9 +101,13 @@ def table(p: problems.Problem, args: argparse.Namespace) -> tuple[list[str], lis
             residuals = [r.result["residual"] for r in runs if "residual" in r.result]
             cpu = float(np.mean([r.phases["all"]["cpu_s"] for r in runs]))
             matrices = [r.result["scores"] for r in runs]
+            whole = None  # of all models, where that is not the mean of each one's
+            if solver in ours.TRAKS:
+                job = {"problem": p.name, "solver": solver, "seed": list(seeds)}
+                whole = run("benchmarks.ours:attribute", job, threads=args.threads).result["scores"]
             found = np.concatenate(residuals) if residuals else None
             said = "its own" if solver in ours.OVER_TRAINING else describe(damping, kind)
-            add(solver, said, matrices, cpu, max(r.peak_mb for r in runs), found)
+            add(solver, said, matrices, cpu, max(r.peak_mb for r in runs), found, whole)
     for labels in args.kronfluence:
         kept = [peers.cached(p.name, labels, (p.damping, None), s, args.threads) for s in seeds]
         for i, damping in enumerate((p.damping, None)):

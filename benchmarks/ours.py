@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,16 @@ def ekfac(
 
 
 def attribute(
-    problem: str, solver: str, damping: float, kind: str = "absolute", seed: int = 0, batch_size: int | None = None
+    problem: str,
+    solver: str,
+    damping: float = 0.0,
+    kind: str = "absolute",
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Any method of `SOLVERS` or `OVER_TRAINING`; ``kind`` is that of a `whence.Damping`.
+
+    ``seed`` is that of the model; `TRAKS` take several models at once.
 
     Returns:
         ``scores``: (Q, N) float32; ``residual``: (Q,), the measured relative residual of each query's solve.
@@ -49,13 +57,17 @@ def attribute(
 
     p = problems.load(problem)
     task = whence.Classification() if p.kind == "classification" else whence.Regression()
-    if solver in OVER_TRAINING:
+    model: Any = p.model(seed) if isinstance(seed, int) else [p.model(s) for s in seed]
+    if solver in TRAKS:
+        size, regularisation = TRAKS[solver]
+        method = whence.TRAK(size=size, regularisation=regularisation)
+    elif solver in OVER_TRAINING:
         method = over_training(solver, p, seed)
     else:
         amount = whence.Damping(damping, kind)
         method = whence.Influence(build(solver, damping), amount, batch_size=batch_size, seed=seed)
     with phase("all"):
-        scores = method.fit(p.model(seed), task, (p.x, p.y)).score((p.xq, p.yq))
+        scores = method.fit(model, task, (p.x, p.y)).score((p.xq, p.yq))
     found = {"scores": torch.as_tensor(scores.values).float().cpu().numpy()}
     if "steps" in scores.provenance:
         found["steps"] = np.array(scores.provenance["steps"])
@@ -64,7 +76,9 @@ def attribute(
     return found
 
 
-OVER_TRAINING = ("tracin", "source", "fast-source", "astra-source", "cg-source", "random", "cosine")
+# k, and the ridge over the mean diagonal: None is that of the paper, 0 where k is small beside N
+TRAKS = {"trak512": (512, None), "trak4096": (4096, None), "trak512-ridge": (512, 1.0), "trak4096-ridge": (4096, 1.0)}
+OVER_TRAINING = ("tracin", "source", "fast-source", "astra-source", "cg-source", "random", "cosine", *TRAKS)
 
 
 def over_training(name: str, p: problems.Problem, seed: int) -> Any:
