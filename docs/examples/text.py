@@ -39,7 +39,8 @@ def sentences() -> list[tuple[str, int]]:
     """(sentence, topic), at most 150 a topic, in a fixed order."""
     found = []
     for label, name in enumerate(NAMES):
-        prose = re.sub(r"\s+", " ", topics[name])
+        prose = re.sub(r"\n[=*~^-]{3,}\n", ".\n", topics[name])  # headings end like sentences
+        prose = re.sub(r"\s+", " ", prose)
         split = [s.strip() for s in re.split(r"(?<=[.:])\s", prose)]
         found += [(s, label) for s in split if 6 <= len(re.findall(r"[a-z]+", s)) <= LENGTH][:150]
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
