@@ -129,6 +129,20 @@ def test_many_queries_and_examples_leave_the_page_small():
     assert len(text) < 400_000 and "60 of the 150" in Page(text).text
 
 
+# --- detection ------------------------------------------------------------------------------------------------------
+
+
+def test_detection_is_shown_with_its_intervals():
+    curve = extras()["detection"]
+    text = render(make_scores(), **examples(), detection=curve)
+    (low, high), (least, most) = curve.auc_interval, curve.average_precision_interval
+    said = f"AUC {curve.auc:.3f} (95% interval {low:.3f} to {high:.3f}; chance 0.5), average precision "
+    said += f"{curve.average_precision:.3f} ({least:.3f} to {most:.3f}; chance 0.200). The band is"
+    assert said in Page(text).text
+    figure = text[text.index('aria-label="Detection') :].split("</svg>")[0]
+    assert figure.count("fill-opacity: 0.14") == 1
+
+
 # --- removal --------------------------------------------------------------------------------------------------------
 
 

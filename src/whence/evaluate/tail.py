@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import linregress
 
 from whence.errors import expected
 from whence.evaluate.arrays import Floats, float_array
@@ -102,8 +101,10 @@ def _ranks(n: int, count: int) -> Floats:
 
 def _fit(sizes: Floats, ranks: Floats) -> tuple[float, float, float, float]:
     """Hill's exponent, and the exponent, height and R2 of the line, from ln s of k + 1 examples and ln rank of k."""
-    inside = sizes[:-1]
+    inside, nan = sizes[:-1], float("nan")
     if len(inside) < 2 or inside[0] == inside[-1]:
-        return (float("nan"),) * 4
-    fit = linregress(inside, ranks)
-    return 1 / float((inside - sizes[-1]).mean()), -float(fit.slope), float(fit.intercept), float(fit.rvalue) ** 2
+        return nan, nan, nan, nan
+    x, y = inside - inside.mean(), ranks - ranks.mean()
+    slope = float(x @ y / (x @ x))
+    height = float(ranks.mean()) - slope * float(inside.mean())
+    return 1 / float((inside - sizes[-1]).mean()), -slope, height, slope * float(x @ y / (y @ y))

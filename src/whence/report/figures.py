@@ -48,6 +48,7 @@ def detection(curve: MislabeledCurve) -> str:
     def draw(axes: Axes) -> None:
         axes.plot(curve.fractions, curve.oracle, color=MUTED, lw=1.2, ls=DASHED)
         axes.plot(curve.fractions, curve.random, color=MUTED, lw=1.2, ls=DOTTED)
+        axes.fill_between(curve.fractions, *curve.detection_interval.T, color=POSITIVE, alpha=0.14, lw=0)
         axes.plot(curve.fractions, curve.detection, color=POSITIVE, lw=2.2)
         axes.annotate("perfect order", (0.04, 1.045), color=MUTED)
         axes.annotate("random order", (0.60, 0.53), color=MUTED)

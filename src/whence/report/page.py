@@ -207,8 +207,8 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     """The numbers to see first."""
     q, n = scores.values.shape
     good = int(scores.converged.sum())
-    size = (f"{q:,} × {n:,}", "queries × training examples") if q else (f"{n:,}", "training examples")
-    tiles = [dict(zip(("value", "name"), size, strict=True))]
+    asked, of = (f"{q:,} × ", "queries × ") if q else ("", "")
+    tiles = [{"value": f"{asked}{n:,}", "name": f"{of}training examples"}]
     if scores.residual is not None and q:
         status = standing(scores)
         status = f"{good} of {q} converged" if good < q or status == "converged" else status
