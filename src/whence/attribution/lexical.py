@@ -52,7 +52,7 @@ class Lexical(ABC):
         documents = _words(texts, "texts")
         self._vocabulary = {word: column for column, word in enumerate(dict.fromkeys(chain(*documents)))}
         counts = _counts(documents, self._vocabulary)
-        df = np.bincount(counts.indices, minlength=counts.shape[1])
+        df = np.bincount(counts.indices, minlength=len(self._vocabulary))
         self._idf = self._rarity(len(documents), df)
         self._documents = self._weighted(counts)
         return self
@@ -70,8 +70,8 @@ class Lexical(ABC):
         known, given = ({isinstance(word, str) for word in words} for words in (vocabulary, chain(*asked)))
         if known and not given <= known:
             raise expected("queries", "in the form of the documents", "words for token numbers or numbers for words")
-        found = self._asked(_counts(asked, vocabulary)) @ self._documents.T
-        return unsolved(torch.from_numpy(found.toarray()), solver=repr(self), examples=self._documents.shape[0])
+        found = (self._asked(_counts(asked, vocabulary)) @ self._documents.T).toarray()
+        return unsolved(torch.from_numpy(found), solver=repr(self), examples=found.shape[1])
 
     @abstractmethod
     def _rarity(self, n: int, df: NDArray) -> NDArray:
@@ -95,7 +95,7 @@ class TFIDF(Lexical):
 
     def _weighted(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         v = _with(counts, counts.data * self._idf[counts.indices])
-        length = np.sqrt(v.multiply(v).sum(1)).A1
+        length = np.sqrt(_sums(v.multiply(v)))
         return _with(v, v.data / length[_rows(v)])
 
     def _asked(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -118,7 +118,7 @@ class BM25(Lexical):
         return np.log1p((n - df + 0.5) / (df + 0.5))
 
     def _weighted(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        length = counts.sum(1).A1
+        length = _sums(counts)
         late = self.k1 * (1 - self.b + self.b * length / max(length.mean(), 1e-300))
         return _with(counts, self._idf[counts.indices] * counts.data / (counts.data + late[_rows(counts)]))
 
@@ -155,7 +155,12 @@ def _counts(texts: Sequence[Sequence[Hashable]], vocabulary: Mapping[Hashable, i
 
 def _rows(m: sparse.csr_matrix) -> NDArray:
     """The row of each number stored."""
-    return np.repeat(np.arange(m.shape[0]), np.diff(m.indptr))
+    return np.repeat(np.arange(len(m.indptr) - 1), np.diff(m.indptr))
+
+
+def _sums(m: sparse.csr_matrix) -> NDArray:
+    """The sum of each row."""
+    return np.asarray(m.sum(1)).ravel()
 
 
 def _with(m: sparse.csr_matrix, data: NDArray) -> sparse.csr_matrix:
