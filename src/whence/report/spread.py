@@ -153,7 +153,7 @@ def distribution(scores: Floats) -> str:
         share = counts / len(flat)
         for side, color in ((middle < 0, NEGATIVE), (middle >= 0, POSITIVE)):
             axes.bar(middle[side], share[side], width=0.86 * width, color=color)
-        reach = np.abs(place(flat)).max() + 0.3
+        reach = np.abs(place(flat[[0, -1]])).max() + 0.3
         axes.set(xlim=(-reach, reach), xlabel="predicted change of f on removal", ylabel="share of scores")
         every = 1 + int(reach > 4.5)
         ticks = [k for k in range(1, decades + 2, every) if k <= reach]
