@@ -359,6 +359,13 @@ def test_a_run_that_is_not_reproduced_is_refused_or_warned_of():
     assert method._measured["replay error"] == pytest.approx(0.01 / 1.01)
 
 
+def test_a_loss_that_is_not_per_example_is_refused():
+    run = Run(problem("mlp"), "SGD", (HEAVY,))
+    run.p.task.loss = lambda h, b: nn.functional.cross_entropy(h, b[1])  # its mean
+    with pytest.raises(InputError, match=r"task\.loss must be one number per example"):
+        run.method()
+
+
 def test_a_retraining_that_diverges_is_an_error():
     run = Run(problem("mlp_regression"), "SGD", (PLAIN,))
     weights = torch.ones(3, run.p.n, dtype=torch.float64)

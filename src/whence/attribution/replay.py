@@ -109,15 +109,18 @@ class Replay:
         """The run's states before step 0, before every ``segment`` steps, and after the last.
 
         Raises:
-            InputError: if it does not end where the recorded run did.
+            InputError: if the task's loss is not one finite number per example.
         """
         found = [self.start()]
         state, steps = found[0], self.trajectory.steps
+        batch = self.problem.batch(self.order[0])
+        outputs, theta = self.problem.functional(batch)
+        with self.opened():
+            self.problem.per_example(self.problem.task.loss(outputs(theta), batch), batch, "loss")
         for step in track(range(steps), "replaying", enabled=self.problem.progress):
             state, _ = self.step(state, step)
             if (step + 1) % self.segment == 0 or step + 1 == steps:
                 found.append(state)
-        self._judge(self._error(state))
         return found
 
     @property
@@ -129,10 +132,28 @@ class Replay:
                 p.copy_(self.states[-1][name][0][0])
         return problem
 
-    @property
+    @cached_property
     def error(self) -> float:
-        """How far from the recorded run's last weights the replay ends, relative to the way from its first."""
-        return self._error(self.states[-1])
+        """How far from the recorded run's last weights the replay ends, relative to the way from its first.
+
+        Raises:
+            InputError: if it is another run.
+        """
+        first, last = (self.trajectory.checkpoints[i].state for i in (0, -1))
+        there = {name: last[name].to(rows[0]).unsqueeze(0) for name, rows in self.states[-1].items()}
+        way = {name: t - first[name].to(t) for name, t in there.items()}
+        left = {name: t - self.states[-1][name][0] for name, t in there.items()}
+        error = float(vectors.norm(left) / vectors.norm(way).clamp(min=1e-300))
+        said = f"The replay must end at the run's last weights, got {error:.1e} of the way from its first beside them. "
+        said += (
+            "Check the data and their order, and that the loss was the mean over a minibatch, without augmentation, "
+        )
+        said += "clipping or noise."
+        if not error <= LOST:
+            raise InputError(said)
+        if error > DRIFT:
+            warnings.warn(said, WhenceWarning, stacklevel=3)
+        return error
 
     def backwards(self) -> Iterator[tuple[int, State, Vectors]]:
         """The run's steps from the last to the first: number, state before it, gradient."""
@@ -160,7 +181,7 @@ class Replay:
         n = len(self.problem.train)
         if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != n or not len(weights):
             raise expected("weights", f"(M, {n}), one for each training example", getattr(weights, "shape", weights))
-        self._judge(self.error)
+        _ = self.error  # a run that is not reproduced is refused
         size = sum(p.numel() * p.element_size() for p in self.problem.parameters.values())
         room = STACKED if self.problem.device.type == "cpu" else 32 * STACKED
         parts = []
@@ -235,24 +256,6 @@ class Replay:
     def _update(self, name: str, step: int) -> partial[Rows]:
         group, update = self._optimisers[name]
         return partial(update.update, rate=float(self.trajectory.rates[step, group]), step=step)
-
-    def _error(self, state: State) -> float:
-        first, last = (self.trajectory.checkpoints[i].state for i in (0, -1))
-        there = {name: last[name].to(rows[0]).unsqueeze(0) for name, rows in state.items()}
-        way = {name: t - first[name].to(t) for name, t in there.items()}
-        left = {name: t - state[name][0] for name, t in there.items()}
-        return float(vectors.norm(left) / vectors.norm(way).clamp(min=1e-300))
-
-    def _judge(self, error: float) -> None:
-        said = f"The replay must end at the run's last weights, got {error:.1e} of the way from its first beside them. "
-        said += (
-            "Check the data and their order, and that the loss was the mean over a minibatch, without augmentation, "
-        )
-        said += "clipping or noise."
-        if not error <= LOST:
-            raise InputError(said)
-        if error > DRIFT:
-            warnings.warn(said, WhenceWarning, stacklevel=3)
 
 
 def _order(trajectory: Trajectory, examples: int) -> tuple[Tensor, ...]:
