@@ -1,15 +1,12 @@
-"""From a model to scores: fit, score, top, self-influence."""
+"""From a model to scores: fit, score, self-influence."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 import whence
-from whence.commands.evaluate import read
 from whence.commands.options import Attributed, Flat
-from whence.commands.results import Results, say, tabulated
+from whence.commands.results import say
 from whence.commands.run import Run
 from whence.errors import UnsupportedError
 
@@ -61,46 +58,6 @@ def score(options: Flat[Attributed], *, certify: bool = True) -> None:
     }
     run.table("queries", columns)
     run.finish(certify=certify)
-
-
-def top(
-    scores: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]] = tyro.MISSING,
-    *,
-    config: str | None = None,  # unused: config
-    k: int = 5,
-    out: str | None = None,
-) -> None:
-    """The strongest training examples of each query, from a file of scores.
-
-    For example: whence top whence-run/scores.safetensors --k 3
-
-    Proponents helped: removing one would raise the query's loss. Opponents hurt. The numbers are those of the examples
-    in the training data; change is what is foretold for removing the example, score / N.
-
-    Args:
-        scores: a file ending in .safetensors, .npy, .npz, .csv or .parquet.
-        config: a TOML file with options by these names; those of the command line go first.
-        k: how many of each.
-        out: a folder for the table; without it it is only shown.
-    """
-    found = read(scores)
-    q, n = found.values.shape
-    best = found.top(k)
-    kinds = (("proponent", best.proponents, best.proponent_scores), ("opponent", best.opponents, best.opponent_scores))
-    rows = [
-        (i, kind, rank + 1, int(index[i, rank]), float(values[i, rank]), float(values[i, rank]) / n)
-        for i in range(q)
-        for kind, index, values in kinds
-        for rank in range(k)
-    ]
-    names = ("query", "kind", "rank", "example", "score", "change")
-    columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    if out is None:
-        say("\n".join(tabulated(columns, len(rows))))
-        return
-    results = Results("top", out)
-    results.table("top", columns, len(rows))
-    results.done({"scores": scores, "k": k, "out": out})
 
 
 def self_influence(options: Flat[Attributed]) -> None:

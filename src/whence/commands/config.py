@@ -58,18 +58,23 @@ def write(path: Path, options: Mapping[str, Any], record: Mapping[str, Any]) -> 
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def configured(commands: Mapping[str, Command], path: str | Path) -> dict[str, Command]:
-    """The commands with the options of a file as their defaults.
+def configured(commands: Mapping[str, Command], name: str, path: str | Path) -> Command:
+    """A command with the options of a file as its defaults.
+
+    Args:
+        commands: all that there are; the file may have options of any.
+        name: the one to run.
+        path: the file.
 
     Raises:
         InputError: for a key that no command has, with the nearest one, or a value of another type.
     """
-    values, taken = read(path), {name: dict(_options(command)) for name, command in commands.items()}
-    known = {option: kind for options in taken.values() for option, kind in options.items() if option != "config"}
+    values, known = read(path), dict(option for command in commands.values() for option in options(command))
+    known.pop("config", None)
     for key in values:
         if key not in known:
             raise InputError(f"{path}: no command has an option {key!r}.{nearest(key, known)}")
-    return {name: _with(command, taken[name], values, path) for name, command in commands.items()}
+    return _with(commands[name], dict(options(commands[name])), values, path)
 
 
 def _with(command: Command, taken: Mapping[str, Any], values: Mapping[str, Any], path: str | Path) -> Command:
@@ -85,7 +90,7 @@ def _with(command: Command, taken: Mapping[str, Any], values: Mapping[str, Any],
     return changed
 
 
-def _options(command: Command) -> Iterator[tuple[str, Any]]:
+def options(command: Command) -> Iterator[tuple[str, Any]]:
     """Names and types; those of a record that is an argument count as the command's own."""
     for name, kind in get_type_hints(command).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -101,8 +106,8 @@ def _of(what: str, kind: Any, value: Any) -> Any:
         InputError: if it is of another.
     """
     if not _fits(kind, value):
-        names = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k is not types.NoneType]
-        raise expected(what, " or ".join(map(str, names)), repr(value))
+        inner = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k not in (types.NoneType, ...)]
+        raise expected(what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), repr(value))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -11,6 +11,7 @@ import tyro
 import whence
 from whence.commands.expressions import NAMES, given, made
 from whence.errors import expected
+from whence.solvers.base import seeded
 
 CURVATURES = {"ggn": whence.GGN, "hessian": whence.Hessian, "fisher": whence.EmpiricalFisher}
 T = TypeVar("T")
@@ -71,16 +72,16 @@ class Attributed(Subject):
         Raises:
             InputError: if an expression does not say one, or something that belongs inside it is given besides it.
         """
-        shared = {"parameters": self.parameters, "batch_size": self.batch_size, "seed": self.seed}
+        shared = {"parameters": self.parameters, "batch_size": self.batch_size}
         if self.method is None:
             solver = "auto" if self.solver == "auto" else made("solver", self.solver, "CG(preconditioner=EKFAC())")
-            return whence.Influence(solver, self.chosen_damping(), CURVATURES[self.curvature], **shared)
+            return whence.Influence(solver, self.chosen_damping(), CURVATURES[self.curvature], **shared, seed=self.seed)
         for name in ("solver", "damping", "curvature"):
             if getattr(self, name) != getattr(Attributed, name):
                 advice = f"Write it inside, if {self.method} takes one."
                 raise expected(name, "left out where a method is given", repr(getattr(self, name)), advice)
-        names = given(NAMES, trajectory=None, **{k: v for k, v in shared.items() if v is not None})
+        names = given(NAMES, trajectory=None, **{name: v for name, v in shared.items() if v is not None})
         found = made("method", self.method, "SOURCE(segments=3)", names)
         if not (hasattr(found, "fit") and hasattr(found, "score")):
             raise expected("method", "a method such as TracIn() or TRAK()", repr(self.method))
-        return found
+        return found if self.seed is None else seeded(found, self.seed)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from whence.commands.attribute import fit, score, self_influence, top
+from whence.commands.attribute import fit, score, self_influence
 from whence.commands.demo import demo
 from whence.commands.evaluate import evaluate
+from whence.commands.explain import explain, report, top
 from whence.commands.spectrum import spectrum
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -14,7 +15,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score,
     "top": top,
     "self-influence": self_influence,
+    "explain": explain,
     "spectrum": spectrum,
     "evaluate": evaluate,
+    "report": report,
     "demo": demo,
 }

@@ -1,0 +1,134 @@
+"""Who answers for what the model does: top, explain, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+import whence
+from whence.attribution import Scores
+from whence.commands.evaluate import read
+from whence.commands.options import Attributed, Flat
+from whence.commands.results import Results, say, tabulated
+from whence.commands.run import Run
+from whence.errors import UnsupportedError, expected
+from whence.report import DampingSweep
+
+
+def top(
+    scores: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]] = tyro.MISSING,
+    *,
+    config: str | None = None,  # unused: config
+    k: int = 5,
+    out: str | None = None,
+) -> None:
+    """The strongest training examples of each query, from a file of scores.
+
+    For example: whence top whence-run/scores.safetensors --k 3
+
+    Proponents helped: removing one would raise the query's loss. Opponents hurt. Examples are given by their numbers in
+    the training data; change is what is foretold for removing one, its score / N.
+
+    Args:
+        scores: a file ending in .safetensors, .npy, .npz, .csv or .parquet.
+        config: a TOML file with options by these names; those of the command line go first.
+        k: how many of each.
+        out: a folder for the table; without it it is only shown.
+    """
+    columns = strongest(read(scores), k)
+    if out is None:
+        say("\n".join(tabulated(columns, len(columns["query"]))))
+        return
+    results = Results("top", out)
+    results.table("top", columns, len(columns["query"]))
+    results.done({"scores": scores, "k": k, "out": out})
+
+
+def explain(options: Flat[Attributed], *, k: int = 5) -> None:
+    """Explain the queries by the training examples behind them: proponents, which helped, and opponents, which hurt.
+
+    For example: whence explain mine:problem --k 3 --out run
+
+    Writes a table and a report that shows the examples. How they are shown can be said in the target.
+
+    Args:
+        k: how many of each.
+    """
+    run = Run("explain", options)
+    scores, train, queries = run.scores(), run.target.shown("train"), run.target.shown("queries")
+    columns = strongest(scores, k)
+    shown = {
+        "query shown": [queries[i].caption for i in columns["query"]],
+        "example shown": [train[i].caption for i in columns["example"]],
+    }
+    run.table("explain", columns | shown)
+    run.report(scores, train_examples=train, query_examples=queries, k=k)
+    run.finish(k=k)
+
+
+def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep: tuple[float, ...] = ()) -> None:
+    """Write the full report on the queries' scores: examples, certificates, how influence is spread, costs.
+
+    For example: whence report mine:problem --layers --sweep 0.1 10 --out run
+
+    Scores that are in the folder are taken from there, and so is the self-influence of the training examples, if
+    ``whence self-influence`` with the same --out has left it there.
+
+    Args:
+        k: proponents and opponents of each query.
+        layers: also which layers the influence comes through, by one more solve.
+        sweep: also the scores at these multiples of the damping.
+    """
+    run = Run("report", options)
+    scores, queries = run.scores(), run.target.given("queries")
+    if (layers or sweep) and not isinstance(run.method, whence.Influence):
+        raise UnsupportedError(
+            f"--layers and --sweep are for influence functions, not {options.method}. Leave them out."
+        )
+    content: dict[str, Any] = {}
+    if sweep:
+        content["sweep"] = swept(run, scores, sweep)
+    if layers:
+        best = scores.top(min(k, scores.values.shape[1]))
+        examples = best.proponents.flatten().unique().tolist()
+        content["layers"] = run.fits[0].by_block(queries, examples)
+    if (run.folder / "self-influence.safetensors").exists():
+        scores = dataclasses.replace(scores, self_values=run.self_influence().self_values)
+    train, asked = run.target.shown("train"), run.target.shown("queries")
+    run.report(scores, train_examples=train, query_examples=asked, k=k, **content)
+    run.finish(k=k, layers=layers, sweep=sweep)
+
+
+def swept(run: Run, scores: Scores, factors: Sequence[float]) -> DampingSweep:
+    """The scores at multiples of the damping, kept like those at the damping itself."""
+    if any(not f > 0 for f in factors):
+        raise expected("sweep", "positive multiples of the damping", list(factors))
+    queries, found = run.target.given("queries"), {}
+    shift = run.fits[0].inverse.shift
+    largest = max(shift.values())
+    for factor in factors:
+        damping = whence.Damping.by_parameter({name: factor * value for name, value in shift.items()})
+
+        def make(fit: Any, pieces: Any, damping: whence.Damping = damping) -> Scores:
+            return fit.at(damping).score(queries, folder=pieces)
+
+        found[factor * largest] = run.kept(f"scores-{factor:g}", make, queries=queries, factor=str(factor))
+    return DampingSweep({largest: scores} | found, largest)
+
+
+def strongest(scores: Scores, k: int) -> dict[str, list[Any]]:
+    """The k strongest proponents and opponents of each query, as columns of a table."""
+    q, n = scores.values.shape
+    best = scores.top(k)
+    kinds = (("proponent", best.proponents, best.proponent_scores), ("opponent", best.opponents, best.opponent_scores))
+    rows = [
+        (i, kind, rank + 1, int(index[i, rank]), float(values[i, rank]), float(values[i, rank]) / n)
+        for i in range(q)
+        for kind, index, values in kinds
+        for rank in range(k)
+    ]
+    names = ("query", "kind", "rank", "example", "score", "change")
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
