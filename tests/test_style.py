@@ -40,6 +40,8 @@ ROOMS = (
     "solvers",
     "attribution",
     "evaluate",
+    "tables",
+    "act",
     "report",
     "hf",
     "",

@@ -1,0 +1,33 @@
+"""What the room shares: how many examples are asked for, and the order of a ranking."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from whence.errors import expected
+from whence.evaluate.arrays import Floats
+
+Numbers = NDArray[np.int64]
+
+
+def ranked(values: Floats) -> Numbers:
+    """Example numbers, largest value first, ties by example number: (N,) of (N,)."""
+    return np.argsort(-values, kind="stable")
+
+
+def how_many(examples: int, share: float | None, count: int | None) -> int:
+    """A number of examples, given as such or as a share in (0, 1], rounded, at least one.
+
+    Raises:
+        InputError: if neither or both are given, or out of range.
+    """
+    if (share is None) == (count is None):
+        raise expected("the size", "a share or a count", "both" if share is not None else "neither")
+    if share is not None:
+        if not 0 < share <= 1:
+            raise expected("share", "in (0, 1]", share, "5% is share=0.05.")
+        return max(1, round(share * examples))
+    if not isinstance(count, (int, np.integer)) or not 1 <= count <= examples:
+        raise expected("count", f"a whole number from 1 to the {examples} examples", count)
+    return int(count)
