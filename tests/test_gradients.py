@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from problems import NAMES, TinyProblem, problem
-from whence import Classification, InputError, Problem, Regression, WhenceWarning, factored, gradients
+from whence import Classification, InputError, Problem, Regression, UnsupportedError, WhenceWarning, factored, gradients
 from whence.factored import Factored
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
@@ -267,6 +267,140 @@ def test_it_works_where_gradients_are_switched_off():
         lib = library(p)
         torch.testing.assert_close(dense(p, lib.loss_gradients(p.train))[:, 0], p.loss_gradients(), **TIGHT)
         assert not torch.is_grad_enabled()
+
+
+# --- modules of no registered type ---
+
+
+class Scale(nn.Module):
+    """An RMSNorm of its own kind: y = (1 + w) x / |x|, and a shift by another name."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.weight, self.shift = nn.Parameter(0.3 * torch.randn(d)), nn.Parameter(0.3 * torch.randn(d))
+
+    def forward(self, scale, x):
+        return scale * (1 + self.weight) * x / x.norm(dim=-1, keepdim=True) + self.shift
+
+
+class Router(nn.Module):
+    """A matrix given to F.linear; the output is no tensor."""
+
+    def __init__(self, d: int, choices: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(choices, d)), nn.Parameter(torch.randn(choices))
+
+    def forward(self, x):
+        return {"logits": nn.functional.linear(x, self.weight, self.bias)}
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, ids):
+        return 1.7 * super().forward(ids)
+
+
+class Recognised(nn.Module):
+    """The above, and tied to each other; a layer that is checkpointed; one whose call does not reach the outputs."""
+
+    def __init__(self, vocabulary: int = 6, d: int = 5, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.embed, self.norm, self.router = ScaledEmbedding(vocabulary, d), Scale(d), Router(d, d)
+        self.enter, self.head = nn.Linear(d, d), nn.Linear(d, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+
+    def body(self, x):
+        self.enter(x.new_ones(7, x.shape[-1]))  # not the examples
+        return self.enter(self.norm(x=self.router(x)["logits"], scale=0.6).tanh())
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.checkpointed:
+            return self.head(torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False))
+        return self.head(self.body(x))
+
+
+def autograd_rows(model: nn.Module, lib: Problem, train) -> dict[str, torch.Tensor]:
+    rows = {name: [] for name in lib.shapes}
+    for i in range(len(train[0])):
+        single = tuple(t[i : i + 1] for t in train)
+        loss = lib.task.loss(model(single[0]), single).sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+        for name, grad in zip(rows, grads, strict=True):
+            rows[name].append(grad)
+    return {name: torch.stack(found) for name, found in rows.items()}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_modules_of_no_registered_type_are_recognised(checkpointed):
+    torch.manual_seed(0)
+    model = Recognised(checkpointed=checkpointed).double()
+    train = torch.randint(6, (7, 4)), torch.randint(6, (7, 4))
+    lib = Problem(model, Classification(), train)
+    assert not lib.layout.slow
+    assert {b.name for b in lib.blocks} == {"embed.weight", "norm.weight", "norm.shift", "router", "enter"}
+    found, truth = lib.loss_gradients(train).dense(), autograd_rows(model, lib, train)
+    for name, rows in truth.items():
+        torch.testing.assert_close(found[name], rows, **TIGHT)
+
+
+class Looking(nn.Module):
+    """It looks at its data, which vmap does not allow, and has a parameter of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form = nn.Parameter(torch.randn(3, 5, 5))
+
+    def forward(self, x):
+        y = torch.einsum("bi,cij,bj->bc", x, self.form, x)
+        return y if (y > 0).any() else 2 * y
+
+
+def test_the_slow_path_takes_models_that_vmap_does_not():
+    torch.manual_seed(0)
+    train = torch.randn(5, 5, dtype=torch.float64), torch.arange(5) % 3
+    lib = Problem(model := Looking().double(), Classification(), train)
+    c = torch.randn(2, 5, 3, dtype=torch.float64)
+    found = lib.gradients(train, lambda *_: c).dense()["form"].view(5, 2, 3, 5, 5)
+    for i in range(5):
+        for r in range(2):
+            (row,) = torch.autograd.grad((model(train[0][i : i + 1]) * c[r, i]).sum(), model.form)
+            torch.testing.assert_close(found[i, r], row, **TIGHT)
+
+
+class Routed(nn.Module):
+    """A linear layer that only some examples go through; what it sees is not the batch, or is."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.whole = whole
+
+    def forward(self, x):
+        some = x[:, 0] > 0
+        if not some.any():
+            return self.second(x)
+        if self.whole:
+            return self.second(x + some.unsqueeze(1) * self.first(x))
+        order = some.long().argsort(descending=True)
+        return self.second(x.index_add(0, order, some[order].unsqueeze(1) * self.first(x[order])))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_layer_that_the_first_examples_do_not_use_is_verified_where_it_is_used(whole):
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, dtype=torch.float64)
+    x[:, 0] = torch.tensor([-1.0, -1, -1, -1, -1, 1, 1, -1])
+    train = x, torch.arange(8) % 3
+    lib = Problem(model := Routed(whole).double(), Classification(), train)
+    assert not lib.layout.slow
+    lib.loss_gradients(tuple(t[:5] for t in train))
+    if whole:
+        found, truth = lib.loss_gradients(train).dense(), autograd_rows(model, lib, train)
+        torch.testing.assert_close(found["first.weight"], truth["first.weight"], **TIGHT)
+    else:
+        with pytest.raises(UnsupportedError, match="first differs from autograd on examples that use it"):
+            lib.loss_gradients(train)
 
 
 # --- models that ask for care ---

@@ -34,6 +34,7 @@ ROOMS = (
     "gradients",
     "layout",
     "trace",
+    "verify",
     "problem",
     "curvature",
     "damping",

@@ -23,11 +23,13 @@ class Block:
         name: the layer's or parameter's name.
         shapes: parameter name to shape.
         matrix: (G, O) if the block is G matrices of O rows; None for loose numbers, one column of them.
+        transposed: whether the parameters are kept as (..., I, O).
     """
 
     name: str
     shapes: Mapping[str, torch.Size]
     matrix: tuple[int, int] | None
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -48,8 +50,12 @@ class Block:
 
     def pieces(self, v: Vectors) -> list[Tensor]:
         """The block of Q parameter-shaped vectors, a matrix for each parameter, side by side those of `pack`: views."""
-        rows, tail = (self.matrix, ()) if self.matrix else ((1,), (1,))
-        return [v[p].reshape(len(v[p]), *rows, -1, *tail) for p in self.shapes]
+        if self.matrix is None:
+            return [v[p].reshape(len(v[p]), 1, -1, 1) for p in self.shapes]
+        G, O = self.matrix
+        if self.transposed:
+            return [v[p].reshape(len(v[p]), G, -1, O).mT for p in self.shapes]
+        return [v[p].reshape(len(v[p]), G, O, -1) for p in self.shapes]
 
     def pack(self, v: Vectors) -> Tensor:
         """The block of Q parameter-shaped vectors as matrices: (Q, G, O, I)."""
@@ -62,7 +68,8 @@ class Block:
 
     def shaped(self, pieces: Sequence[Tensor]) -> Vectors:
         """The inverse of `pieces`."""
-        return {p: t.reshape(len(t), *s) for (p, s), t in zip(self.shapes.items(), pieces, strict=True)}
+        turned = [t.mT for t in pieces] if self.transposed else pieces
+        return {p: t.reshape(len(t), *s) for (p, s), t in zip(self.shapes.items(), turned, strict=True)}
 
 
 Packed = dict[str, Tensor]  # block name -> (Q, G, O, I)

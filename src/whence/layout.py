@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from whence.gradients import Block
-from whence.layers import kind_of
+from whence.layers import kind_of, transposed
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,12 @@ class Layout:
 def plan(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Layout:
     """Assign each selected parameter to a block: of one layer, of several that share it, or of its own."""
     names = {id(p): name for name, p in parameters.items()}
-    claims: dict[str, list[tuple[str, str]]] = {name: [] for name in parameters}  # parameter -> (module, part)
-    for path, module in model.named_modules():
-        if kind_of(module) is not None:
-            for part in ("weight", "bias"):
-                p = module._parameters.get(part)
-                if p is not None and id(p) in names:
-                    claims[names[id(p)]].append((path, part))
     modules = dict(model.named_modules())
+    claims: dict[str, list[tuple[str, str]]] = {name: [] for name in parameters}  # parameter -> (module, part)
+    for path, module in modules.items():
+        for part, p in module._parameters.items():
+            if p is not None and id(p) in names and kind_of(module, part) is not None:
+                claims[names[id(p)]].append((path, part))
     blocks: list[Block] = []
     uses: dict[str, tuple[Use, ...]] = {}
     done: set[str] = set()
@@ -49,20 +49,25 @@ def plan(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Layout:
         if name in done:
             continue
         path, part = claims[name][0] if claims[name] else ("", "")
-        partners = [name]
-        if len(claims[name]) == 1 and part == "weight":  # the bias of the same layer joins, unless it is shared too
-            partners += [b for b, c in claims.items() if c == [(path, "bias")]]
-        matrix, sources = None, ()
-        if claims[name]:
-            parts = tuple("weight" if p == name and part == "weight" else "bias" for p in partners)
-            sources = tuple(Use(module, parts if len(claims[name]) == 1 else (q,)) for module, q in claims[name])
-            kind = kind_of(modules[path])
-            matrix = kind.matrix(modules[path]) if kind else None
-        block = Block(path if len(partners) > 1 else name, {p: parameters[p].shape for p in partners}, matrix)
+        parts = {name: part}
+        if len(claims[name]) == 1:  # the bias of the same layer joins, unless it is shared too
+            bias = "bias" if part == "weight" else f"{part}_bias"
+            parts |= {p: bias for p, c in claims.items() if c == [(path, bias)] and p not in done}
+        shapes = {p: parameters[p].shape for p in parts}
+        block = block_of(path if len(parts) > 1 and part == "weight" else name, modules[path], part, shapes)
         blocks.append(block)
-        uses[block.name] = sources
-        done.update(partners)
+        uses[block.name] = tuple(
+            Use(module, tuple(parts.values()) if len(claims[name]) == 1 else (q,)) for module, q in claims[name]
+        )
+        done.update(parts)
     return Layout(tuple(blocks), uses)
+
+
+def block_of(name: str, layer: nn.Module, part: str, shapes: Mapping[str, torch.Size]) -> Block:
+    """The block of a layer's part, with its bias; loose numbers if no entry covers it."""
+    kind = kind_of(layer, part) if part else None
+    matrix = kind.matrix(layer) if kind else None
+    return Block(name, dict(shapes), matrix, matrix is not None and transposed(kind))
 
 
 def demoted(layout: Layout, wrong: set[str]) -> Layout:

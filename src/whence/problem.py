@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.data import Batch, Examples, batch_length, map_tensors, tensors
+from whence.data import Batch, Examples, batch_length, tensors
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
-from whence.layout import Layout, demoted, plan
+from whence.layers import Unfactorable
+from whence.layout import Layout, plan
 from whence.models import Select, chosen, fingerprint, observed, ready
 from whence.progress import track
 from whence.task import Task, as_task
-from whence.trace import Seeds, Unfactorable, trace
+from whence.trace import Seeds, trace
 from whence.vectors import Vectors
+from whence.verify import truth, verified
 
 
 class Problem:
@@ -91,15 +93,13 @@ class Problem:
     @cached_property
     def layout(self) -> Layout:
         """How each parameter's gradient is found; each layer's factoring is verified on a few examples first."""
-        layout = self._verified(plan(self.model, self.parameters))
+        first = self.batch([i % len(self.train) for i in range(3)])
+        layout = self._verified(plan(self.model, self.parameters), first)
         if layout.slow:
             names = [p for b in layout.slow for p in b.shapes]
             warnings.warn(
-                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one "
-                "gradient per "
-                f"example): {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}. Leave them out with "
-                "parameters=..., or "
-                "register a LayerKind.",
+                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one gradient "
+                f"per example): {_some(names)}. Leave them out with parameters=..., or register a LayerKind.",
                 WhenceWarning,
                 stacklevel=2,
             )
@@ -128,7 +128,7 @@ class Problem:
         left = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in self.parameters]
         frozen = sum(not p.requires_grad for p in self.model.parameters())
         text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
-        text += f"; left out by the selection: {', '.join(left)}" if left else ""
+        text += f"; left out by the selection: {_some(left)}" if left else ""
         return text + (f"; {frozen} frozen parameters" if frozen else "")
 
     # passes over data -------------------------------------------------------------------------------------------------
@@ -158,7 +158,10 @@ class Problem:
         """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs."""
         layout = self.layout
         with self.observed() as model:
-            return self._trace(model, batch, seeds, layout)
+            found = self._trace(model, batch, seeds, layout)
+        if self._unseen:
+            self._check_unseen(found, batch)
+        return found
 
     def loss_gradients(self, batch: Batch) -> Gradients:
         """Gradients of each example's training loss, R = 1."""
@@ -257,41 +260,32 @@ class Problem:
 
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
-    def _verified(self, layout: Layout) -> Layout:
-        """Compare each block with autograd, example by example, for random cotangents; demote what differs."""
-        batch = self.batch([i % len(self.train) for i in range(3)])
-        generator = torch.Generator().manual_seed(0)
-        truth: dict[str, list[Tensor]] = {name: [] for name in self.parameters}
-        cotangents: list[Tensor] = []
+    def _verified(self, layout: Layout, batch: Batch) -> Layout:
+        """The layout without the blocks that differ from autograd on a few examples."""
+        parameters = {p: self.parameters[p] for b in layout.blocks for p in b.shapes}
         with self.observed() as model:
-            for p in self.parameters.values():
+            for p in parameters.values():
                 p.requires_grad_()
-            for i in range(batch_length(batch)):
-                h = self.outputs(model, map_tensors(lambda t, i=i: t[i : i + 1], batch))
-                cotangents.append(torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h))
-                pulled = (h * cotangents[-1]).sum()
-                grads = torch.autograd.grad(pulled, list(self.parameters.values()), allow_unused=True)
-                for (name, p), grad in zip(self.parameters.items(), grads, strict=True):
-                    truth[name].append(torch.zeros_like(p) if grad is None else grad)
-        expectations = {name: torch.stack(rows) for name, rows in truth.items()}
-        scale = max(float(t.norm()) for t in expectations.values())
-        tolerance = 1e-3 if self.dtype == torch.float32 else 1e-8
-        while True:
-            fast = Layout(tuple(b for b in layout.blocks if layout.uses[b.name]), layout.uses)
-            try:
-                with self.observed() as model:
-                    found = self._trace(model, batch, lambda *_: torch.cat(cotangents).unsqueeze(0), fast).dense()
-                break
-            except Unfactorable as error:
-                layout = demoted(layout, {p for b in layout.blocks if b.name == error.block for p in b.shapes})
-        return demoted(
-            layout,
-            {
-                name
-                for name, rows in found.items()
-                if not (rows - expectations[name]).norm() <= tolerance * (expectations[name].norm() + 1e-3 * scale)
-            },
-        )
+            known = truth(batch, lambda single: self.outputs(model, single), self.seeds_of("loss"), parameters)
+        with self.observed() as model:
+            traced = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
+            layout = verified(layout, known, traced, self.dtype)
+        unseen = {p for p, rows in known[1].items() if not rows.any()}
+        self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
+        return layout
+
+    def _check_unseen(self, found: Gradients, batch: Batch) -> None:
+        """Verify blocks that had no gradient on the first examples on the first batch where they have one.
+
+        Raises:
+            UnsupportedError: if one is not what its entry says.
+        """
+        for block in [b for b in found.blocks if b.name in self._unseen]:
+            if found.rows[block.name].square_norms().any():
+                rest = self._unseen - {block.name}
+                if self._verified(Layout((block,), {block.name: self.layout.uses[block.name]}), batch).slow:
+                    raise Unfactorable(block.name, "differs from autograd on examples that use it")
+                self._unseen = rest
 
     def _trace(self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout) -> Gradients:
         return trace(lambda: self.outputs(model, batch), model, batch, seeds, layout, self.functional)
@@ -307,3 +301,8 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.problem[0].outputs(self.model, batch)
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join([*names[:6], *([f"and {len(names) - 6} more"] if len(names) > 6 else [])])

@@ -1,4 +1,4 @@
-"""Rows of every form: factored, written out, looked up in a table, or the sum of several uses of one weight."""
+"""Rows of every form: factored, routed, written out, looked up in a table, or the sum of several uses of one weight."""
 
 from __future__ import annotations
 
@@ -131,6 +131,53 @@ class Several:
     def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
         return self.written().gram(other)
+
+
+@dataclass(frozen=True)
+class Routed(Factored):
+    """Factored rows of groups that each see positions of their own, as the experts of a mixture do.
+
+    Args:
+        a, g: as in `Factored`; 0 where a group has fewer than T positions.
+        positions: (G, n, T) int64, which of the example's positions each of them is; -1 for none.
+    """
+
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Scattered:
+    """Outer products of G groups, in no order: what the entry of a layer of experts returns.
+
+    Args:
+        a: inputs, (P, I).
+        g: cotangents of the outputs, (R, P, O).
+        group: (P,) which group each belongs to.
+        item: (P,) its number on the leading axis of the layer's input, which has ``length`` entries.
+    """
+
+    a: Tensor
+    g: Tensor
+    group: Tensor
+    item: Tensor
+    groups: int
+    length: int
+
+    def gathered(self, n: int) -> Routed:
+        """The rows of n examples of length / n positions each; what has no cotangent is left out."""
+        used = (self.g != 0).any(2).any(0)
+        a, g, group, item = self.a[used], self.g[:, used], self.group[used], self.item[used]
+        example, position = item.div(self.length // n, rounding_mode="floor"), item % (self.length // n)
+        key, order = (group * n + example).sort(stable=True)
+        counts = key.bincount(minlength=self.groups * n)
+        slot = torch.arange(len(key), device=key.device) - (counts.cumsum(0) - counts)[key]
+        where = (group[order], example[order], slot)
+        T = max(1, int(counts.max()))
+        inputs = a.new_zeros(self.groups, n, T, a.shape[1])
+        cotangents = g.new_zeros(self.groups, n, T, len(g), g.shape[2])
+        positions = item.new_full((self.groups, n, T), -1)
+        inputs[where], cotangents[where], positions[where] = a[order], g[:, order].transpose(0, 1), position[order]
+        return Routed(inputs, cotangents.transpose(2, 3), positions)
 
 
 Rows = Factored | Written | Lookup | Several

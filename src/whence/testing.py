@@ -24,8 +24,9 @@ from whence.curvature.base import Curvature, Need, Operator
 from whence.damping import Damping
 from whence.data import tensors
 from whence.errors import ConvergenceWarning, UnsupportedError, WhenceError
+from whence.factored import Factored
 from whence.gradients import Block
-from whence.layers import LayerKind
+from whence.layers import LayerKind, transposed
 from whence.problem import Problem
 from whence.solvers.base import Inverse, Solver, relative
 from whence.vectors import Vectors
@@ -173,9 +174,9 @@ def _layer(name: str, kind: LayerKind, layer: nn.Module, x: Tensor, g: Tensor, h
             rows = torch.autograd.grad(y, list(held.values()), g[r, i : i + 1], retain_graph=r + 1 < R)
             for part, row in zip(held, rows, strict=True):
                 truth[part].append(row)
-    block = Block("layer", {part: p.shape for part, p in held.items()}, kind.matrix(layer))
+    block = Block("layer", {part: p.shape for part, p in held.items()}, kind.matrix(layer), transposed(kind))
     with torch.no_grad():
-        found = kind.rows(layer, x, g, tuple(held))
+        found = cast(Factored, kind.rows(layer, x, g, tuple(held)))  # or another form with the same methods
         dense = found.written().rows
     _near(f"{name}: shape of the rows", torch.tensor(dense.shape), torch.tensor((n, R, block.size)), 0.0)
     unpacked = block.unpack(dense.reshape(-1, *block.sides))

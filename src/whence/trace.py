@@ -6,23 +6,24 @@ at the layers' outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
 from whence.data import Batch, batch_length, map_tensors, tensors
-from whence.errors import UnsupportedError
+from whence.errors import InputError
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
-from whence.layers import kind_of
-from whence.layout import Layout
-from whence.rows import Lookup, Rows
+from whence.layers import Arguments, Unfactorable, inside, kind_of, registered
+from whence.layout import Layout, Use
+from whence.rows import Lookup, Rows, Scattered
 from whence.vectors import Vectors
 
 Seeds = Callable[[Tensor, Batch], Tensor]  # (outputs (n, ...), batch) -> cotangents (R, n, ...)
@@ -30,11 +31,11 @@ Functional = Callable[[Batch], tuple[Callable[[Vectors], Tensor], Vectors]]
 
 
 class _Call:
-    """One call of a layer: its input and where its output sits in the graph."""
+    """One call of a layer: its input, all its arguments, and where its output sits in the graph."""
 
-    def __init__(self, x: Tensor, output: Tensor, edge: GradientEdge):
-        self.x, self.edge = x.detach(), edge
-        self.shape, self.dtype = output.shape, output.dtype
+    def __init__(self, x: Tensor, arguments: Arguments, output: Tensor, edge: GradientEdge):
+        self.x, self.arguments, self.edge = x.detach(), arguments, edge
+        self.shape = output.shape
 
 
 def trace(
@@ -50,17 +51,19 @@ def trace(
         layout: the blocks.
         functional: the outputs on a batch as a function of parameters, for blocks on the slow path.
     """
-    with _hooked(model, layout, batch_length(batch)) as calls:
+    with _hooked(model, layout, batch_length(batch)) as recorded:
         outputs = forward()
-    cotangents = seeds(outputs, batch)
-    g = _backward(outputs, cotangents, calls)
+        calls = {path: tuple(called) for path, called in recorded.items()}
+        cotangents = seeds(outputs, batch)
+        g = _backward(outputs, cotangents, calls)  # hooked, for checkpoints that run parts of the model again
     rows: dict[str, Rows] = {}
     for block in layout.blocks:
         if uses := layout.uses[block.name]:
             parts = [
-                _rows(model.get_submodule(use.module), call, g[call], use.parts, block.name, len(outputs))
+                _rows(model.get_submodule(use.module), call, g[call], use, len(outputs))
                 for use in uses
                 for call in calls[use.module]
+                if call in g
             ]
             rows[block.name] = (
                 forms.total(parts)
@@ -79,55 +82,86 @@ def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list
     """Record every call of the layers that the layout uses; the hooks are gone afterwards."""
     calls: dict[str, list[_Call]] = {use.module: [] for uses in layout.uses.values() for use in uses}
 
+    def record(path: str, arguments: Arguments, output: Any) -> Tensor:
+        x = next(iter((*arguments[0], *arguments[1].values())), None)
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            raise Unfactorable(path, "does not map one tensor to one tensor")
+        if x.shape[0] == 1 and n > 1 and registered(modules[path]):  # one position table for the whole batch
+            x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
+        if not output.requires_grad:  # the first layers: the graph begins here
+            output = output.detach().requires_grad_().clone()
+        calls[path].append(_Call(x, arguments, output, get_gradient_edge(output)))
+        return output
+
     def hook(path: str) -> Callable[..., Tensor]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-                raise UnsupportedError(
-                    f"{path} ({type(module).__name__}) must map one tensor to one tensor. Leave it out."
-                )
-            if x.shape[0] == 1 and n > 1:  # one position table for the whole batch: give each example its own
-                x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
-            if not output.requires_grad:  # the first layers: the graph begins here
-                output = output.detach().requires_grad_().clone()
-            calls[path].append(_Call(x, output, get_gradient_edge(output)))
-            return output
+        return lambda _module, args, kwargs, output: record(path, (args, kwargs), output)
 
-        return record
-
-    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in calls]
+    modules = {path: model.get_submodule(path) for path in calls}
+    watched = {}
+    handles = []
+    for path, parts in {use.module: use.parts for uses in layout.uses.values() for use in uses}.items():
+        function, weight = inside(modules[path], parts[0]), modules[path]._parameters.get("weight")
+        if function is not None:
+            watched[function, id(weight)] = path
+        else:
+            handles.append(modules[path].register_forward_hook(hook(path), with_kwargs=True))
     try:
-        yield calls
+        with _Watch(watched, record) if watched else nullcontext():
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _backward(outputs: Tensor, cotangents: Tensor, calls: dict[str, list[_Call]]) -> dict[_Call, Tensor]:
-    """The cotangent at the output of every call, (R, *output.shape); in memory those of an example are together."""
+class _Watch(TorchFunctionMode):
+    """Record the calls of functions such as F.linear that are given certain weights.
+
+    Args:
+        watched: (function, id of the weight) to the path of its module.
+        record: what to do with (path, arguments, output); it gives the output to go on with.
+    """
+
+    def __init__(self, watched: Mapping[tuple[Any, int], str], record: Callable[..., Tensor]):
+        super().__init__()
+        self.watched, self.functions, self.record = watched, {function for function, _ in watched}, record
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in self.functions and len(args) > 1 and (func, id(args[1])) in self.watched:
+            return self.record(self.watched[func, id(args[1])], (args, {}), output)
+        return output
+
+
+def _backward(outputs: Tensor, cotangents: Tensor, calls: Mapping[str, Sequence[_Call]]) -> dict[_Call, Tensor]:
+    """The cotangent at the output of every call that matters, (R, *output.shape); those of an example are together."""
     flat = [c for called in calls.values() for c in called]
-    if not flat:
-        return {}
+    stacks: dict[_Call, Tensor] = {}
+    if not flat or not outputs.requires_grad:
+        return stacks
     R = len(cotangents)
-    stacks = [outputs.new_empty(c.shape[0], R, *c.shape[1:]).transpose(0, 1) for c in flat]
     for r, cotangent in enumerate(cotangents):
-        grads: tuple[Tensor | None, ...] = (None,) * len(flat)
-        if outputs.requires_grad:
-            pulled = (outputs * cotangent).sum()  # a scalar: passing grad_outputs would import sympy, half a second
-            grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=r + 1 < R, allow_unused=True)
-        for stack, grad in zip(stacks, grads, strict=True):
-            stack[r] = 0.0 if grad is None else grad
-    return dict(zip(flat, stacks, strict=True))
+        pulled = (outputs * cotangent).sum()  # a scalar: passing grad_outputs would import sympy, half a second
+        grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=r + 1 < R, allow_unused=True)
+        for call, grad in zip(flat, grads, strict=True):
+            if grad is not None:
+                if call not in stacks:
+                    stacks[call] = outputs.new_empty(call.shape[0], R, *call.shape[1:]).transpose(0, 1)
+                stacks[call][r] = grad
+    return stacks
 
 
-def _rows(
-    layer: nn.Module, call: _Call, g: Tensor, parts: tuple[str, ...], name: str, n: int
-) -> Factored | Written | Lookup:
+def _rows(layer: nn.Module, call: _Call, g: Tensor, use: Use, n: int) -> Factored | Written | Lookup:
     """The rows of one call; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
-    kind, length = kind_of(layer), call.x.shape[0]
+    kind, length = kind_of(layer, use.parts[0]), call.x.shape[0]
     if kind is None or length % n or g.shape[1] != length:
-        raise Unfactorable(name)
-    found = kind.rows(layer, call.x, g, parts)
+        raise Unfactorable(use.module, "does not see the examples on the first axis of its input")
+    more = (call.arguments,) if getattr(kind, "whole", False) else ()
+    try:
+        found = kind.rows(layer, call.x, g, use.parts, *more)
+    except Unfactorable as error:
+        raise Unfactorable(use.module, error.why) from error
+    if isinstance(found, Scattered):
+        return found.gathered(n)
     if length == n:
         return found
     if isinstance(found, Lookup):
@@ -138,16 +172,6 @@ def _rows(
     return Factored(a, _merge(found.g, n, 1))
 
 
-class Unfactorable(UnsupportedError):
-    """The layer's input does not have the examples on its leading axis."""
-
-    def __init__(self, block: str):
-        super().__init__(
-            f"{block} does not see the examples on the first axis of its input. Leave it out with parameters=..."
-        )
-        self.block = block
-
-
 def _merge(g: Tensor, n: int, dim: int) -> Tensor:
     """(..., n m, R, T, O) to (..., n, R, m T, O)."""
     g = g.unflatten(dim, (n, -1)).movedim(dim + 1, dim + 2)
@@ -155,7 +179,10 @@ def _merge(g: Tensor, n: int, dim: int) -> Tensor:
 
 
 def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Functional) -> Vectors:
-    """Rows (n, R, ...) of parameters that no layer entry covers: a vector-Jacobian product per example, by vmap."""
+    """Rows (n, R, ...) of parameters that no layer entry covers: a vector-Jacobian product per example.
+
+    By vmap over the examples; for a model that vmap does not take, such as one that looks at its data, one by one.
+    """
     names = [p for b in layout.slow for p in b.shapes]
     leaves = list(tensors(batch))
 
@@ -171,8 +198,21 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
     try:
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.vmap(one, in_dims=(0, 1), chunk_size=max(1, 2**24 // size))(leaves, cotangents.detach())
-    except RuntimeError as error:
-        raise UnsupportedError(
-            f"no exact gradients could be computed for {', '.join(names[:6])}: torch.func.vmap says: {error}. "
-            "Leave these parameters out with parameters=..., or register a LayerKind for their module."
-        ) from error
+    except (RuntimeError, InputError):
+        return _one_by_one(batch, cotangents, names, functional)
+
+
+def _one_by_one(batch: Batch, cotangents: Tensor, names: list[str], functional: Functional) -> Vectors:
+    """The same by plain backward passes."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in names}
+    for i in range(cotangents.shape[1]):
+        outputs, parameters = functional(map_tensors(lambda t, i=i: t[i : i + 1], batch))
+        held = {name: parameters[name].detach().requires_grad_() for name in names}
+        h, leaves = outputs(parameters | held), list(held.values())
+        for cotangent in cotangents[:, i : i + 1].detach():
+            pulled = (h * cotangent).sum()
+            grads = torch.autograd.grad(pulled, leaves, retain_graph=True, materialize_grads=True, allow_unused=True)
+            for name, grad in zip(names, grads, strict=True):
+                rows[name].append(grad)
+    R = len(cotangents)
+    return {name: torch.stack(found).unflatten(0, (-1, R)) for name, found in rows.items()}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from whence.errors import expected
-from whence.factored import Factored
+from whence.factored import Factored, slices
 from whence.gradients import Gradients
 from whence.problem import Problem
-from whence.rows import Lookup, Rows
+from whence.rows import Lookup, Routed, Rows
 
 Labels = Literal["sampled", "true"]
 CHUNK = 2**22  # numbers in an intermediate result
@@ -129,12 +129,12 @@ def fit(
         for name, r in rows.rows.items():
             if name not in sides:
                 sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
-            _accumulate(*sides[name], r, real)
+            _accumulate(*sides[name], r, real, len(rows))
     n = sum(len(p.train) for p in problems)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
     blocks, sums = {}, {}
     for name, ((left, ds), (right, da)) in bases.items():
-        positions = sides[name][0].count / n
+        positions = (sides[name][0].count / n).view(-1, 1, 1)
         if sides[name][0].table:
             ds = ds / ds.sum().clamp(min=1e-300)
         kfac = positions * ds.unsqueeze(-1) * da.unsqueeze(-2)
@@ -143,7 +143,7 @@ def fit(
     whole = free > 0 and bool(kept)
     for rows in kept if whole else (r for r, _ in _passes(problems, labels, rng)):
         for name, r in rows.rows.items():
-            sums[name] += _squares(blocks[name], r)
+            sums[name] += _squares(blocks[name], r, len(rows))
     for name, ((left, ds), (right, da)) in bases.items():
         _settle(sums[name], left, ds)
         _settle(sums[name].mT, right, da)
@@ -168,7 +168,7 @@ class _Side:
     """The covariance of one side of a block, in diagonal pieces."""
 
     def __init__(self, groups: int, width: int, limit: int, device: torch.device):
-        self.count = 0
+        self.count = torch.zeros(groups, dtype=torch.float64, device=device)
         self.table = False
         self.width = width
         whole = width <= 8 * limit
@@ -186,10 +186,11 @@ class _Side:
 
     def eigen(self, dtype: torch.dtype) -> tuple[Basis, Tensor]:
         """The basis and the eigenvalues of the mean, (G, d), not negative."""
+        count = self.count.clamp(min=1).unsqueeze(1)
         if not self.covariances:
             empty = self.diagonal.new_zeros(0, self.width, 0, dtype=dtype)
-            return Basis((empty,)), self.diagonal / max(1, self.count)
-        found = [torch.linalg.eigh(c / max(1, self.count)) for c in self.covariances]
+            return Basis((empty,)), self.diagonal / count
+        found = [torch.linalg.eigh(c / count.unsqueeze(2)) for c in self.covariances]
         return Basis(tuple(q.to(dtype) for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(min=0)
 
 
@@ -210,9 +211,14 @@ def _sides(rows: Rows, sides: tuple[int, int, int], limit: int, device: torch.de
     return left, _Side(G, I, limit, device)
 
 
-def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> None:
-    """Add a batch to the covariances of both sides, real positions only."""
-    if isinstance(rows, Factored):
+def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None, n: int) -> None:
+    """Add a batch of n examples to the covariances of both sides, real positions only."""
+    if isinstance(rows, Routed):  # 0 where there is no position
+        G, _, _, _, O, I = rows.sizes
+        left.add(rows.g.reshape(G, -1, O))
+        right.add(rows.a.reshape(G, -1, I))
+        count = (rows.positions >= 0).sum((1, 2))
+    elif isinstance(rows, Factored):
         G, n, R, T, O, I = rows.sizes
         mask = _mask(real, n, T)
         a, g = rows.a.reshape(G, n * T, I), rows.g
@@ -228,15 +234,15 @@ def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None) -> N
         right.add(g.reshape(1, -1, g.shape[-1]))
         count = len(ids)
     else:
-        written = rows.written()
-        n, R, _ = written.rows.shape
-        w = written.rows.view(n * R, *written.sides)  # (n R, 1, O, I)
-        if written.sides[2] == 1:
-            left.add(w[:, 0, :, 0].unsqueeze(0))
-            right.add(torch.ones_like(w[:, 0, :1]).view(1, -1, 1))
-        else:
-            left.diagonal[0] += w[:, 0].square().sum((0, 2))
-            right.add(w.reshape(1, -1, w.shape[-1]))
+        for some in slices(n, left.width * right.width):
+            written = rows[some].written()
+            w = written.rows.view(-1, *written.sides)  # (n R, 1, O, I)
+            if written.sides[2] == 1:
+                left.add(w[:, 0, :, 0].unsqueeze(0))
+                right.add(torch.ones_like(w[:, 0, :1]).view(1, -1, 1))
+            else:
+                left.diagonal[0] += w[:, 0].square().sum((0, 2))
+                right.add(w.reshape(1, -1, w.shape[-1]))
         count = n
     left.count += count
     right.count += count
@@ -249,7 +255,7 @@ def _mask(real: Tensor | None, n: int, T: int) -> Tensor:
     return real.repeat(1, T // real.shape[1])
 
 
-def _squares(block: KroneckerBlock, rows: Rows) -> Tensor:
+def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
     """Sum over examples of the squared rows in the eigenbasis, (G, O, I), by the cheapest order for these shapes."""
     if isinstance(rows, Factored):
         G, n, R, T, O, I = rows.sizes
@@ -273,5 +279,8 @@ def _squares(block: KroneckerBlock, rows: Rows) -> Tensor:
         sums = r.g.new_zeros(R, len(uses), d).index_add_(1, where, r.g.transpose(0, 1).reshape(R, n * T, d))  # type: ignore[union-attr]
         total = sums.new_zeros(rows.size, d, dtype=torch.float64)
         return total.index_add_(0, uses % rows.size, sums.square().sum(0).double()).unsqueeze(0)
-    written = rows.written()
-    return block.rotate(written.rows.reshape(-1, *written.sides)).square().sum(0).double()
+    total = torch.zeros_like(block.ekfac)
+    for some in slices(n, total.numel()):
+        written = rows[some].written()
+        total += block.rotate(written.rows.reshape(-1, *written.sides)).square().sum(0)
+    return total
