@@ -1,4 +1,4 @@
-"""The only file that imports transformers: what its users need beside their own models and data sets."""
+"""A recorder for the transformers Trainer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whence.errors import MissingExtraError, expected
-from whence.trajectory import Recorder
+from transformers import TrainerCallback
 
-try:
-    from transformers import TrainerCallback
-except ImportError as error:
-    said = 'This needs transformers, which is not installed. Run: pip install "whence[hf]"'
-    raise MissingExtraError(said) from error
+from whence.errors import expected
+from whence.trajectory import Recorder
 
 
 class RecorderCallback(TrainerCallback):
