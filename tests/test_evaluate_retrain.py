@@ -3,6 +3,7 @@
 import argparse
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
@@ -111,7 +112,12 @@ def test_a_folder_is_refused_by_name_of_what_differs(tmp_path):
         small(lambda: nn.Linear(4, 3).double(), folder=tmp_path)
     with pytest.raises(ArtefactError, match="made for another"):
         retrain(lambda rows, seed: nn.Linear(4, 3), lambda net: torch.zeros(Q), MASKS, 1, 0, folder=tmp_path)
-    path = next(tmp_path.iterdir())
+    config = {"bias": True, "dtype": torch.float64}
+    small(lambda: nn.Linear(4, 3, **config), folder=tmp_path / "other")
+    del config["bias"]
+    with pytest.raises(ArtefactError, match=r"another model\.config\.bias .*file 'True', now None"):
+        small(lambda: nn.Linear(4, 3, **config), folder=tmp_path / "other")
+    path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ArtefactError, match="cut short.*deleting a file only costs its runs"):
         small(builder(), folder=tmp_path)
@@ -157,11 +163,11 @@ def test_paired_runs_share_seeds_and_equal_ones_are_trained_once():
 def test_pairing_keeps_the_order_of_shared_examples_and_takes_noise_out_of_differences():
     masks = torch.ones(7, N, dtype=torch.bool)
     masks[torch.arange(1, 7), torch.arange(6)] = False  # leave out one example at a time
-    recipe, spread = SGDRecipe(lr=0.1, batch_size=8, epochs=4, drop_last=False), {}
+    recipe, spread = SGDRecipe(lr=0.1, momentum=0.9, batch_size=8, epochs=4, drop_last=False), {}
     for paired in (True, False):
         f = small(builder(), masks, repeats=8, paired=paired, chunk=28, recipe=recipe)
         spread[paired] = (f[1:] - f[:1]).std(1).mean()
-    assert spread[True] < spread[False] / 4
+    assert spread[True] < spread[False] / 6
 
 
 # --- what things are made of ---
@@ -274,7 +280,7 @@ def test_ingredients_are_the_same_in_another_process(tmp_path):
     (tmp_path / "helper.py").write_text("SCALE = 1\ndef factor(y):\n    return SCALE * y\n")
     command, found = [sys.executable, "-B", "-c", "import mine; mine.report()"], []
     for seed in ("1", "2"):
-        environment = {"PYTHONHASHSEED": seed}
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
         found.append(done.stdout.splitlines())
     assert found[0] == found[1] and found[0][0] != found[0][1] and "helper.factor.SCALE" in found[0][0]

@@ -172,11 +172,10 @@ def leave_one_group_out(
     boot, mean = Bootstrap(bootstrap, level, rng), tau.mean(0)
     group = places(mean, rng) * groups // n
     each = _changes(runs, group != np.arange(groups)[:, None], queries)  # (K, R, Q)
-    changes, of_group = each.mean((1, 2)), np.bincount(group, mean) / np.bincount(group)
-    repeats = each.shape[1]
-    drawn = np.einsum(
-        "krq,rb,qb->kb", each, boot.draws(repeats) / repeats, boot.draws(queries) / queries, optimize=True
-    )
+    changes, repeats = each.mean((1, 2)), each.shape[1]
+    of_group = mean[0] + np.bincount(group, mean - mean[0]) / np.bincount(group)  # exactly equal if all scores are
+    weights = boot.draws(repeats) / repeats, boot.draws(queries) / queries
+    drawn = np.einsum("krq,rb,qb->kb", each, *weights, optimize=True)
     found = spearman(drawn, of_group[:, None])
     low, high = boot.ends(found) if np.isfinite(found).any() else (np.nan, np.nan)
     return LeaveOneGroupOut(
