@@ -87,10 +87,26 @@ def test_a_report_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     assert "Traceback" not in (shown := capsys.readouterr().err) and shown.startswith("whence: ")
 
 
-@pytest.mark.parametrize("argv", [["no-such"], ["demo", "--no-such"], ["demo", "--seed", "x"]])
-def test_arguments_that_do_not_parse(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["scor"], "scor"),
+        (["demo", "--no-such"], "--no-such"),
+        (["demo", "--seed", "x"], "Error parsing --seed: .*'x'"),
+        (["score"], "Missing from whence score: MODULE:FUNCTION"),
+        (["score", "a:b", "--out"], "--out"),
+        (["score", "a:b", "--config"], "config"),
+        (["score", "a:b", "--config", "absent.toml"], "absent.toml"),
+        (["score", "a:b", "c:d"], "c:d"),
+        (["spectrum", "a:b", "--curvature", "kfac"], "'kfac'"),
+        (["spectrum", "a:b", "--damping", "x"], "damping: there is no x"),
+    ],
+)
+def test_arguments_that_do_not_parse(argv, said, capsys):
     assert cli.main(argv) == 2
-    assert capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert re.search(said, shown.err) and shown.err.startswith("whence: ") and shown.err.count("\n") == 1
+    assert not shown.out
 
 
 @pytest.mark.parametrize(
@@ -383,16 +399,11 @@ def test_a_bad_target_is_one_line(mine, capsys, argv, said):
     assert "step size" not in shown.out and sys.path == before
 
 
-@pytest.mark.parametrize("argv", [[], ["mine:problem", "--curvature", "kfac"], ["mine:problem", "--damping", "x"]])
-def test_spectrum_arguments_that_do_not_parse(mine, argv, capsys):
-    assert cli.main(["spectrum", *argv]) == 2
-    assert capsys.readouterr().err
-
-
-def test_a_bug_of_the_users_is_not_hidden(mine):
+@pytest.mark.parametrize("command", ["spectrum", "score"])
+def test_a_bug_of_the_users_is_not_hidden(mine, command):
     (mine / "mine.py").write_text("def problem():\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        cli.main(["spectrum", "mine:problem"])
+        cli.main([command, "mine:problem"])
 
 
 def test_spectrum_as_a_program(mine, capsys):

@@ -73,12 +73,12 @@ def test_top_reads_any_scores(mine, capsys):
     run("top foreign.npy --k 3 --out t")
     found, best = table("t/top.csv"), whence.Scores(values, None, torch.ones(2, dtype=torch.bool)).top(3)
     assert [int(j) for j in found["example"]] == torch.cat([best.proponents, best.opponents], 1).flatten().tolist()
-    assert found["kind"] == 2 * (3 * ["proponent"] + 3 * ["opponent"]) and found["rank"] == 4 * ["1", "2", "3"]
-    assert [float(v) * 7 for v in found["change"]] == pytest.approx([float(v) for v in found["score"]])
+    assert found["side"] == 2 * (3 * ["proponent"] + 3 * ["opponent"]) and found["rank"] == 4 * ["1", "2", "3"]
+    assert [float(v) * 7 for v in found["predicted_change"]] == pytest.approx([float(v) for v in found["score"]])
     capsys.readouterr()
     run("top foreign.npy --k 1")
     assert len(capsys.readouterr().out.splitlines()) == 5
-    refused(capsys, "k must be between 1 and the 7", "top foreign.npy --k 8")
+    refused(capsys, "k must be at least 1, got 0", "top foreign.npy --k 0")
     refused(capsys, "absent.npy must be a file with a score matrix", "top absent.npy")
 
 

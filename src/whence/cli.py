@@ -83,8 +83,9 @@ def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str
 
     ready = {name: _later(command) for name, command in commands.items()}
     for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if given.partition("=")[0] == "--config" and arguments[0] in ready:
-            ready[arguments[0]] = configured(ready, arguments[0], given.partition("=")[2] or value)
+        option, _, inside = given.partition("=")
+        if option == "--config" and arguments[0] in ready and (inside or value):
+            ready[arguments[0]] = configured(ready, arguments[0], inside or value)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

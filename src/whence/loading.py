@@ -80,11 +80,29 @@ class Target:
         return given if isinstance(given, Trajectory) else Trajectory.load(given)
 
 
+class Captions(Sequence[str]):
+    """The captions of examples."""
+
+    def __init__(self, shown: Shown):
+        self.shown = shown
+
+    def __len__(self) -> int:
+        return len(self.shown)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        return [example.caption for example in self.shown[at]] if isinstance(at, slice) else self.shown[at].caption
+
+
 class Shown(Sequence[Example]):
     """How the examples of a data set look; each is made when it is asked for."""
 
     def __init__(self, data: Any, name: str, show: Callable[[Any, int], Example | str]):
         self.data, self.show, self.length = data, show, len(Examples(data, name))
+        self.captions = Captions(self)
 
     def __len__(self) -> int:
         return self.length

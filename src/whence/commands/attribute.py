@@ -41,14 +41,14 @@ def score(options: Flat[Attributed], *, certify: bool = True) -> None:
         certify: measure the residual of each query's solve, one more pass over the training data.
     """
     run = Run("score", options)
-    scores = run.scores(certify)
+    scores = run.scores(certify=certify)
     for line in about(scores.provenance):
         say(line)
     say(str(scores))
     top = scores.top(1)
     columns: dict[str, Any] = {
         "query": list(range(len(scores.values))),
-        "shown": [example.caption for example in run.target.shown("queries")],
+        "shown": list(run.target.shown("queries").captions),
         "residual": [None] * len(scores.values) if scores.residual is None else scores.residual.tolist(),
         "converged": scores.converged.tolist(),
         "proponent": top.proponents[:, 0].tolist(),
@@ -69,12 +69,12 @@ def self_influence(options: Flat[Attributed]) -> None:
     """
     run = Run("self-influence", options)
     values = run.self_influence().self_influence
-    shown = run.target.shown("train")
+    shown = run.target.shown("train").captions
     order = values.argsort(descending=True, stable=True)
     columns = {
         "rank": list(range(1, 1 + len(order))),
         "example": order.tolist(),
-        "shown": [shown[i].caption for i in order.tolist()],
+        "shown": [shown[i] for i in order.tolist()],
         "self-influence": values[order].tolist(),
     }
     run.table("self-influence", columns)

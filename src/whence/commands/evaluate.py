@@ -12,11 +12,11 @@ from whence import loading
 from whence.attribution import Scores
 from whence.attribution.scores import unsolved
 from whence.commands import judging
-from whence.commands import standin as tables
 from whence.commands.results import Results
 from whence.errors import ArtefactError, expected
 from whence.evaluate import Truth, load_matrix, random_subsets
 from whence.report import Example, Table
+from whence.tables import read_table
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def evaluate(
         runs = judging.retraining(found, results.folder / "runs", repeats, seed, paired=True)
         parts.append(judging.against_removal(asked, runs, removal, seed))
     if flags:
-        parts.append(judging.against_flags(judged, judging.flagged(tables.read(flags), column, flags), seed))
+        parts.append(judging.against_flags(judged, judging.flagged(read_table(flags), column, flags), seed))
     if len(asked) > 1:
         parts.append(judging.against_each_other(asked, k, seed))
     if not parts:

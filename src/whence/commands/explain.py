@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 import whence
+from whence.act.explain import explain as strongest
 from whence.attribution import Scores
 from whence.commands.evaluate import read
 from whence.commands.options import Attributed, Flat
@@ -39,11 +40,12 @@ def top(
         out: a folder for the table; without it it is only shown.
     """
     columns = strongest(read(scores), k)
+    rows = len(columns["query"])
     if out is None:
-        say("\n".join(tabulated(columns, len(columns["query"]))))
+        say("\n".join(tabulated(columns, rows)))
         return
     results = Results("top", out)
-    results.table("top", columns, len(columns["query"]))
+    results.table("top", columns, rows)
     results.done({"scores": scores, "k": k, "out": out})
 
 
@@ -59,12 +61,7 @@ def explain(options: Flat[Attributed], *, k: int = 5) -> None:
     """
     run = Run("explain", options)
     scores, train, queries = run.scores(), run.target.shown("train"), run.target.shown("queries")
-    columns = strongest(scores, k)
-    shown = {
-        "query shown": [queries[i].caption for i in columns["query"]],
-        "example shown": [train[i].caption for i in columns["example"]],
-    }
-    run.table("explain", columns | shown)
+    run.table("explain", strongest(scores, k, {"shown": train.captions}, {"shown": queries.captions}))
     run.report(scores, train_examples=train, query_examples=queries, k=k)
     run.finish(k=k)
 
@@ -117,18 +114,3 @@ def swept(run: Run, scores: Scores, factors: Sequence[float]) -> DampingSweep:
 
         found[factor * largest] = run.kept(f"scores-{factor:g}", make, queries=queries, factor=str(factor))
     return DampingSweep({largest: scores} | found, largest)
-
-
-def strongest(scores: Scores, k: int) -> dict[str, list[Any]]:
-    """The k strongest proponents and opponents of each query, as columns of a table."""
-    q, n = scores.values.shape
-    best = scores.top(k)
-    kinds = (("proponent", best.proponents, best.proponent_scores), ("opponent", best.opponents, best.opponent_scores))
-    rows = [
-        (i, kind, rank + 1, int(index[i, rank]), float(values[i, rank]), float(values[i, rank]) / n)
-        for i in range(q)
-        for kind, index, values in kinds
-        for rank in range(k)
-    ]
-    names = ("query", "kind", "rank", "example", "score", "change")
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from whence.commands.acting import clean, select
 from whence.commands.attribute import fit, score, self_influence
 from whence.commands.demo import demo
 from whence.commands.evaluate import evaluate
@@ -16,6 +17,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "top": top,
     "self-influence": self_influence,
     "explain": explain,
+    "clean": clean,
+    "select": select,
     "spectrum": spectrum,
     "evaluate": evaluate,
     "report": report,

@@ -13,9 +13,9 @@ import torch
 import whence
 from whence.attribution import Scores
 from whence.commands import config
-from whence.commands import standin as tables
 from whence.errors import expected
 from whence.report import write_report
+from whence.tables import write_table
 
 WIDEST = 48  # characters of a cell on the screen
 
@@ -50,7 +50,8 @@ class Results:
         """Print the first rows of a table, and write all of it as CSV and Parquet."""
         for line in tabulated(columns, rows):
             say(line)
-        tables.write(self.path(f"{name}.csv"), columns)
+        for suffix in ("csv", "parquet"):
+            write_table(self.path(f"{name}.{suffix}"), columns)
 
     def report(self, scores: Scores, **content: Any) -> None:
         """Write the report."""

@@ -114,16 +114,26 @@ class Run(Results):
         shutil.rmtree(pieces, ignore_errors=True)
         return found
 
-    def scores(self, certify: bool = True) -> Scores:
-        """Those of the training examples on the queries."""
-        queries = self.target.given("queries")
+    def scores(self, asked: str = "queries", candidates: Any = None, certify: bool = True) -> Scores:
+        """Those of the training examples, or of candidates.
+
+        Args:
+            asked: the field of the target with the queries.
+            candidates: examples to score in place of the training examples.
+            certify: measure residuals.
+        """
+        queries = self.target.given(asked)
 
         def make(fit: Any, pieces: Path) -> Scores:
             if isinstance(fit, whence.Influence):
-                return fit.score(queries, certify=certify, folder=pieces)
-            return fit.score(self.texts("queries") if isinstance(fit, Lexical) else queries)
+                return fit.score(queries, certify=certify, candidates=candidates, folder=pieces)
+            if candidates is not None:
+                raise UnsupportedError(f"{self.options.method} scores no candidates. Take influence functions.")
+            return fit.score(self.texts(asked) if isinstance(fit, Lexical) else queries)
 
-        return self.kept("scores", make, queries=queries, certify=certify)
+        data = {asked: queries, "certify": certify} | ({} if candidates is None else {"candidates": candidates})
+        name = ("scores" if asked == "queries" else asked) if candidates is None else "candidates"
+        return self.kept(name, make, **data)
 
     def self_influence(self) -> Scores:
         """That of the training examples, as scores of no query."""
