@@ -231,6 +231,15 @@ def test_representations_of_a_task_without_padding_are_means_over_all_positions(
     close(Embeddings(layer).fit(p.model, p.task, p.train).score(p.queries).values, similar(train, queries, True))
 
 
+def test_representations_are_those_of_the_model_in_eval_mode():
+    model, x = nn.Sequential(nn.Linear(3, 50), nn.Dropout(), nn.Linear(50, 2)).train(), torch.randn(6, 3)
+    task, y = Classification(), torch.zeros(6, dtype=torch.long)
+    found = Embeddings("1", cosine=False).fit(model, task, (x, y)).score((x, y)).values
+    assert model.training and model[1].training
+    with torch.no_grad():
+        close(found, similar(model[0](x), model[0](x), False), 1e-6)
+
+
 class Pair(nn.Module):
     """A layer of two outputs, and one that is never called."""
 
