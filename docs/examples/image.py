@@ -1,7 +1,7 @@
 """Pictures: wrong labels found, put right, and the network trained again.
 
-Scikit-learn's handwritten digits, a fifth of the training labels wrong. Run it with ``python docs/examples/image.py``; it
-takes half a minute and writes image.html.
+Scikit-learn's handwritten digits, a fifth of the training labels wrong. Run it with
+``python docs/examples/image.py``; it takes half a minute and writes image.html.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 import whence
 from whence.act import clean
 from whence.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
-from whence.report import Example, write_report
+from whence.report import Example, Table, write_report
 
 
 def build() -> nn.Module:
@@ -34,8 +34,8 @@ def main(out: str = "image.html") -> tuple[float, float]:
     model = train_small(build, task, train, recipe, seeds=0)[0]
 
     influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1)).fit(model, task, train)
-    found = clean(influence, trusted=trusted, count=200)
     scores = influence.score(trusted, self_influence=True)
+    found = clean(scores.self_influence, influence, trusted, count=200)
 
     repaired, kept = y.clone(), torch.ones(1000, dtype=torch.bool)
     for proposal in found.proposals:
@@ -50,16 +50,20 @@ def main(out: str = "image.html") -> tuple[float, float]:
         label, mark = (int(y[i]), f"really {int(true[i])}") if i < 1000 and bool(flipped[i]) else (int(true[i]), None)
         return Example(f"label {label}", image=1 - x[i], mark=mark)
 
+    table, shown = found.table(), ("action", "given_label", "new_label", "predicted_change", "reason")
+    columns = {name: table[name][:20] for name in shown}
+    train_examples = [digit(i) for i in range(1000)]
     write_report(
         out,
         scores,
         title="Which labels are wrong?",
-        lead=f"A fifth of 1,000 labels were changed on purpose. Test accuracy {before:.1%} as trained, {after:.1%} after "
-        f"{len(found.proposals)} proposals were followed.",
+        lead=f"A fifth of 1,000 labels were changed on purpose. Test accuracy {before:.1%} as trained, {after:.1%} "
+        f"after {len(found.proposals)} proposals were followed.",
         measurement="the negative margin of the right digit",
-        train_examples=[digit(i) for i in range(1000)],
+        train_examples=train_examples,
         query_examples=[digit(i) for i in range(1000, 1100)],
         show=range(4),
+        tables={"The first proposals": Table(columns, [train_examples[p.example] for p in found.proposals[:20]])},
         detection=mislabeled_curve(scores.self_influence, flipped),
     )
     return before, after

@@ -1,7 +1,7 @@
 """A table: which patients taught a network its prediction, and which rows hurt it most.
 
-442 patients of scikit-learn's diabetes table, ten measurements each; the target is the progression of the disease after a
-year. Run it with ``python docs/examples/tabular.py``; it takes seconds and writes tabular.html.
+442 patients of scikit-learn's diabetes table, ten measurements each; the target is the progression of the disease
+after a year. Run it with ``python docs/examples/tabular.py``; it takes seconds and writes tabular.html.
 """
 
 from __future__ import annotations
