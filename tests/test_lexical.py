@@ -103,6 +103,12 @@ def test_every_form_of_text_gives_the_same(method):
         close(method.fit(documents).score(asked).values, wanted)
 
 
+def test_case_and_punctuation_do_not_count():
+    asked = TFIDF().fit(["the CAT sat", "Dogs, and a dog."]).score(["cat: The!", "DOGS dog"]).values
+    close(asked, TFIDF().fit(["the cat sat", "dogs and a dog"]).score(["cat the", "dogs dog"]).values)
+    assert (asked.diagonal() > 0.5).all() and asked[0, 1] == asked[1, 0] == 0
+
+
 def test_texts_of_one_length_may_be_a_matrix():
     texts = torch.tensor([[1, 2, 3], [3, 3, 4]])
     close(BM25().fit(texts).score(texts).values, BM25().fit(texts.tolist()).score(texts.tolist()).values)
