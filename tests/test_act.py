@@ -53,6 +53,12 @@ def test_what_helps_is_never_proposed_unless_asked():
     assert [p.example for p in clean(-helpful[None], share=0.1).proposals] == [5]
 
 
+def test_ties_go_by_number():
+    assert clean([0.0] * 500).ranking.tolist() == list(range(500))
+    assert select([[0.0] * 500], count=300).examples.tolist() == list(range(300))
+    assert explain([[1.0] * 500], k=300)["example"] == list(range(300))
+
+
 def test_scores_that_are_mostly_the_same():
     assert not clean([1.0] * 9).proposals
     found = clean([0.0] * 8 + [1e-3])

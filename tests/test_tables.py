@@ -21,6 +21,9 @@ TABLE = {
     "flag": [True, False, None, True, True, False, False, None, True],
     "text": ["plain", 'with "quotes", commas', "two\nlines", "naïve Ω", "007", " padded ", "1_000", "\r\n", None],
     "code": ["007", "01", "0", "1", "2", "3", "4", "5", "6"],
+    "thousands": ["1_000", "2", "3", "4", "5", "6", "7", "8", "9"],
+    "padded": [" 1.5", "2.5 ", "3", "4", "5", "6", "7", "8", "9"],
+    "signed": ["+1", "-01", "3", "4", "5", "6", "7", "8", "9"],
     "gap": [None] * 9,
 }
 

@@ -184,11 +184,10 @@ def _weighed(
         trusted, numbers = stand_ins(problem, labels, ranking[size:][::-1], STAND_INS, seed)
         said = f"; labels tried against {len(numbers)} unsuspicious training examples"
     kinds = np.unique(labels)
-    kinds = kinds[kinds != getattr(problem.task, "ignore_index", None)]
     s = helps(influence, trusted, ranking[:size].tolist(), kinds.tolist(), place)  # (S, C)
     found = []
     for given, row in zip(labels[ranking[:size]].tolist(), s, strict=True):
-        own, best = float(row[kinds == given].sum()), float(row.max())  # an ignored label gives nothing
+        own, best = float(row[kinds == given][0]), float(row.max())
         if own >= max(best, 0.0):
             found.append(("keep", given, None, 0.0))
         elif best > 0:
