@@ -344,6 +344,29 @@ def test_modules_of_no_registered_type_are_recognised(checkpointed):
         torch.testing.assert_close(found[name], rows, **TIGHT)
 
 
+class Padded(nn.Module):
+    """What it puts out at padding depends on the other examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(6, 5), nn.Linear(5, 6)
+
+    def forward(self, ids):
+        y = self.head(self.embed(ids))
+        return y + (ids == 0).unsqueeze(-1) * y.sum(0, keepdim=True)
+
+
+def test_what_a_model_puts_out_at_padding_is_no_reason_for_the_slow_path():
+    torch.manual_seed(0)
+    ids = torch.randint(6, (7, 4))
+    train = ids, torch.randint(6, (7, 4)).where(ids != 0, -100)
+    lib = Problem(model := Padded().double(), Classification(), train)
+    assert not lib.layout.slow
+    found, truth = lib.loss_gradients(train).dense(), autograd_rows(model, lib, train)
+    for name, rows in truth.items():
+        torch.testing.assert_close(found[name], rows, **TIGHT)
+
+
 class Looking(nn.Module):
     """It looks at its data, which vmap does not allow, and has a parameter of no layer."""
 

@@ -31,6 +31,10 @@ class Form(Protocol):
         """The rows in dense form."""
         ...
 
+    def gram(self, other: Form) -> Tensor:
+        """Inner products of all rows with all rows of another: (n, R, n', R')."""
+        ...
+
 
 @dataclass(frozen=True)
 class Factored:

@@ -90,7 +90,7 @@ class Lookup:
 class Several:
     """Rows of a table used both as an embedding and as a matrix (tied weights): the sum of the uses.
 
-    Linear contractions are sums over the uses; what squares rows needs them summed first, in dense form.
+    Linear contractions are sums over the uses, and inner products of rows sums over pairs of uses.
     """
 
     parts: tuple[Factored | Written | Lookup, ...]
@@ -126,11 +126,34 @@ class Several:
 
     def square_norms(self) -> Tensor:
         """Squared norms of the rows, (n, R)."""
-        return self.written().square_norms()
+        matrix, table = self.parts[0], self.parts[-1]
+        if len(self.parts) > 2 or not isinstance(matrix, Factored) or not isinstance(table, Lookup):
+            return self.written().square_norms()
+        both = table.g @ matrix.a[0].mT.unsqueeze(1)  # (n, R, S, T)
+        index = table.ids.view(len(both), 1, 1, -1).expand(*both.shape[:2], both.shape[3], -1)
+        cross = (both.mT * matrix.g[0].gather(3, index)).sum((2, 3))
+        return matrix.square_norms() + 2 * cross + table.square_norms()
 
     def gram(self, other: Form) -> Tensor:
         """Inner products of all rows with all rows of another: (n, R, n', R')."""
-        return self.written().gram(other)
+        others = other.parts if isinstance(other, Several) else (other,)
+        return torch.stack([_gram(p, q) for p in self.parts for q in others]).sum(0)
+
+
+def _gram(p: Form, q: Form) -> Tensor:
+    """Inner products of rows of any two forms: (n, R, n', R')."""
+    if isinstance(p, Lookup) and isinstance(q, Factored):
+        return _gram(q, p).permute(2, 3, 0, 1)
+    if not (isinstance(p, Factored) and isinstance(q, Lookup)):
+        return p.gram(q)
+    n, R, T, _ = p.g.shape[1:]
+    m, P, S, d = q.g.shape
+    out = p.g.new_empty(n, R, m, P)
+    for s in slices(n, R * T * m * P * S):
+        both = (p.a[0, s].reshape(-1, d) @ q.g.reshape(-1, d).mT).view(-1, 1, T, m, P, S)
+        outputs = p.g[0, s][..., q.ids].unsqueeze(4)  # (k, R, T, m, 1, S)
+        out[s] = (both * outputs).sum((2, 5))
+    return out
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ def trace(
         layout: the blocks.
         functional: the outputs on a batch as a function of parameters, for blocks on the slow path.
     """
-    with _hooked(model, layout, batch_length(batch)) as recorded:
+    with _hooked(model, layout, batch_length(batch)) as calls:
         outputs = forward()
-        calls = {path: tuple(called) for path, called in recorded.items()}
         cotangents = seeds(outputs, batch)
         g = _backward(outputs, cotangents, calls)  # hooked, for checkpoints that run parts of the model again
     rows: dict[str, Rows] = {}

@@ -3,7 +3,7 @@
 from whence.hf.batches import completion_batch, pad
 from whence.hf.layers import Conv1DKind, ExpertsKind
 from whence.hf.recorder import RecorderCallback
-from whence.hf.tasks import CausalLM, SequenceClassification, TokenClassification
+from whence.hf.tasks import CausalLM, SequenceClassification, TokenClassification, aligned
 
 __all__ = [
     "CausalLM",
@@ -12,6 +12,7 @@ __all__ = [
     "RecorderCallback",
     "SequenceClassification",
     "TokenClassification",
+    "aligned",
     "completion_batch",
     "pad",
 ]
