@@ -5,6 +5,7 @@ from whence.evaluate.files import Truth, load_matrix
 from whence.evaluate.lds import LDS, linear_datamodeling_score
 from whence.evaluate.leave_out import LeaveOneGroupOut, LeaveOneOut, expected_leave_one_out, leave_one_group_out
 from whence.evaluate.mislabeled import MislabeledCurve, flip_labels, mislabeled_curve
+from whence.evaluate.pbrf import PBRF, pbrf
 from whence.evaluate.removal import Flips, RemovalCurve, flips, removal_curve
 from whence.evaluate.retrain import random_subsets, retrain, retrain_small, run_seed
 from whence.evaluate.small import SGDRecipe, train_small
@@ -18,6 +19,7 @@ __all__ = [
     "LeaveOneGroupOut",
     "LeaveOneOut",
     "MislabeledCurve",
+    "PBRF",
     "Pair",
     "QueryMean",
     "RemovalCurve",
@@ -32,6 +34,7 @@ __all__ = [
     "linear_datamodeling_score",
     "load_matrix",
     "mislabeled_curve",
+    "pbrf",
     "random_subsets",
     "removal_curve",
     "retrain",
