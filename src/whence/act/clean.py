@@ -11,8 +11,9 @@ queries:
 
     keep it: 0,         drop it: s(y) / N,         label it y': (s(y) - s(y')) / N         s(y) = mean_q s(q, (x, y))
 
-and the lowest is proposed. Under cross-entropy the s of all labels, weighed by the model's own probabilities, sum to
-zero: some label always helps, and dropping is proposed only for other losses, or without an `Influence`.
+and the lowest is proposed. A new label y' must have two witnesses: the trusted queries, whom no other helps as much,
+and the model, which has no lower loss on x with any other. The first alone is not enough: under cross-entropy the s of
+all labels, weighed by the model's probabilities, sum to zero, so that some label always helps, by merit or by chance.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from whence.act.ranking import Numbers, how_many, ranked
-from whence.act.relabel import given_labels, helps, stand_ins
+from whence.act.relabel import given_labels, stand_ins, tried
 from whence.attribution.influence import Influence
 from whence.errors import InputError, expected
 from whence.evaluate.arrays import Floats, float_array
@@ -43,7 +44,7 @@ class Proposal:
 
     Attributes:
         example: its number.
-        action: "drop" or "relabel"; or "keep", where its own label helps the trusted queries more than any other.
+        action: "drop" or "relabel"; or "keep", where the trusted queries would miss it.
         given: its label, where an `Influence` tells it.
         label: the new one, to relabel.
         change: predicted change of the trusted queries' mean f (lower is better); None without any.
@@ -184,23 +185,22 @@ def _weighed(
         trusted, numbers = stand_ins(problem, labels, ranking[size:][::-1], STAND_INS, seed)
         said = f"; labels tried against {len(numbers)} unsuspicious training examples"
     kinds = np.unique(labels)
-    s = helps(influence, trusted, ranking[:size].tolist(), kinds.tolist(), place)  # (S, C)
     found = []
-    for given, row in zip(labels[ranking[:size]].tolist(), s, strict=True):
-        own, best = float(row[kinds == given][0]), float(row.max())
-        if own >= max(best, 0.0):
-            found.append(("keep", given, None, 0.0))
-        elif best > 0:
-            found.append(("relabel", given, int(kinds[row.argmax()]), (own - best) / n))
+    s, losses = tried(influence, trusted, ranking[:size].tolist(), kinds.tolist(), place)  # (S, C)
+    for given, helps, loss in zip(labels[ranking[:size]].tolist(), s, losses, strict=True):
+        own, best = float(helps[kinds == given][0]), int(helps.argmax())
+        gain = float(helps[best]) if loss.argmin() == best else -np.inf
+        if gain > max(own, 0.0):
+            found.append(("relabel", given, int(kinds[best]), (own - gain) / n))
         else:
-            found.append(("drop", given, None, own / n))
+            found.append(("drop", given, None, own / n) if own < 0 else ("keep", given, None, 0.0))
     return found, said
 
 
 def _why(action: Action, given: int | None, label: int | None, change: float | None) -> str:
     """The end of a reason."""
     if action == "keep":
-        return f"its label {given} helps the trusted queries more than any other would: rare rather than wrong"
+        return f"with its label {given} it helps the trusted queries: rare rather than wrong"
     if change is None:
         return "learnt by heart, not from others"
     what = "without it" if action == "drop" else f"with label {label} in place of {given}"

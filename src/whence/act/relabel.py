@@ -31,13 +31,20 @@ def given_labels(problem: Problem, place: int | str) -> Numbers:
     return torch.cat([_labels(batch, place).cpu() for _, batch in problem.batches()]).numpy()
 
 
-def helps(
+def tried(
     influence: Influence, trusted: Any, suspects: Sequence[int], labels: Sequence[int], place: int | str
-) -> Floats:
-    """s of every suspect with every label, (S, C): one solve for each trusted query, one pass over S C examples."""
-    tried = _Relabelled(influence.problem.train, suspects, labels, place)
-    values = influence.score(trusted, certify=False, candidates=tried).values.double().mean(0)
-    return values.view(len(suspects), len(labels)).cpu().numpy()
+) -> tuple[Floats, Floats]:
+    """s of every suspect with every label, and the model's loss on it, both (S, C).
+
+    One solve for each trusted query, and two passes over S C examples, one of them forward only.
+    """
+    problem = influence.problem
+    variants = _Relabelled(problem.train, suspects, labels, place)
+    s = influence.score(trusted, certify=False, candidates=variants).values.double().mean(0)
+    with problem.observed() as model, torch.no_grad():
+        losses = [problem.task.loss(problem.outputs(model, batch), batch) for _, batch in problem.batches(variants)]
+    shape = len(suspects), len(labels)
+    return s.view(shape).cpu().numpy(), torch.cat(losses).double().view(shape).cpu().numpy()
 
 
 def stand_ins(
