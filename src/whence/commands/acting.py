@@ -52,7 +52,7 @@ def clean(
     tries = relabel and isinstance(run.method, whence.Influence)
     found = cleaned(
         scores.self_influence if by == "self-influence" else scores,
-        run.fits[0] if tries else None,
+        run.fits()[0] if tries else None,
         trusted if tries else None,
         share,
         count,
@@ -62,7 +62,7 @@ def clean(
     train = run.target.shown("train")
     table = found.table(shown=train.captions)
     say(str(found).partition("\n")[0])
-    run.table("clean", table)
+    run.table("clean", table, hidden=("distance", "reason"))
     _report(run, scores, "trusted", "train", table, "What to drop or relabel", found.rule)
     run.finish(by=by, share=share, count=count, relabel=relabel, labels_at=labels_at)
 
@@ -106,7 +106,9 @@ def select(
 def _report(run: Run, scores: Scores, asked: str, pool: str, table: Table, heading: str, lead: str) -> None:
     """The report, with the first rows of the table."""
     train = run.target.shown(pool)
-    shown = {name: cells[:MOST] for name, cells in table.items() if name != "shown"}
-    rows = Rows(shown, [train[int(number or 0)] for number in shown["example"]], lead)
+    first = {name: cells[:MOST] for name, cells in table.items()}
+    shown = {name: cells for name, cells in first.items() if name not in ("rank", "place", "distance", "shown")}
+    rows = Rows(shown, [train[int(number or 0)] for number in first["example"]], lead)
     queries = run.target.shown(asked) if len(scores.values) else []
-    run.report(scores, train_examples=train, query_examples=queries, title=heading, tables={heading: rows})
+    content = {"title": heading, "tables": {heading: rows}, "show": []}
+    run.report(scores, train_examples=train, query_examples=queries, **content)

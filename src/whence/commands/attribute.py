@@ -22,9 +22,7 @@ def fit(options: Flat[Attributed]) -> None:
     run = Run("fit", options)
     if not isinstance(run.method, whence.Influence):
         raise UnsupportedError(f"{options.method} has no fit to keep. Leave this out: whence score fits it.")
-    for influence in run.fits:
-        for line in about(influence.provenance()):
-            say(line)
+    run.fits()
     run.finish()
 
 
@@ -42,8 +40,6 @@ def score(options: Flat[Attributed], *, certify: bool = True) -> None:
     """
     run = Run("score", options)
     scores = run.scores(certify=certify)
-    for line in about(scores.provenance):
-        say(line)
     say(str(scores))
     top = scores.top(1)
     columns: dict[str, Any] = {
@@ -79,16 +75,3 @@ def self_influence(options: Flat[Attributed]) -> None:
     }
     run.table("self-influence", columns)
     run.finish()
-
-
-def about(provenance: dict[str, Any]) -> list[str]:
-    """The lines on what was chosen."""
-    chosen = provenance.get("chosen", {})
-    rows = {name: provenance[name] for name in ("solver", "damping", "curvature") if name in provenance}
-    rows |= {f"chosen {name}": value for name, value in chosen.items()}
-    shift = provenance.get("damping by parameter")
-    if shift:
-        low, high = min(shift.values()), max(shift.values())
-        rows["lambda"] = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, by parameter"
-    width = max(map(len, rows), default=0)
-    return [f"{name:<{width}}  {value}" for name, value in rows.items()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import sys
 import types
@@ -22,10 +23,7 @@ from whence.commands.expressions import nearest
 from whence.errors import InputError, expected
 from whence.store import whole
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 Command = Callable[..., Any]
 RECORD = "record"  # the table of a written configuration that is no option

@@ -12,7 +12,7 @@ from whence import loading
 from whence.attribution import Scores
 from whence.attribution.scores import unsolved
 from whence.commands import judging
-from whence.commands.results import Results
+from whence.commands.results import RECORDED, Results
 from whence.errors import ArtefactError, expected
 from whence.evaluate import Truth, load_matrix, random_subsets
 from whence.report import Example, Table
@@ -94,9 +94,8 @@ def evaluate(
     results.table("evaluation", table, len(rows))
     content: dict[str, Any] = {name: value for _, some in parts for name, value in some.items()}
     first = next(iter(asked.values()), next(iter(judged.values())))
-    results.report(
-        first, **content, **looks(found, first), title="Are these scores right?", tables={"Measures": Table(table)}
-    )
+    shown = {"title": "Are these scores right?", "tables": {"Measures": Table(table)}, "show": []}
+    results.report(first, **content, **looks(found, first), **shown)
     results.done(own)
 
 
@@ -121,9 +120,12 @@ def named(files: tuple[str, ...]) -> dict[str, Scores]:
 def read(path: str) -> Scores:
     """Scores from a file, or from a matrix of another library's."""
     try:
-        return Scores.load(path)
+        found = Scores.load(path)
     except ArtefactError:
         return unsolved(torch.from_numpy(load_matrix(path)))
+    for name in RECORDED:
+        found.provenance.pop(name, None)
+    return found
 
 
 def looks(target: loading.Target | None, scores: Scores) -> dict[str, Any]:

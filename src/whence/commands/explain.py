@@ -18,6 +18,8 @@ from whence.commands.run import Run
 from whence.errors import UnsupportedError, expected
 from whence.report import DampingSweep
 
+SOLVES = ("residual", "converged")  # columns that are written, not printed
+
 
 def top(
     scores: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE")]] = tyro.MISSING,
@@ -42,10 +44,10 @@ def top(
     columns = strongest(read(scores), k)
     rows = len(columns["query"])
     if out is None:
-        say("\n".join(tabulated(columns, rows)))
+        say("\n".join(tabulated(columns, rows, SOLVES)))
         return
     results = Results("top", out)
-    results.table("top", columns, rows)
+    results.table("top", columns, rows, SOLVES)
     results.done({"scores": scores, "k": k, "out": out})
 
 
@@ -61,7 +63,7 @@ def explain(options: Flat[Attributed], *, k: int = 5) -> None:
     """
     run = Run("explain", options)
     scores, train, queries = run.scores(), run.target.shown("train"), run.target.shown("queries")
-    run.table("explain", strongest(scores, k, {"shown": train.captions}, {"shown": queries.captions}))
+    run.table("explain", strongest(scores, k, {"shown": train.captions}, {"shown": queries.captions}), hidden=SOLVES)
     run.report(scores, train_examples=train, query_examples=queries, k=k)
     run.finish(k=k)
 
@@ -91,7 +93,7 @@ def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep
     if layers:
         best = scores.top(min(k, scores.values.shape[1]))
         examples = best.proponents.flatten().unique().tolist()
-        content["layers"] = run.fits[0].by_block(queries, examples)
+        content["layers"] = run.fits()[0].by_block(queries, examples)
     if (run.folder / "self-influence.safetensors").exists():
         scores = dataclasses.replace(scores, self_values=run.self_influence().self_values)
     train, asked = run.target.shown("train"), run.target.shown("queries")
@@ -104,7 +106,7 @@ def swept(run: Run, scores: Scores, factors: Sequence[float]) -> DampingSweep:
     if any(not f > 0 for f in factors):
         raise expected("sweep", "positive multiples of the damping", list(factors))
     queries, found = run.target.given("queries"), {}
-    shift = run.fits[0].inverse.shift
+    shift = run.fits()[0].inverse.shift
     largest = max(shift.values())
     for factor in factors:
         damping = whence.Damping.by_parameter({name: factor * value for name, value in shift.items()})

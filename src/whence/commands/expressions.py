@@ -26,7 +26,7 @@ METHODS: Names = {n: m for n in attribution.__all__ if hasattr(m := getattr(attr
 DAMPINGS: Names = {
     n: getattr(whence.Damping, n) for n in ("absolute", "relative", "per_example", "from_training", "by_parameter")
 }
-NAMES: Names = {n: f for n, f in (SOLVERS | CURVATURES | METHODS | DAMPINGS).items() if n != "Solver"}  # pyright: ignore
+NAMES: Names = {n: f for n, f in (SOLVERS | CURVATURES | METHODS | DAMPINGS).items() if n != "Solver"}
 
 
 def made(what: str, text: str, example: str, names: Names = NAMES) -> Any:

@@ -63,7 +63,8 @@ def against_flags(judged: Judged, flipped: Tensor, seed: int) -> Found:
         rows.append(_row(name, "AUC of wrong labels", c.auc, c.auc_interval))
         interval = c.average_precision_interval
         rows.append(_row(name, "average precision of wrong labels", c.average_precision, interval))
-    return rows, {"detection": next(iter(curves.values()))}
+    first, curve = next(iter(curves.items()))
+    return rows, {"detection": curve, "notes": [f"Wrong labels: the curve is that of {first}."]}
 
 
 def against_each_other(judged: Judged, k: int, seed: int) -> Found:

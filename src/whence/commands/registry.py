@@ -19,8 +19,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain,
     "clean": clean,
     "select": select,
-    "spectrum": spectrum,
     "evaluate": evaluate,
     "report": report,
+    "spectrum": spectrum,
     "demo": demo,
 }

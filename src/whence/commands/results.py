@@ -18,6 +18,7 @@ from whence.report import write_report
 from whence.tables import write_table
 
 WIDEST = 48  # characters of a cell on the screen
+RECORDED = ("made of", "warned")  # what the commands add to the provenance in files of scores
 
 
 def say(line: str = "") -> None:
@@ -46,9 +47,18 @@ class Results:
         self.written.append(self.folder / name)
         return self.folder / name
 
-    def table(self, name: str, columns: Mapping[str, Sequence[Any]], rows: int = 20) -> None:
-        """Print the first rows of a table, and write all of it as CSV and Parquet."""
-        for line in tabulated(columns, rows):
+    def table(
+        self, name: str, columns: Mapping[str, Sequence[Any]], rows: int = 10, hidden: Sequence[str] = ()
+    ) -> None:
+        """Print the first rows of a table, and write all of it as CSV and Parquet.
+
+        Args:
+            name: of the files.
+            columns: name to cells.
+            rows: how many to print.
+            hidden: columns that are only written.
+        """
+        for line in tabulated(columns, rows, hidden):
             say(line)
         for suffix in ("csv", "parquet"):
             write_table(self.path(f"{name}.{suffix}"), columns)
@@ -71,8 +81,9 @@ class Results:
         say(f"Written: {', '.join(map(str, self.written))}")
 
 
-def tabulated(columns: Mapping[str, Sequence[Any]], rows: int = 20) -> Iterator[str]:
+def tabulated(columns: Mapping[str, Sequence[Any]], rows: int = 10, hidden: Sequence[str] = ()) -> Iterator[str]:
     """The lines of a table: names, and as many rows as asked; numbers to the right."""
+    columns = {name: cells for name, cells in columns.items() if name not in hidden}
     count = max(map(len, columns.values()), default=0)
     cells = {name: [name, *map(_cell, values[:rows])] for name, values in columns.items()}
     numbers = {name for name, values in columns.items() if all(isinstance(v, (Real, type(None))) for v in values)}

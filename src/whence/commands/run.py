@@ -40,7 +40,8 @@ class Run(Results):
 
     def __init__(self, command: str, options: Attributed):
         super().__init__(command, options.out)
-        self.options, self.method = options, options.chosen_method()
+        self.options, self._fits = options, list[Any]()
+        self.method: Any = options.chosen_method()
         self.target = loading.load(options.target)
         if isinstance(self.method, OverTraining):
             self.method = dataclasses.replace(self.method, trajectory=self.target.run())
@@ -49,9 +50,13 @@ class Run(Results):
         self.problem = Problem(self.models[0], task, train, options.parameters, options.batch_size)
         say(f"{options.method or 'Influence'} of {options.target}, {self.problem.coverage()}")
 
-    @cached_property
     def fits(self) -> list[Any]:
         """The method, fitted to each model; influence functions are kept in the folder, and taken from there."""
+        if not self._fits:
+            self._fits = self._fitted()
+        return self._fits
+
+    def _fitted(self) -> list[Any]:
         task, train = self.target.task, self.target.train
         if isinstance(self.method, whence.TRAK):
             return [self.method.fit(self.models, task, train)]
@@ -73,6 +78,8 @@ class Run(Results):
             return fitted
         fitted = method.fit(model, task, train)
         fitted.save(self.path(path.name))
+        for line in about(fitted.provenance()):
+            say(line)
         return fitted
 
     @cached_property
@@ -107,7 +114,7 @@ class Run(Results):
                 warnings.warn(message, ConvergenceWarning, stacklevel=2)
             return found
         with heard() as warned, elsewhere():
-            scores = [make(fit, pieces / str(i)) for i, fit in enumerate(self.fits)]
+            scores = [make(fit, pieces / str(i)) for i, fit in enumerate(self.fits())]
         found = scores[0] if len(scores) == 1 else whence.ensemble(scores)
         more = {"made of": made_of, "warned": warned}
         dataclasses.replace(found, provenance=found.provenance | more).save(self.path(path.name))
@@ -196,3 +203,16 @@ def heard() -> Iterator[list[str]]:
 
 def _fingerprint(name: str, value: Any) -> str:
     return str(value) if isinstance(value, (bool, int, str)) else Examples(value, name).fingerprint()
+
+
+def about(provenance: dict[str, Any]) -> list[str]:
+    """Lines on what a fit was given and chose."""
+    chosen = provenance.get("chosen", {})
+    rows = {name: provenance[name] for name in ("solver", "damping", "curvature") if name in provenance}
+    rows |= {f"chosen {name}": value for name, value in chosen.items()}
+    shift = provenance.get("damping by parameter")
+    if shift:
+        low, high = min(shift.values()), max(shift.values())
+        rows["lambda"] = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, by parameter"
+    width = max(map(len, rows), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
