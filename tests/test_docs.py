@@ -94,7 +94,7 @@ def test_an_entry_of_the_api_page_is_as_in_the_code(module, entry):
             assert eval(ast.unparse(value), vars(whence) | vars(module)) == default, key
 
 
-@pytest.mark.parametrize("module", ["whence", "whence.evaluate", "whence.hf", "whence.report"])
+@pytest.mark.parametrize("module", ["whence", "whence.evaluate", "whence.act", "whence.hf", "whence.report"])
 def test_every_public_name_is_on_the_api_page(module):
     listed = {re.split(r"[.(]", entry)[0] for where, entry in entries() if where.__name__ == module}
     assert set(importlib.import_module(module).__all__) - listed == set()
