@@ -119,7 +119,7 @@ def cost(steps: int, segment: int | None, queries: int) -> dict[str, Any]:
     train, asked = digits()
     model, trajectory = trained("gelu", 0, train, steps, (64, 256, 128, 10))
     asked = (asked[0][:queries], asked[1][:queries])
-    short = trained("gelu", 0, train, 20, (64, 256, 128, 10))  # everything is loaded and warm before memory is counted
+    short = trained("gelu", 0, train, 4, (64, 256, 128, 10))  # everything is loaded and warm before memory is counted
     whence.Unrolled(short[1], dropped=0).fit(short[0], whence.Classification(), train).score(asked)
     with phase("before"):
         pass
