@@ -50,12 +50,11 @@ def test_scores_are_those_of_the_library(mine, capsys):
 def test_a_fit_is_made_once(mine, capsys, monkeypatch):
     run("fit mine:problem --damping 0.05 --out r --solver EKFAC()")
     assert "lambda" in capsys.readouterr().out
-    monkeypatch.setattr(whence.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
-    run("score mine:problem --damping 0.05 --out r --solver EKFAC()")
-    assert "The fit is taken from r/fit.safetensors." in capsys.readouterr().out
-    run("self-influence mine:problem --damping 0.05 --out r --solver EKFAC() --batch-size 7")
-    monkeypatch.undo()
-    monkeypatch.chdir(mine)
+    with monkeypatch.context() as patched:
+        patched.setattr(whence.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
+        run("score mine:problem --damping 0.05 --out r --solver EKFAC()")
+        assert "The fit is taken from r/fit.safetensors." in capsys.readouterr().out
+        run("self-influence mine:problem --damping 0.05 --out r --solver EKFAC() --batch-size 7")
     target = load()
     fitted = whence.Influence(whence.EKFAC(), 0.05).fit(target.model, target.task, target.train)
     expected = fitted.self_influence()

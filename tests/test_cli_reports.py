@@ -7,9 +7,7 @@ import torch
 
 import whence
 from targets import load, placed, refused, run, whole
-from whence.act.clean import clean
-from whence.act.explain import explain
-from whence.act.select import cleanest, select
+from whence.act import clean, cleanest, explain, select
 from whence.tables import read_table
 
 
@@ -87,7 +85,7 @@ def test_the_full_report(mine, fitted, capsys, monkeypatch):
         ("full", "", lambda t, i: clean(i.score(t.trusted), i, t.trusted)),
         ("full", "--count 5", lambda t, i: clean(i.score(t.trusted), i, t.trusted, count=5)),
         ("full", "--share 0.2 --no-relabel", lambda t, i: clean(i.score(t.trusted), share=0.2)),
-        ("full", "--by self-influence --count 3", lambda t, i: clean(i.self_influence(), i, t.trusted, count=3)),
+        ("full", "--rank-by self-influence --count 3", lambda t, i: clean(i.self_influence(), i, t.trusted, count=3)),
         ("problem", "--count 3 --seed 7", lambda t, i: clean(i.self_influence(), i, count=3, seed=7)),
     ],
 )
@@ -101,7 +99,7 @@ def test_clean(mine, fitted, capsys, target, options, like):
 
 
 def test_clean_needs_what_it_ranks_by(mine, capsys):
-    refused(capsys, "trusted must be given, got none", f"clean mine:problem {LIKE} --by harm")
+    refused(capsys, "trusted must be given, got none", f"clean mine:problem {LIKE} --rank-by harm")
     refused(
         capsys,
         "labels at 'y' of a batch must be one whole number",

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import whence
-from whence.act.clean import clean as cleaned
-from whence.act.select import cleanest
-from whence.act.select import select as selected
+from whence import act
 from whence.attribution import Scores
 from whence.commands.options import Attributed, Flat
 from whence.commands.results import say
@@ -21,7 +19,7 @@ MOST = 200  # rows in a report; the tables have all
 def clean(
     options: Flat[Attributed],
     *,
-    by: Literal["self-influence", "harm"] | None = None,
+    rank_by: Literal["self-influence", "harm"] | None = None,
     share: float | None = None,
     count: int | None = None,
     relabel: bool = True,
@@ -36,7 +34,7 @@ def clean(
     Nothing is changed: the table says what is proposed.
 
     Args:
-        by: without it by harm if there are trusted examples, else by self-influence.
+        rank_by: without it harm if there are trusted examples, else self-influence.
         share: of the examples to look at; with neither share nor count those that stand out.
         count: how many to look at.
         relabel: try other labels, with influence functions; else all that is proposed is to drop.
@@ -44,13 +42,13 @@ def clean(
     """
     run = Run("clean", options)
     trusted = run.target.trusted
-    by = by or ("self-influence" if trusted is None else "harm")
+    by = rank_by or ("self-influence" if trusted is None else "harm")
     if by == "harm":
         scores = run.scores("trusted")
     else:
         scores = run.self_influence()
     tries = relabel and isinstance(run.method, whence.Influence)
-    found = cleaned(
+    found = act.clean(
         scores.self_influence if by == "self-influence" else scores,
         run.fits()[0] if tries else None,
         trusted if tries else None,
@@ -64,7 +62,7 @@ def clean(
     say(str(found).partition("\n")[0])
     run.table("clean", table, hidden=("distance", "reason"))
     _report(run, scores, "trusted", "train", table, "What to drop or relabel", found.rule)
-    run.finish(by=by, share=share, count=count, relabel=relabel, labels_at=labels_at)
+    run.finish(rank_by=by, share=share, count=count, relabel=relabel, labels_at=labels_at)
 
 
 def select(
@@ -91,10 +89,10 @@ def select(
     pool = "train" if run.target.candidates is None else "candidates"
     if by == "cleanest":
         scores, pool = run.self_influence(), "train"
-        found = cleanest(scores.self_influence, share, count, options.seed or 0)
+        found = act.cleanest(scores.self_influence, share, count, options.seed or 0)
     else:
         scores = run.scores(candidates=run.target.candidates)
-        found = selected(scores, share, count, by, seed=options.seed or 0)
+        found = act.select(scores, share, count, by, seed=options.seed or 0)
     table = found.table(shown=run.target.shown(pool).captions)
     said = str(found) if by != "cleanest" else f"{len(found.examples)} of {found.examples_in_all} examples by {by}"
     say(said)

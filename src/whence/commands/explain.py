@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 import whence
-from whence.act.explain import explain as strongest
+from whence import act
 from whence.attribution import Scores
 from whence.commands.evaluate import read
 from whence.commands.options import Attributed, Flat
@@ -41,7 +41,7 @@ def top(
         k: how many of each.
         out: a folder for the table; without it it is only shown.
     """
-    columns = strongest(read(scores), k)
+    columns = act.explain(read(scores), k)
     rows = len(columns["query"])
     if out is None:
         say("\n".join(tabulated(columns, rows, SOLVES)))
@@ -63,7 +63,7 @@ def explain(options: Flat[Attributed], *, k: int = 5) -> None:
     """
     run = Run("explain", options)
     scores, train, queries = run.scores(), run.target.shown("train"), run.target.shown("queries")
-    run.table("explain", strongest(scores, k, {"shown": train.captions}, {"shown": queries.captions}), hidden=SOLVES)
+    run.table("explain", act.explain(scores, k, {"shown": train.captions}, {"shown": queries.captions}), hidden=SOLVES)
     run.report(scores, train_examples=train, query_examples=queries, k=k)
     run.finish(k=k)
 
