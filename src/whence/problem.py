@@ -266,7 +266,7 @@ class Problem:
         with self.observed() as model:
             for p in parameters.values():
                 p.requires_grad_()
-            known = truth(batch, lambda single: self.outputs(model, single), self.seeds_of("loss"), parameters)
+            known = truth(batch, lambda single: self.outputs(model, single), self.task.loss, parameters)
         with self.observed() as model:
             traced = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
             layout = verified(layout, known, traced, self.dtype)

@@ -11,13 +11,15 @@ from whence.data import Batch, batch_length, map_tensors
 from whence.gradients import Gradients
 from whence.layers import Unfactorable
 from whence.layout import Layout, demoted
-from whence.trace import Seeds
 
 Truth = tuple[Tensor, dict[str, Tensor]]  # cotangents (1, n, ...) and, by parameter, the gradients (n, *shape)
 
 
 def truth(
-    batch: Batch, outputs: Callable[[Batch], Tensor], slopes: Seeds, parameters: Mapping[str, torch.nn.Parameter]
+    batch: Batch,
+    outputs: Callable[[Batch], Tensor],
+    loss: Callable[[Tensor, Batch], Tensor],
+    parameters: Mapping[str, torch.nn.Parameter],
 ) -> Truth:
     """Gradients of each example for random cotangents, by plain autograd.
 
@@ -26,7 +28,7 @@ def truth(
     Args:
         batch: a few examples.
         outputs: of the model, its parameters requiring gradients.
-        slopes: the cotangents that belong to the loss.
+        loss: of outputs; what is wrong with it is told when it is used in earnest.
         parameters: those of interest.
     """
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +37,7 @@ def truth(
     for i in range(batch_length(batch)):
         single = map_tensors(lambda t, i=i: t[i : i + 1], batch)
         h = outputs(single)
-        used = slopes(h, single)[0] != 0
+        used = _slope(lambda t, single=single: loss(t, single), h.detach()) != 0
         random = torch.randn(h.shape, generator=generator, dtype=torch.float64).to(h)
         cotangents.append(random * used if used.any() else random)
         leaves, pulled = list(parameters.values()), (h * cotangents[-1]).sum()
@@ -45,6 +47,13 @@ def truth(
         for found, grad in zip(rows.values(), grads, strict=True):
             found.append(grad)
     return torch.cat(cotangents).unsqueeze(0), {name: torch.stack(found) for name, found in rows.items()}
+
+
+def _slope(loss: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    value = loss(h.requires_grad_())
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return torch.zeros_like(h)
+    return torch.autograd.grad(value.sum(), h, allow_unused=True, materialize_grads=True)[0]
 
 
 def verified(layout: Layout, known: Truth, traced: Callable[[Layout, Tensor], Gradients], dtype: torch.dtype) -> Layout:
