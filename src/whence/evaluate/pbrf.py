@@ -78,8 +78,8 @@ class PBRF:
         q, m = self.values.shape
         return (
             f"proximal Bregman response of {q} queries to {m} examples: {int(self.converged.sum())} of {m} converged "
-            f"in {self.steps} steps, worst residual {float(self.residual.max()):.1e}; eps {float(self.eps.min()):.1e} to "
-            f"{float(self.eps.max()):.1e}, a tenth of it changes values by at most {float(self.change.max()):.1e}"
+            f"in {self.steps} steps, worst residual {float(self.residual.max()):.1e}; eps {float(self.eps.min()):.1e} "
+            f"to {float(self.eps.max()):.1e}, a tenth of it changes values by at most {float(self.change.max()):.1e}"
         )
 
 
