@@ -135,6 +135,21 @@ def test_what_did_not_converge_has_its_own_code_also_when_resumed(mine, capsys):
             assert "did not converge" in capsys.readouterr().err
 
 
+def test_a_module_that_silences_warnings_does_not_silence_the_exit_code(mine):
+    (mine / "mine.py").write_text("import warnings\nwarnings.filterwarnings('ignore')\n" + MINE)
+    for _ in range(2):
+        run("score mine:problem --out r", "--solver", "CG(steps=1, tolerance=1e-8)", code=3)
+
+
+def test_out_is_a_folder(mine, capsys):
+    (mine / "r").touch()
+    refused(capsys, "out must be a folder, got the file r", "score mine:problem --out r")
+    refused(capsys, "queries must be given, got none. .*Target", "score mine:unasked --out s --solver EKFAC()")
+    refused(capsys, "TRAK.. has no fit to keep", "fit mine:problem --out s --method TRAK()")
+    refused(capsys, "trajectory must be given, got none", "score mine:problem --out s --method TracIn()")
+    assert not (mine / "s").exists()
+
+
 # --- what was made for something else, damaged or interrupted -------------------------------------------------------
 
 

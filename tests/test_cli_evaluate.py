@@ -73,7 +73,8 @@ def test_against_a_truth_and_each_other(capsys):
 
 
 def test_against_training_again(mine, files, monkeypatch):
-    run("evaluate a/scores.safetensors --target mine:full --subsets 5 --removal 2 6 --out j --seed 3")
+    line = "evaluate a/scores.safetensors --target mine:full --subsets 5 --removal 2 6 --out j --seed 3"
+    run(line)
     t = load("full")
     masks = random_subsets(30, 5, 0.5, 3)
     expected = linear_datamodeling_score(draw(4, 30), masks, t.retrain(masks), seed=3)
@@ -85,6 +86,10 @@ def test_against_training_again(mine, files, monkeypatch):
         for ranking, name in (("top", "a"), ("bottom", "a, opponents"), ("random", "random")):
             value = (curve.changes[ranking][i].mean(), *curve.intervals[ranking][i])
             assert found[name, f"change of f without {count}"] == pytest.approx(value)
+    steps, original = [], torch.optim.SGD.zero_grad
+    monkeypatch.setattr(torch.optim.SGD, "zero_grad", lambda self: steps.append(1) or original(self))
+    run(line)
+    assert len(steps) == 12 and measured() == found  # those of the target's own model
 
 
 def test_training_one_at_a_time_is_kept(mine, files, monkeypatch):

@@ -81,12 +81,18 @@ def against_each_other(judged: Judged, k: int, seed: int) -> Found:
 
 
 def retraining(target: Target, folder: Path, repeats: int, seed: int, paired: bool) -> Runs:
-    """Masks (M, N) to measurements (M, R, Q), by the target's ``retrain``; runs of one model are kept in the folder."""
+    """Masks (M, N) to measurements (M, R, Q), by the target's ``retrain``; what is trained is kept in the folder.
+
+    A function of masks gets the folder, and whether runs are paired, if it takes them and does not have its own.
+    """
     train = target.given("retrain")
+    takes = inspect.signature(train)
     try:
-        inspect.signature(train).bind(None, None)
+        takes.bind(None, None)
     except TypeError:  # it takes masks alone
-        return train
+        has = getattr(train, "keywords", {})
+        more = {"folder": folder, "paired": paired}
+        return partial(train, **{name: value for name, value in more.items() if name in takes.parameters.keys() - has})
     measure = partial(_measured, target.task, target.given("queries"))
     return partial(retrain, train, measure, repeats=repeats, seed=seed, folder=folder, paired=paired)
 

@@ -43,6 +43,7 @@ class Run(Results):
         self.options, self._fits = options, list[Any]()
         self.method: Any = options.chosen_method()
         self.target = loading.load(options.target)
+        warnings.filterwarnings("always", category=ConvergenceWarning)  # it decides the exit code: not to be silenced
         if isinstance(self.method, OverTraining):
             self.method = dataclasses.replace(self.method, trajectory=self.target.run())
         model, task, train = self.target.model, self.target.task, self.target.train
