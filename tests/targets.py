@@ -84,6 +84,7 @@ def unasked():
 
 def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The module in the current directory."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a file edited within a second would look unchanged
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)

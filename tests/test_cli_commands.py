@@ -182,6 +182,24 @@ def test_results_of_something_else_are_refused_by_name(mine, capsys, options, ch
     assert {path: path.read_bytes() for path in (mine / "r").iterdir()} == before
 
 
+def test_a_measurement_that_was_edited_is_another(mine, capsys):
+    own = """class Own(whence.Classification):
+    def measurement(self, outputs, batch):
+        return outputs.square().sum(1) * 1
+
+"""
+    text = MINE.replace("task, recipe", own + "task, recipe").replace("whence.Classification(), SGD", "Own(), SGD")
+    (mine / "mine.py").write_text(text)
+    run("score mine:problem --out r --solver EKFAC()")
+    (mine / "mine.py").write_text(text.replace("* 1", "* 2"))
+    sys.modules.pop("mine")
+    refused(
+        capsys,
+        "r/scores.safetensors was made for another task.*measurement",
+        "score mine:problem --out r --solver EKFAC()",
+    )
+
+
 @pytest.mark.parametrize("name", ["fit", "scores"])
 @pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
 def test_damaged_files_are_refused(mine, capsys, name, damage):
