@@ -149,6 +149,7 @@ def test_help_and_version(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "whence demo" in text and "Exit codes" in text
+    assert "Judge one or more files of scores" in text and "For example" not in text
     assert cli.main([]) == 2
     assert capsys.readouterr().out == text
     assert cli.main(["demo", "--help"]) == 0

@@ -82,6 +82,9 @@ def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str
     from whence.commands import configured
 
     ready = {name: _later(command) for name, command in commands.items()}
+    for name, command in ready.items():
+        if name not in arguments[:1]:  # in the list of all commands a line each
+            command.__doc__ = str(command.__doc__).partition("\n")[0]
     for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
         option, _, inside = given.partition("=")
         if option == "--config" and arguments[0] in ready and (inside or value):
