@@ -36,6 +36,7 @@ STAND_INS = 100  # training examples that are trusted where nothing else is
 COLUMNS = "rank", "example", "action", "given_label", "new_label", "score", "distance", "predicted_change", "reason"
 
 Action = Literal["drop", "relabel", "keep"]
+Weighed = tuple[Action, int | None, int | None, float | None]  # with the given label, a new one, the predicted change
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ def clean(
         if trusted is not None:
             raise expected("influence", "given with trusted queries, to try labels", None, "Pass influence.")
         n = len(suspicion)
-        found = [("drop", None, None, -float(suspicion[z]) / n if by == "harm" else None) for z in suspects]
+        changes = [-float(suspicion[z]) / n if by == "harm" else None for z in suspects]
+        found: list[Weighed] = [("drop", None, None, change) for change in changes]
     else:
         found, said = _weighed(influence, trusted, ranking, size, labels_at, seed)
         rule += said
@@ -171,7 +173,7 @@ def _fence(values: Floats) -> tuple[Floats, float]:
 
 def _weighed(
     influence: Influence, trusted: Any, ranking: Numbers, size: int, place: int | str, seed: int
-) -> tuple[list[tuple[Action, int, int | None, float]], str]:
+) -> tuple[list[Weighed], str]:
     """(action, given label, new label, predicted change) of the first in the ranking, and what was trusted."""
     problem, n = influence.problem, len(ranking)
     if n != len(problem.train):
@@ -185,7 +187,7 @@ def _weighed(
         trusted, numbers = stand_ins(problem, labels, ranking[size:][::-1], STAND_INS, seed)
         said = f"; labels tried against {len(numbers)} unsuspicious training examples"
     kinds = np.unique(labels)
-    found = []
+    found: list[Weighed] = []
     s, losses = tried(influence, trusted, ranking[:size].tolist(), kinds.tolist(), place)  # (S, C)
     for given, helps, loss in zip(labels[ranking[:size]].tolist(), s, losses, strict=True):
         own, best = float(helps[kinds == given][0]), int(helps.argmax())

@@ -20,7 +20,7 @@ from whence.act.coverage import greedy
 from whence.act.ranking import Numbers, how_many, ranked
 from whence.errors import expected
 from whence.evaluate.arrays import Floats, float_array
-from whence.tables import Table, joined
+from whence.tables import Table, as_table, joined
 
 By = Literal["mean", "max", "coverage"]
 RULES = {"mean": lambda rows: rows.mean(0), "max": lambda rows: rows.max(0)}
@@ -58,7 +58,7 @@ class Selection:
             columns: more columns, by name; each has a value for every one of the N examples.
         """
         places = list(range(1, len(self.examples) + 1))
-        found: Table = {"place": places, "example": self.examples.tolist(), "score": self.scores.tolist()}
+        found = as_table({"place": places, "example": self.examples, "score": self.scores})
         return joined(found, "example", columns)
 
     def __str__(self) -> str:
