@@ -73,6 +73,7 @@ def test_rows_make_columns_in_the_order_in_which_they_are_met():
     found = as_table(rows)
     assert found == {"b": [1, None], "a": [2.0, 0.5], "c": [None, "x"]}
     assert list(found) == ["b", "a", "c"] and type(found["b"][0]) is int
+    assert type(found["a"][0]) is float
     assert list(as_table(rows, ("c", "z"))) == ["c", "z", "b", "a"]
 
 
