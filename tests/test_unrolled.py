@@ -28,6 +28,7 @@ RUNS = [
     ("mlp_regression", "SGD", (HEAVY,)),
     ("mlp", "AdamW", (ADAM, OTHER)),
     ("frozen", "Adam", (ADAM, OTHER)),
+    ("mlp", "Adam", (ADAM | {"decoupled_weight_decay": True},)),
     ("cnn_groups", "SGD", (HEAVY, NESTEROV)),
     ("masked_sequence", "AdamW", (OTHER,)),
     ("tied_embedding", "SGD", (NESTEROV,)),

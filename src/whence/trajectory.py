@@ -24,7 +24,17 @@ from whence import store
 from whence.errors import ArtefactError, InputError, expected
 
 LOG = "trajectory.safetensors"
-KEPT = ("momentum", "dampening", "nesterov", "weight_decay", "betas", "eps", "amsgrad", "maximize")
+KEPT = (
+    "momentum",
+    "dampening",
+    "nesterov",
+    "weight_decay",
+    "decoupled_weight_decay",
+    "betas",
+    "eps",
+    "amsgrad",
+    "maximize",
+)
 Group = Mapping[str, Any]
 
 

@@ -108,7 +108,9 @@ def optimiser(name: str, group: Mapping[str, Any]) -> Optimiser:
         raise UnsupportedError(f"Only SGD, Adam and AdamW can be replayed, and as they stand, got {got}.")
     own = ("momentum", "dampening", "nesterov", "weight_decay") if name == "SGD" else ("betas", "eps", "weight_decay")
     given = {k: group[k] for k in own if k in group}
-    return SGD(**given) if name == "SGD" else Adam(**given, decoupled=name == "AdamW")
+    if name == "SGD":
+        return SGD(**given)
+    return Adam(**given, decoupled=name == "AdamW" or bool(group.get("decoupled_weight_decay")))
 
 
 def jacobian(update: Callable[[Rows, Tensor], Rows], rows: Rows, g: Tensor) -> Jacobian:
