@@ -199,7 +199,7 @@ def naive(run: Run) -> Tensor:
                     g = g + s["momentum"] * b if s["nesterov"] else b
                 theta[n] = theta[n] - rate * g
                 continue
-            if run.optimiser == "AdamW":
+            if run.optimiser == "AdamW" or s.get("decoupled_weight_decay"):
                 theta[n] = theta[n] - rate * s["weight_decay"] * theta[n]
             else:
                 g = g + s["weight_decay"] * theta[n]
