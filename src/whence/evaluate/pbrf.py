@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import grad, grad_and_value, vmap
+from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence import vectors
@@ -45,7 +45,6 @@ from whence.vectors import Vectors
 
 LENGTH = torch.finfo(torch.float64).eps ** (1 / 3)  # of a finite difference, relative to the weights
 KEPT = 6  # pairs of L-BFGS
-ROUNDING = 1e-12  # of the objective, which is a mean over examples
 
 
 @dataclass(frozen=True)
@@ -190,32 +189,29 @@ def _lengths(inverse: Inverse, pull: Vectors) -> Tensor:
     return (LENGTH * vectors.norm(theta).clamp(min=1) / moved).where(moved > 0, 1.0)
 
 
-def _objective(inverse: Inverse, moves: Vectors, weights: Tensor) -> tuple[Vectors, Tensor]:
-    """The gradient of PBO at M points, (M, ...), and how far it is above its value at theta_s, (M,).
+def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
+    """grad PBO at M points, (M, ...).
 
     Args:
         inverse: of the model at theta_s.
         moves: theta - theta_s, (M, ...).
         weights: eps of each training example at each point, (M, N).
     """
-    problem, slopes = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
-    task, N, values = problem.task, len(problem.train), vectors.dot(moves, slopes) / 2
+    problem, total = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
+    task, N = problem.task, len(problem.train)
     with problem.observed(), sdpa_kernel(SDPBackend.MATH):
         for index, batch in problem.batches():
             outputs, theta = problem.functional(batch)
-            h = outputs(theta)
+            trained = outputs(theta)
 
-            def part(move: Vectors, eps: Tensor, batch=batch, outputs=outputs, theta=theta, h=h) -> Tensor:
+            def part(move: Vectors, eps: Tensor, batch=batch, outputs=outputs, theta=theta, h=trained) -> Tensor:
                 there = outputs({name: t + move[name] for name, t in theta.items()})
-                own = eps @ (task.loss(there, batch) - task.loss(h, batch))
-                return divergence(task, there, h, batch).sum() / N + own
+                return divergence(task, there, h, batch).sum() / N + eps @ task.loss(there, batch)
 
             together = rhs_at_once(problem, outputs, theta)
             pieces = zip(vectors.chunk(moves, together), weights[:, index].split(together), strict=True)
-            found = [vmap(grad_and_value(part))(*piece) for piece in pieces]
-            vectors.add_(slopes, vectors.concatenate([g for g, _ in found]))
-            values += torch.cat([value for _, value in found])
-    return slopes, values
+            vectors.add_(total, vectors.concatenate([vmap(grad(part))(*piece) for piece in pieces]))
+    return total
 
 
 def _minimised(
@@ -223,14 +219,13 @@ def _minimised(
 ) -> tuple[Vectors, Tensor, int]:
     """theta_eps - theta_s of M objectives, (M, ...), their gradients' lengths over ``size`` (M,), and the steps taken.
 
-    L-BFGS (Nocedal 1980) from (G + lambda)^-1, downhill and along convex stretches only: for large -eps the loss pulls
-    without end, and only the minimum next to theta_s means something. A step that is refused is shortened to where the
-    slopes at its ends put the minimum.
+    L-BFGS (Nocedal 1980) from (G + lambda)^-1. A step is shortened until the objective is no steeper along it at its
+    end than at its start. Only slopes are compared, for values of PBO drown in rounding; and the iterates keep to the
+    minimum next to theta_s, where for large -eps the loss would pull further without end.
     """
     problem = inverse.curvature.problem
     x: Vectors = {name: p.new_zeros(len(weights), *p.shape) for name, p in problem.parameters.items()}
-    g, value = _objective(inverse, x, weights)
-    t = torch.ones_like(value)
+    g, t = _gradient(inverse, x, weights), torch.ones_like(size)
     pairs: list[tuple[Vectors, Vectors]] = []
     for step in track(range(steps), "proximal Bregman objective", enabled=problem.progress):
         residual = (vectors.norm(g) / size).where(size > 0, 0.0)
@@ -240,16 +235,16 @@ def _minimised(
         here = vectors.select(g, some)
         d = _direction(inverse, here, [(vectors.select(s, some), vectors.select(y, some)) for s, y in pairs])
         move = vectors.scale(d, t[some])
-        there, higher = _objective(inverse, vectors.add(vectors.select(x, some), move), weights[some])
-        first, last = vectors.dot(d, here), vectors.dot(d, there)  # slopes; the first is negative
-        taken = (first <= last) & (last <= -0.9 * first) & (higher <= value[some] + ROUNDING)
+        there = _gradient(inverse, vectors.add(vectors.select(x, some), move), weights[some])
+        first, last = vectors.dot(d, here), vectors.dot(d, there)
+        taken = last.abs() <= -first
         s, y = vectors.zeros_like(x), vectors.zeros_like(x)
         for name in x:
             s[name][some[taken]] = move[name][taken]
             y[name][some[taken]] = there[name][taken] - here[name][taken]
         x, g, pairs = vectors.add(x, s), vectors.add(g, y), [*pairs, (s, y)][-KEPT:]
-        value[some[taken]] = higher[taken]
-        t[some] = torch.where(taken, 1.0, t[some] * (first / (first - last)).clamp(0.1, 0.5))
+        minimum = (first / (first - last)).clamp(0.1, 0.5)  # where the slope is 0 if it is linear
+        t[some] = torch.where(taken, 1.0, t[some] * minimum)
     return x, (vectors.norm(g) / size).where(size > 0, 0.0), steps
 
 
