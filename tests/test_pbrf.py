@@ -267,6 +267,13 @@ def test_a_pull_without_end_is_named():
     assert found.values.isfinite().all()
 
 
+def test_all_of_an_example_must_converge():
+    """Here only -eps does not; eps, eps / 10 and -eps / 10 do."""
+    p = problem("mlp")
+    with pytest.warns(ConvergenceWarning, match=r"1 of 1 examples did not converge"):
+        respond(p, examples=[3], eps=1 / p.n, tolerance=1e-6)
+
+
 def test_converged_examples_are_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
