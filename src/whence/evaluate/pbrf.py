@@ -144,8 +144,8 @@ def pbrf(
         warnings.warn(
             f"{len(late)} of {len(members)} examples did not converge: |grad PBO| / (eps |grad l|) is "
             f"{', '.join(f'{float(residual[i]):.0e} for examples[{i}]' for i in late[:10])}"
-            f"{', ...' if len(late) > 10 else ''}, above {tolerance:g}. Take a smaller eps (None), raise the damping, "
-            "or allow more steps or a looser tolerance.",
+            f"{', ...' if len(late) > 10 else ''}, above {tolerance:g}. Take eps=None, which fits it to each, raise "
+            "the damping, or allow more steps or a looser tolerance.",
             ConvergenceWarning,
             stacklevel=2,
         )
