@@ -78,7 +78,18 @@ def attribute(
 
 # k, and the ridge over the mean diagonal: None is that of the paper, 0 where k is small beside N
 TRAKS = {"trak512": (512, None), "trak4096": (4096, None), "trak512-ridge": (512, 1.0), "trak4096-ridge": (4096, 1.0)}
-OVER_TRAINING = ("tracin", "source", "fast-source", "astra-source", "cg-source", "random", "cosine", *TRAKS)
+OVER_TRAINING = (
+    "tracin",
+    "source",
+    "fast-source",
+    "astra-source",
+    "cg-source",
+    "cg-source1",
+    "cg-source6",
+    "random",
+    "cosine",
+    *TRAKS,
+)
 
 
 def over_training(name: str, p: problems.Problem, seed: int) -> Any:
@@ -93,6 +104,8 @@ def over_training(name: str, p: problems.Problem, seed: int) -> Any:
         "fast-source": lambda: whence.SOURCE(run, average="weights"),
         "astra-source": lambda: whence.SOURCE(run, solver=whence.ASTRA()),
         "cg-source": lambda: whence.SOURCE(run, solver=whence.CG(whence.Nystrom(), tolerance=0.01)),
+        "cg-source1": lambda: whence.SOURCE(run, segments=1, solver=whence.CG(whence.Nystrom(), tolerance=0.05)),
+        "cg-source6": lambda: whence.SOURCE(run, segments=6, solver=whence.CG(whence.Nystrom(), tolerance=0.05)),
         "random": lambda: whence.Random(seed),
     }
     return methods[name]()

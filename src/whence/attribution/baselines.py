@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whence import gradients
 from whence.attribution.method import Method, fitted
 from whence.attribution.scores import Scores, unsolved
 from whence.attribution.stream import Measurement, streamed
@@ -31,7 +30,7 @@ class GradCos(Method):
     def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
         f = self._query_vectors(self.problem, queries, measurement)
         f = scale(f, 1 / norm(f).clamp(min=1e-30))
-        values = streamed(self.problem, Pairing(gradients.pack(self.problem.blocks, f), unit=True))
+        values = streamed(self.problem, Pairing.of(f, self.problem.blocks, unit=True))
         return values, None, torch.ones(len(values), dtype=torch.bool)
 
 
