@@ -1,7 +1,8 @@
 """From an inverse to scores."""
 
 from whence.attribution.baselines import Embeddings, GradCos, Random
-from whence.attribution.influence import Influence, attribute
+from whence.attribution.call import attribute
+from whence.attribution.influence import Influence
 from whence.attribution.lexical import BM25, TFIDF
 from whence.attribution.relative import response_norms
 from whence.attribution.replay import Replay

@@ -268,52 +268,5 @@ class Influence:
         return candidates if given else Examples(candidates, "candidates", self.batch_size)
 
 
-def attribute(
-    model: nn.Module,
-    task: Task | object,
-    train: Any,
-    queries: Any,
-    *,
-    solver: Solver | Literal["auto"] = "auto",
-    damping: float | Damping | None = None,
-    curvature: Callable[[Problem], Curvature] = GGN,
-    parameters: Select = None,
-    measurement: Measurement | None = None,
-    self_influence: bool = False,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    progress: bool | None = None,
-) -> Scores:
-    """Which training examples made the model behave so on each query: the whole library in one call.
-
-    Args:
-        model: the trained model; it comes back as it was.
-        task: `Classification()`, `Regression()`, or your own `Task`.
-        train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
-        queries: Q queries, in the same form.
-        solver: how (C + damping I)^-1 is applied; "auto" chooses by size and budget, see `whence.Auto`.
-        damping: a number or a `Damping`; None takes Damping.per_example().
-        curvature, parameters, batch_size, seed, progress: see `Influence`.
-        measurement: f of a query, lower is better; None takes the task's.
-        self_influence: compute the training examples' self-influence too.
-
-    Returns:
-        `Scores`: values (Q, N), positive where removing the example would raise f, and each query's residual (Q,).
-
-    Raises:
-        InputError, UnsupportedError, DivergenceError: each says what was expected, what was got and what to do.
-    """
-    influence = Influence(
-        solver=solver,
-        damping=damping if damping is not None else Damping.per_example(),
-        curvature=curvature,
-        parameters=parameters,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
-    )
-    return influence.fit(model, task, train).score(queries, measurement, self_influence=self_influence)
-
-
 def _name(curvature: Callable[[Problem], Curvature]) -> str:
     return getattr(curvature, "__name__", None) or repr(curvature)
