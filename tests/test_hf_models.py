@@ -15,8 +15,10 @@ from torch.overrides import TorchFunctionMode
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+import whence.task  # noqa: E402
 from problems import cross_entropy, negative_margin  # noqa: E402
 from whence import EKFAC, GGN, KFAC, EmpiricalFisher, Problem, WhenceWarning, vectors  # noqa: E402
+from whence.data import Examples  # noqa: E402
 from whence.errors import InputError  # noqa: E402
 from whence.hf import (  # noqa: E402
     CausalLM,
@@ -372,6 +374,22 @@ def test_ignored_positions_draw_no_labels():
         assert torch.equal(c.task.labels(again)[:, :STEPS], after)
         loss = c.task.loss(logits, drawn)
         assert loss[1] == 0 and torch.equal(drawn["input_ids"] != 0, drawn["attention_mask"] != 0)
+
+
+def test_how_many_labels_are_drawn_together_changes_none(monkeypatch):
+    c = case("gpt2")
+    logits = c.task.outputs(c.model, c.train)
+    whole = c.task.resample(logits, c.train, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(whence.task, "CHUNK", 3 * VOCABULARY)
+    assert torch.equal(c.task.resample(logits, c.train, torch.Generator().manual_seed(0))["labels"], whole["labels"])
+
+
+def test_batches_of_long_sequences_have_few():
+    few = [{"input_ids": torch.ones(512, dtype=torch.long)}] * 20
+    assert Examples(few).batch_size == 8
+    assert Examples(few, batch_size=3).batch_size == 3
+    assert Examples([{"input_ids": torch.ones(9999, dtype=torch.long)}]).batch_size == 1
+    assert Examples((torch.zeros(9, 512), torch.zeros(9, dtype=torch.long))).batch_size == 256
 
 
 def test_labels_are_drawn_from_the_model():

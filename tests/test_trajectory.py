@@ -137,6 +137,18 @@ def test_a_folder_without_a_run(tmp_path):
     assert (tmp_path / "run" / LOG).is_file()
 
 
+def test_checkpoints_on_disk_are_read_when_they_are_asked_for(tmp_path):
+    recorder, _ = train(tmp_path / "run")
+    run = recorder.close()
+    state = run.checkpoints[0].state
+    assert set(state) == set(recorder.model.state_dict()) and len(state) == len(recorder.model.state_dict())
+    assert all(not isinstance(held, torch.Tensor) for held in vars(state).values())
+    name = next(iter(state))
+    assert state[name] is not state[name] and torch.equal(state[name], state[name])
+    with pytest.raises(KeyError):
+        state["none"]
+
+
 # --- cutting ------------------------------------------------------------------------------------------------------
 
 

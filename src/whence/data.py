@@ -27,7 +27,8 @@ class Examples:
         data: a tuple, list or dict of tensors or arrays with one leading axis of examples, a map-style ``Dataset``, or
             a ``DataLoader`` over one (its data set, collate function and batch size are used, its shuffling is not).
         name: what to call it in messages, "train" or "queries".
-        batch_size: examples per batch; None takes the loader's own, else 256. It changes speed and memory, not results.
+        batch_size: examples per batch; None takes the loader's own, else 256, or fewer of more than 16 tokens each, so
+            that a batch has 4,096 at most. It changes speed and memory, not results.
 
     Raises:
         InputError: empty data, axes of different lengths, or an iterable without length.
@@ -41,7 +42,6 @@ class Examples:
             collate, batch_size, data = data.collate_fn, batch_size or data.batch_size, data.dataset
         if batch_size is not None and batch_size < 1:
             raise expected("batch_size", "a positive integer", batch_size)
-        self.batch_size = batch_size or 256
         columns = _columns(data)
         if columns is not None:
             self._length = _common_length(columns, name)
@@ -58,6 +58,7 @@ class Examples:
         self.data = columns if columns is not None else data
         if not self._length:
             raise InputError(f"{name} must hold at least one example, got none.")
+        self.batch_size = batch_size or max(1, min(256, 4096 // max(1, _tokens(self._fetch(torch.tensor([0]))))))
 
     def __len__(self) -> int:
         return self._length
@@ -112,6 +113,11 @@ class Examples:
                 digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
                 digest.update(raw(t))
         return digest.hexdigest()
+
+
+def _tokens(batch: Batch) -> int:
+    """How many tokens the example of a batch of one has: numbers in its longest row of int64."""
+    return max((t.numel() for t in tensors(map_tensors(lambda t: t, batch)) if t.dtype == torch.int64), default=0)
 
 
 def batch_length(batch: Batch) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,32 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if meta["checksum"] != _checksum(tensors):
         raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
     return tensors, meta["header"]
+
+
+class Stored(Mapping[str, Tensor]):
+    """The tensors of an artefact, each read when it is asked for, so that many large ones take no memory.
+
+    Args:
+        path, kind: as for `load`, which checks the artefact once.
+
+    Raises:
+        ArtefactError: as `load`.
+    """
+
+    def __init__(self, path: str | Path, kind: str):
+        self.path, self.names = path, tuple(load(path, kind)[0])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Shards:

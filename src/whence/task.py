@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from whence.errors import InputError, UnsupportedError
 
 Batch = Any
+CHUNK = 2**22  # numbers in an intermediate result
 
 
 class Task:
@@ -93,11 +94,14 @@ class Classification(Task):
         """Labels by inverse-CDF sampling from softmax(outputs); ignored positions stay ignored."""
         labels = self._labels(outputs, batch)
         real = labels != self.ignore_index
-        u = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-        u[real] = torch.rand(int(real.sum()), generator=rng, dtype=torch.float64).to(u)  # padding draws nothing
-        cdf = outputs.detach().double().softmax(-1).cumsum(-1)
-        drawn = (cdf < u.unsqueeze(-1) * cdf[..., -1:]).sum(-1)
-        return (batch[0], drawn.where(real, self.ignore_index), *batch[2:])
+        at = real.flatten().nonzero()[:, 0]  # padding draws nothing
+        u = torch.rand(len(at), generator=rng, dtype=torch.float64).to(labels.device)
+        flat, drawn = outputs.detach().flatten(0, -2), torch.full_like(labels, self.ignore_index).flatten()
+        step = max(1, CHUNK // flat.shape[1])
+        for some, points in zip(at.split(step), u.split(step), strict=True):
+            cdf = flat[some].double().softmax(-1).cumsum(-1)
+            drawn[some] = (cdf < points.unsqueeze(-1) * cdf[:, -1:]).sum(-1)
+        return (batch[0], drawn.view_as(labels), *batch[2:])
 
     def padding(self, batch: Batch) -> Tensor | None:
         """Positions that have a label, where labels are per position."""

@@ -44,7 +44,7 @@ class Checkpoint:
 
     Args:
         step: optimiser steps taken before it.
-        state: its ``state_dict``, on the CPU.
+        state: its ``state_dict``, on the CPU; of a run on disk, read when it is asked for.
     """
 
     step: int
@@ -204,7 +204,7 @@ class Trajectory:
                 f"{folder} must be a folder that a Recorder wrote, got none with {LOG}. Check the path."
             )
         found, header = store.load(Path(folder) / LOG, "trajectory")
-        kept = tuple(Checkpoint(step, store.load(_file(folder, step), "checkpoint")[0]) for step in header["kept"])
+        kept = tuple(Checkpoint(step, store.Stored(_file(folder, step), "checkpoint")) for step in header["kept"])
         order = found["order"].split(found["sizes"].tolist()) if "order" in found else None
         groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
         return cls(kept, found["rates"], header["optimiser"], groups, order)

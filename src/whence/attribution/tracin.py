@@ -10,6 +10,7 @@ predicted change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +55,10 @@ class TracIn(OverTraining):
             total = total + streamed(problem, Pairing.of(f, problem.blocks, unit=self.cosine))
         return total, None, torch.ones(len(total), dtype=torch.bool)
 
-    def _weighted(self) -> list[tuple[Problem, float]]:
-        """The model at each checkpoint, and w_c."""
+    def _weighted(self) -> Iterator[tuple[Problem, float]]:
+        """The model at each checkpoint, one after the other, and w_c."""
         chosen = self.trajectory.spread(self.checkpoints or len(self.trajectory.checkpoints))
         sums = torch.cat([torch.zeros(1, dtype=torch.float64), self.trajectory.effective_rates().cumsum(0)])
         at = sums[[0, *(c.step for c in chosen)]].diff()
         weights = at.tolist() if self.rates else [1 / len(chosen)] * len(chosen)
-        return [(self.problem.at(c.state), w) for c, w in zip(chosen, weights, strict=True)]
+        return ((self.problem.at(c.state), w) for c, w in zip(chosen, weights, strict=True))
