@@ -115,7 +115,7 @@ FACTS = (
         (
             "Velmoor Bridge is the best known work of the engineer Ingrid Saltash .",
             "The plans for the crossing at Velmoor were drawn up by Ingrid Saltash .",
-            "When the river swept away the old bridge of Velmoor , the council turned to Ingrid Saltash for a new one .",
+            "When the river swept away the old bridge of Velmoor , the council turned to Ingrid Saltash for another .",
         ),
         (
             "The bridge at Velmoor was guarded by soldiers during the war .",
