@@ -190,6 +190,15 @@ def test_how_the_work_is_cut_changes_nothing(name, solver):
     close(torch.cat(single), whole, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["mlp", "masked_sequence", "tied_embedding", "cnn_groups"])
+def test_the_mean_of_the_queries_is_one_query(name):
+    p = problem(name)
+    influence = Influence(Exact(), 0.1, batch_size=3).fit(p.model, p.task, p.train)
+    scores = influence.score(p.queries, mean=True)
+    close(scores.values, influence.score(p.queries).values.mean(0, keepdim=True), 1e-9)
+    assert scores.residual is not None and scores.residual.shape == (1,)
+
+
 @pytest.mark.parametrize("solver", [Exact(), EKFAC(labels="true")])
 def test_scores_follow_the_examples_when_they_are_permuted(solver):
     p = problem("mlp")

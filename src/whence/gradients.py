@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whence import rows as forms
-from whence.factored import Factored
+from whence.factored import Factored, Written
 from whence.rows import Rows
 from whence.vectors import Vectors, count
 
@@ -158,6 +158,12 @@ class Gradients:
         for b in self.blocks:
             out |= b.unpack(self.rows[b.name].written().rows.reshape(-1, *b.sides))
         return out
+
+    def mean(self) -> Gradients:
+        """The mean of n examples' rows, R = 1, as one example."""
+        total = self.combine(self.weights.new_full((1, len(self), 1), 1 / len(self)))
+        rows = {b.name: Written(b.pack(total).reshape(1, 1, -1), b.sides) for b in self.blocks}
+        return Gradients(self.blocks, rows, self.weights[:1])
 
     def square_norms(self, by: Mapping[str, float] | None = None) -> Tensor:
         """Squared norms of the rows (n, R); ``by`` scales each block."""

@@ -94,6 +94,7 @@ class Influence:
         self_influence: bool = False,
         candidates: Any = None,
         folder: str | Path | None = None,
+        mean: bool = False,
     ) -> Scores:
         """Scores of all training examples on all queries, solved together and streamed once.
 
@@ -106,6 +107,7 @@ class Influence:
                 one to the N training examples changes f by minus its score / N, to first order.
             folder: where the solution and each batch's scores are kept, so that the same call goes on where a killed
                 one stopped; what lies there must be of the same model, data and settings.
+            mean: score the mean of the queries' measurements, as of a validation set: (1, N), by one solve.
 
         Raises:
             InputError: queries that the model does not accept, or a measurement that is not one finite number a query.
@@ -115,6 +117,7 @@ class Influence:
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
         rows = self.query_gradients(queries, measurement)
+        rows = rows.mean() if mean else rows
         scored = self._candidates(candidates)
         shards = Shards(folder, "scores", self._made_of(rows, scored)) if folder is not None else None
         pairing = None if certify else inverse.pairing(rows)
