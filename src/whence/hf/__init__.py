@@ -1,18 +1,24 @@
-"""transformers and peft: tasks and batches for their models, entries for their layers, a recorder for their Trainer."""
+"""transformers and peft: tasks, texts and batches for their models, entries for their layers, a recorder for their Trainer."""
 
 from whence.hf.batches import completion_batch, pad
 from whence.hf.layers import Conv1DKind, ExpertsKind
 from whence.hf.recorder import RecorderCallback
 from whence.hf.tasks import CausalLM, SequenceClassification, TokenClassification, aligned
+from whence.hf.text import Documents, Pieces, Sequences, documents, sequences
 
 __all__ = [
     "CausalLM",
     "Conv1DKind",
+    "Documents",
     "ExpertsKind",
+    "Pieces",
     "RecorderCallback",
     "SequenceClassification",
+    "Sequences",
     "TokenClassification",
     "aligned",
     "completion_batch",
+    "documents",
     "pad",
+    "sequences",
 ]

@@ -60,7 +60,7 @@ def completion_batch(
         raise expected("completions", f"one for each of the {len(prompts)} prompts", len(completions))
     examples = []
     for some, more in zip(prompts, completions, strict=True):
-        start, end = _numbers(tokenizer, some, True), _numbers(tokenizer, more, False)
+        start, end = numbers(tokenizer, some, True), numbers(tokenizer, more, False)
         if not len(start) or not len(end):
             raise expected("a prompt and its completion", "at least one token each", (len(start), len(end)))
         labels = torch.cat([torch.full_like(start, IGNORE), end])
@@ -74,7 +74,17 @@ def _listed(texts: Text | Sequence[Text]) -> Sequence[Text]:
     return cast(Sequence[Text], [texts] if single else texts)
 
 
-def _numbers(tokenizer: Callable[..., Any] | None, text: Text, special: bool) -> Tensor:
+def numbers(tokenizer: Callable[..., Any] | None, text: Text, special: bool) -> Tensor:
+    """A text's token numbers, (S,); numbers come back as they are.
+
+    Args:
+        tokenizer: of transformers, or any function from a text to token numbers.
+        text: the text or its token numbers.
+        special: with the special tokens that a tokenizer of transformers adds.
+
+    Raises:
+        InputError: if a text comes without a tokenizer.
+    """
     if isinstance(text, str):
         if tokenizer is None:
             raise expected("tokenizer", "a tokenizer, since texts are given", None)
