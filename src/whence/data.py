@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from whence.errors import InputError, expected
 
@@ -55,6 +55,7 @@ class Examples:
                 )
             self._length = len(data)
             self._fetch = lambda index: collate([data[int(i)] for i in index])
+        self._collate = collate
         self.data = columns if columns is not None else data
         if not self._length:
             raise InputError(f"{name} must hold at least one example, got none.")
@@ -62,6 +63,13 @@ class Examples:
 
     def __len__(self) -> int:
         return self._length
+
+    def subset(self, index: Tensor) -> Examples:
+        """Some of the examples, by number, in that order."""
+        if _columns(self.data) is not None:
+            return Examples(self._fetch(index), self.name, self.batch_size)
+        some = Subset(self.data, index.tolist())
+        return Examples(DataLoader(some, self.batch_size, collate_fn=self._collate), self.name)
 
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
         """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``."""

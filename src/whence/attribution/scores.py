@@ -44,6 +44,7 @@ class Scores:
         history: relative residuals over the solver's steps, (steps + 1, Q); empty for direct methods.
         provenance: configuration, seeds, versions, coverage and cost.
         self_values: self-influence of each training example, (N,), if it was asked for.
+        numbers: (N,) int64, where the columns are some of the training examples: which; None: all, in order.
     """
 
     values: Tensor
@@ -52,6 +53,7 @@ class Scores:
     history: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     provenance: dict[str, Any] = field(default_factory=dict)
     self_values: Tensor | None = None
+    numbers: Tensor | None = None
 
     @property
     def self_influence(self) -> Tensor:
@@ -68,11 +70,14 @@ class Scores:
         return self.self_values
 
     def top(self, k: int = 5) -> Top:
-        """The k strongest proponents (largest scores) and opponents (smallest), ties by example number."""
+        """The k strongest proponents (largest scores) and opponents (smallest), ties in the order of the columns."""
         if not 1 <= k <= self.values.shape[1]:
             raise expected("k", f"between 1 and the {self.values.shape[1]} training examples", k)
         high, low = (torch.sort(self.values, dim=1, descending=d, stable=True) for d in (True, False))
-        return Top(high.indices[:, :k], high.values[:, :k], low.indices[:, :k], low.values[:, :k])
+        best, worst = high.indices[:, :k], low.indices[:, :k]
+        if self.numbers is not None:
+            best, worst = (self.numbers.to(columns.device)[columns] for columns in (best, worst))
+        return Top(best, high.values[:, :k], worst, low.values[:, :k])
 
     def relative(self, lengths: Tensor | None = None) -> Scores:
         """Scores over how much each example moves the model, whatever the query (RelatIF; Barshan et al. 2020).
@@ -111,10 +116,9 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write to a file, complete or not at all."""
         tensors = {"values": self.values, "converged": self.converged, "history": self.history}
-        if self.residual is not None:
-            tensors["residual"] = self.residual
-        if self.self_values is not None:
-            tensors["self_values"] = self.self_values
+        for name in ("residual", "self_values", "numbers"):
+            if (t := getattr(self, name)) is not None:
+                tensors[name] = t
         store.save(path, "scores", tensors, self.provenance)
 
     @classmethod
@@ -125,7 +129,7 @@ class Scores:
             ArtefactError: if the file is damaged or of another kind or version.
         """
         t, provenance = store.load(path, "scores")
-        return cls(t["values"], t.get("residual"), t["converged"], t["history"], provenance, t.get("self_values"))
+        return cls(provenance=provenance, **{"residual": None} | t)  # pyright: ignore[reportArgumentType]
 
 
 def unsolved(values: Tensor, **provenance: Any) -> Scores:
@@ -144,12 +148,14 @@ def ensemble(scores: Sequence[Scores]) -> Scores:
         all; None where one lacks it. The provenance is what all share, and that of each as ``members``.
 
     Raises:
-        InputError: if there are none, or their shapes differ.
+        InputError: if there are none, or their shapes or the training examples of their columns differ.
     """
     scores = list(scores)
     if len(shapes := {tuple(s.values.shape) for s in scores}) != 1:
         raise expected("scores", "several of one shape (Q, N)", sorted(shapes) or "none")
     first, *others = scores
+    if len({None if s.numbers is None else tuple(s.numbers.tolist()) for s in scores}) != 1:
+        raise expected("scores", "of the same training examples", "those of different shortlists")
     residuals = [s.residual for s in scores if s.residual is not None]
     own = [s.self_values for s in scores if s.self_values is not None]
     shared = {k: v for k, v in first.provenance.items() if all(s.provenance.get(k) == v for s in others)}
@@ -159,4 +165,5 @@ def ensemble(scores: Sequence[Scores]) -> Scores:
         torch.stack([s.converged for s in scores]).all(0),
         provenance=shared | {"members": [s.provenance for s in scores]},
         self_values=torch.stack(own).mean(0) if len(own) == len(scores) else None,
+        numbers=first.numbers,
     )
