@@ -23,6 +23,7 @@ from whence.rows import Lookup, Scattered
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # of a call: by position and by name
 Found = Factored | Written | Lookup | Scattered
+CHANNELS_FIRST = (nn.Conv1d, nn.Conv2d, nn.GroupNorm, _BatchNorm)  # the axis after the examples is no position
 
 
 class Unfactorable(UnsupportedError):
@@ -132,7 +133,7 @@ class NormKind:
             p = layer._parameters[part]
             shape, size = p.shape, p.numel()  # pyright: ignore[reportOptionalMemberAccess]
             term = g if part == "bias" else g * self._slope(layer, part, arguments or ((x,), {}))
-            if isinstance(layer, (nn.GroupNorm, _BatchNorm)):  # the channel axis follows the examples
+            if isinstance(layer, CHANNELS_FIRST):  # the channel axis follows the examples
                 term = term.reshape(R, n, size, -1).mT
             elif size == 1 or term.shape[-len(shape) :] == shape:  # the scaled axes are last
                 term = term.reshape(R, n, -1, size)

@@ -154,11 +154,11 @@ class Problem:
             "train": self.train.fingerprint(),
         }
 
-    def gradients(self, batch: Batch, seeds: Seeds) -> Gradients:
-        """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs."""
+    def gradients(self, batch: Batch, seeds: Seeds, positions: int | None = None) -> Gradients:
+        """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs; ``positions`` as for `trace`."""
         layout = self.layout
         with self.observed() as model:
-            found = self._trace(model, batch, seeds, layout)
+            found = self._trace(model, batch, seeds, layout, positions)
         if self._unseen:
             self._check_unseen(found, batch)
         return found
@@ -287,8 +287,10 @@ class Problem:
                     raise Unfactorable(block.name, "differs from autograd on examples that use it")
                 self._unseen = rest
 
-    def _trace(self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout) -> Gradients:
-        return trace(lambda: self.outputs(model, batch), model, batch, seeds, layout, self.functional)
+    def _trace(
+        self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout, positions: int | None = None
+    ) -> Gradients:
+        return trace(lambda: self.outputs(model, batch), model, batch, seeds, layout, self.functional, positions)
 
 
 class _Bound(nn.Module):

@@ -224,6 +224,22 @@ def total(parts: Sequence[Factored | Written | Lookup]) -> Rows:
     return merged[0] if len(merged) == 1 else Several(tuple(merged))
 
 
+def apart(rows: Factored | Written | Lookup, S: int) -> Factored | Written | Lookup:
+    """Rows of n S examples of one position each, from n with S positions, or with one that becomes the first."""
+
+    def padded(t: Tensor, dim: int) -> Tensor:  # the positions, at dim, follow the examples
+        missing = S - t.shape[dim]
+        return F.pad(t, [0, 0] * (t.ndim - dim - 1) + [0, missing]) if missing else t
+
+    if isinstance(rows, Written):
+        return Written(padded(rows.rows.unsqueeze(1), 1).flatten(0, 1), rows.sides)
+    if isinstance(rows, Lookup):
+        g = padded(rows.g, 2).transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        return Lookup(padded(rows.ids, 1).reshape(-1, 1), g, rows.size)
+    a, g = padded(rows.a, 2).flatten(1, 2).unsqueeze(2), padded(rows.g, 3).transpose(2, 3).flatten(1, 2).unsqueeze(3)
+    return Factored(a, g)
+
+
 def concatenate(batches: list[Rows]) -> Rows:
     """The rows of several batches, one after another; positions and rows are padded with zeros to the longest."""
     if len({type(b) for b in batches}) > 1:  # their forms differ with their lengths

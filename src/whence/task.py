@@ -34,6 +34,18 @@ class Task:
         """f of each query, lower is better; the loss unless overridden: (B,)."""
         return self.loss(outputs, batch)
 
+    def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The measurement split over the T tokens of each query, (B, T); its sum over T is `measurement`.
+
+        Raises:
+            UnsupportedError: unless the task overrides it.
+        """
+        del outputs, batch
+        raise UnsupportedError(
+            f"{type(self).__name__} does not say what each token adds to the measurement (method "
+            "`token_measurements`). Define it, or pass parts=..., a function of (outputs, batch) that gives (B, T)."
+        )
+
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """The same batch with labels drawn from the model's own distribution (for the true Fisher).
 
@@ -189,7 +201,7 @@ class _Duck(Task):
     """A user's object with the defaults of `Task` for whatever it does not define."""
 
     def __init__(self, task: object):
-        for name in ("outputs", "loss", "measurement", "resample", "padding"):
+        for name in ("outputs", "loss", "measurement", "token_measurements", "resample", "padding"):
             if hasattr(task, name):
                 setattr(self, name, getattr(task, name))
         self.wrapped = task

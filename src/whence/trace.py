@@ -6,6 +6,7 @@ at the layers' outputs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
 from whence.data import Batch, batch_length, map_tensors, tensors
-from whence.errors import InputError
+from whence.errors import InputError, WhenceWarning
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
-from whence.layers import Arguments, Unfactorable, inside, kind_of, registered
+from whence.layers import CHANNELS_FIRST, Arguments, Unfactorable, inside, kind_of, registered
 from whence.layout import Layout, Use
 from whence.rows import Lookup, Rows, Scattered
 from whence.vectors import Vectors
@@ -39,7 +40,13 @@ class _Call:
 
 
 def trace(
-    forward: Callable[[], Tensor], model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout, functional: Functional
+    forward: Callable[[], Tensor],
+    model: nn.Module,
+    batch: Batch,
+    seeds: Seeds,
+    layout: Layout,
+    functional: Functional,
+    positions: int | None = None,
 ) -> Gradients:
     """Rows J_n^T s_{n,r} of all blocks.
 
@@ -50,29 +57,34 @@ def trace(
         seeds: makes the cotangents from the outputs.
         layout: the blocks.
         functional: the outputs on a batch as a function of parameters, for blocks on the slow path.
+        positions: the length S of the sequences: then n S rows, each what one position of one example contributes.
+
+    Raises:
+        UnsupportedError: if positions are asked for and those of a block cannot be told.
     """
+    if positions and layout.slow:
+        raise Unfactorable(layout.slow[0].name, "takes the slow path, where its gradient has no positions")
     with _hooked(model, layout, batch_length(batch)) as calls:
         outputs = forward()
         cotangents = seeds(outputs, batch)
         g = _backward(outputs, cotangents, calls)  # hooked, for checkpoints that run parts of the model again
+    n = len(outputs) * (positions or 1)
     rows: dict[str, Rows] = {}
     for block in layout.blocks:
         if uses := layout.uses[block.name]:
             parts = [
-                _rows(model.get_submodule(use.module), call, g[call], use, len(outputs))
+                _rows(model.get_submodule(use.module), call, g[call], use, len(outputs), positions or 1)
                 for use in uses
                 for call in calls[use.module]
                 if call in g
             ]
             rows[block.name] = (
-                forms.total(parts)
-                if parts
-                else Written(outputs.new_zeros(len(outputs), len(cotangents), block.size), block.sides)
+                forms.total(parts) if parts else Written(outputs.new_zeros(n, len(cotangents), block.size), block.sides)
             )
     if layout.slow:
         for name, dense in _slow(batch, cotangents, layout, functional).items():
             rows[name] = Written(dense.flatten(2), (1, dense[0, 0].numel(), 1))
-    weights = outputs.new_ones(len(outputs), len(cotangents), dtype=torch.float64)
+    weights = outputs.new_ones(n, len(cotangents), dtype=torch.float64)
     return Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
 
 
@@ -149,14 +161,38 @@ def _backward(outputs: Tensor, cotangents: Tensor, calls: Mapping[str, Sequence[
     return stacks
 
 
-def _rows(layer: nn.Module, call: _Call, g: Tensor, use: Use, n: int) -> Factored | Written | Lookup:
-    """The rows of one call; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
-    kind, length = kind_of(layer, use.parts[0]), call.x.shape[0]
+def _rows(layer: nn.Module, call: _Call, g: Tensor, use: Use, n: int, S: int) -> Factored | Written | Lookup:
+    """The rows of one call; for S > 1, n S of them: a position is then treated as an example of its own."""
+    if S == 1 or call.shape[0] % (n * S) == 0:
+        return _found(layer, call.x, call.arguments, g, use, n * S)
+    if call.x.shape[:2] == call.shape[:2] == (n, S) and not isinstance(layer, CHANNELS_FIRST):
+
+        def flat(t: Any) -> Any:
+            whole = isinstance(t, Tensor) and t.shape[:2] in ((1, S), (n, S))
+            return t.expand(n, *t.shape[1:]).flatten(0, 1) if whole else t
+
+        arguments = tuple(map(flat, call.arguments[0])), {name: flat(t) for name, t in call.arguments[1].items()}
+        return _found(layer, flat(call.x), arguments, g.flatten(1, 2), use, n * S)
+    found = _found(layer, call.x, call.arguments, g, use, n)
+    T = found.a.shape[2] if isinstance(found, Factored) else found.ids.shape[1] if isinstance(found, Lookup) else 0
+    if T == 1 or (T == 0 and call.x.ndim == 2):
+        said = f"{use.module} sees one vector of each sequence: its part of the scores stands at the first position."
+        warnings.warn(said, WhenceWarning, stacklevel=2)
+    elif T != S:
+        raise Unfactorable(use.module, f"does not see the {S} positions of a sequence one by one")
+    return forms.apart(found, S)
+
+
+def _found(
+    layer: nn.Module, x: Tensor, arguments: Arguments, g: Tensor, use: Use, n: int
+) -> Factored | Written | Lookup:
+    """What the entry gives; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
+    kind, length = kind_of(layer, use.parts[0]), x.shape[0]
     if kind is None or length % n or g.shape[1] != length:
         raise Unfactorable(use.module, "does not see the examples on the first axis of its input")
-    more = (call.arguments,) if getattr(kind, "whole", False) else ()
+    more = (arguments,) if getattr(kind, "whole", False) else ()
     try:
-        found = kind.rows(layer, call.x, g, use.parts, *more)
+        found = kind.rows(layer, x, g, use.parts, *more)
     except Unfactorable as error:
         raise Unfactorable(use.module, error.why) from error
     if isinstance(found, Scattered):

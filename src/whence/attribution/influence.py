@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from whence import store
+from whence.attribution.parts import by_block, by_query_token, by_token
 from whence.attribution.scores import Scores
 from whence.attribution.stream import Measurement, query_gradients, self_influence, solved, streamed
 from whence.curvature.base import Curvature
@@ -36,7 +37,6 @@ from whence.store import Shards
 from whence.task import Task
 
 logger = logging.getLogger("whence")
-Parts = dict[str, Tensor]  # block name -> (Q, n)
 
 
 @dataclass
@@ -138,7 +138,9 @@ class Influence:
             self.self_influence(scored) if self_influence else None,
         )
 
-    def by_block(self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None) -> Parts:
+    def by_block(
+        self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None
+    ) -> dict[str, Tensor]:
         """The scores of some training examples, by the block of parameters that each part comes through.
 
         Args:
@@ -148,13 +150,43 @@ class Influence:
         Returns:
             block name to (Q, n); over all blocks they sum to the scores. Nothing is certified.
         """
-        rows, problem = self.query_gradients(queries, measurement), self.problem
-        pairing = self.inverse.pairing(rows)
-        if pairing is None:
-            pairing = Pairing.of(self.inverse(rows.dense(), certify=False).x, problem.blocks)
-        index = torch.as_tensor(examples).split(problem.train.batch_size)
-        parts = [pairing.by_block(problem.loss_gradients(problem.batch(some))) for some in index]
-        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+        return by_block(self.inverse, self.query_gradients(queries, measurement), examples)
+
+    def by_token(self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None) -> Tensor:
+        """The scores of some training examples, split over the positions of each.
+
+        A position's part is that of the gradient signal written there, so it has credit for losses at later tokens that
+        reach it. What comes through a layer that sees one vector of each sequence stands at the first, with a warning.
+
+        Args:
+            queries, measurement: as for `score`.
+            examples: n training examples, by number.
+
+        Returns:
+            (Q, n, T), T the widest batch of those examples, in the order of `whence.hf.aligned`, 0 at padding; over T
+            they sum to the scores. Nothing is certified.
+
+        Raises:
+            UnsupportedError: if the task has no positions, or the gradient of a block has others or none.
+        """
+        return by_token(self.inverse, self.query_gradients(queries, measurement), examples)
+
+    def by_query_token(self, queries: Any, examples: Sequence[int], parts: Measurement | None = None) -> Tensor:
+        """The scores of some training examples, split over the tokens of each query: one solve for each token.
+
+        Args:
+            queries: as for `score`.
+            examples: n training examples, by number.
+            parts: (outputs, batch) to (B, T), whose sum over T is the measurement; None takes the task's
+                ``token_measurements``, in a language model at the tokens that are predicted.
+
+        Returns:
+            (Q, T, n), T the widest query; over T they sum to the scores. Nothing is certified.
+
+        Raises:
+            UnsupportedError: if the task does not split its measurement and nothing else does.
+        """
+        return by_query_token(self.inverse, queries, examples, parts)
 
     def at(self, damping: float | Damping) -> Influence:
         """The same fit at another damping; what does not depend on damping (factors, rows, decompositions) is shared.

@@ -24,7 +24,7 @@ from whence.errors import expected
 from whence.factored import Factored, slices
 from whence.gradients import Gradients
 from whence.problem import Problem
-from whence.rows import Lookup, Routed, Rows
+from whence.rows import Lookup, Routed, Rows, Several
 
 Labels = Literal["sampled", "true"]
 CHUNK = 2**22  # numbers in an intermediate result
@@ -89,6 +89,8 @@ class KroneckerBlock:
             return Factored(self.right.rotate(rows.a), self.left.rotate(rows.g))
         if isinstance(rows, Lookup) and not any(len(q) for q in self.left.pieces):
             return Lookup(rows.ids, self.right.rotate(rows.g.unsqueeze(0))[0], rows.size)
+        if isinstance(rows, Several):
+            return Several(tuple(self.rotated(part) for part in rows.parts))  # type: ignore[arg-type]
         written = rows.written()
         n, R, _ = written.rows.shape
         v = self.rotate(written.rows.reshape(n * R, *written.sides))

@@ -8,6 +8,7 @@ batch is padded, and on which side, changes nothing: the model always gets it pa
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whence.hf.outputs import logits
@@ -43,9 +44,9 @@ class _Labelled(Task):
         return aligned(batch) | {"labels": self._plain.resample(outputs, (None, self.labels(batch)), rng)[1]}
 
     def padding(self, batch: Batch) -> Tensor | None:
-        """(B, S): the attention mask of the `aligned` batch."""
-        mask = aligned(batch).get("attention_mask")
-        return None if mask is None else mask.bool()
+        """(B, S): the attention mask of the `aligned` batch, or all of its tokens; None if it has neither."""
+        batch = aligned(batch)
+        return _real(batch) if batch.keys() & {"attention_mask", "input_ids"} else None
 
 
 class SequenceClassification(_Labelled):
@@ -62,6 +63,11 @@ class TokenClassification(_Labelled):
     loss         l = -sum_t log p_t,                         p_t the probability of the right label
     measurement  f = -sum_t log(p_t / (1 - p_t))
     """
+
+    def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The negative margin of each token, at its position in the `aligned` batch; 0 without a label: (B, S)."""
+        labels = self.labels(batch)
+        return self._plain.measurement(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
 
 
 class CausalLM(_Labelled):
@@ -84,6 +90,15 @@ class CausalLM(_Labelled):
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy in nats per labelled token: (B,)."""
         return self.loss(outputs, batch) / (self.labels(batch) != IGNORE).sum(1).clamp(min=1)
+
+    def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """What each labelled token adds to the measurement, (B, S).
+
+        A part stands at the position of the token that is predicted, in the `aligned` batch; 0 where there is no label.
+        """
+        labels = self.labels(batch)
+        losses = self._plain.loss(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
+        return F.pad(losses[:, :-1], (1, 0)) / (labels != IGNORE).sum(1, keepdim=True).clamp(min=1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """The `aligned` batch with each labelled token drawn from the model; the tokens it reads stay."""
