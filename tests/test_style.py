@@ -32,6 +32,7 @@ ROOMS = (
     "rows",
     "layers",
     "gradients",
+    "lowrank",
     "layout",
     "trace",
     "verify",

@@ -11,6 +11,7 @@ from torch import Tensor
 from whence import gradients, vectors
 from whence.data import Batch, Examples
 from whence.gradients import Gradients
+from whence.lowrank import written
 from whence.problem import Problem
 from whence.solvers.base import Inverse, Pairing, Solution, warn_unconverged
 from whence.store import Shards
@@ -107,5 +108,5 @@ def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
     """
     if pairing.mix is None or not problem.layout.slow:
         return pairing(problem.loss_gradients(batch))
-    directions = {p: t for b in problem.blocks for p, t in b.unpack(pairing.packed[b.name]).items()}
+    directions = {p: t for b in problem.blocks for p, t in b.unpack(written(pairing.packed[b.name])).items()}
     return pairing.mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from whence import vectors
+from whence import lowrank, vectors
 from whence.curvature.base import Curvature, Need
+from whence.curvature.kronecker import KroneckerBlock
 from whence.damping import Damping, Shift
 from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
-from whence.gradients import Block, Gradients, Packed, pack
+from whence.gradients import Block, Gradients, pack
+from whence.lowrank import Directions, LowRank
+from whence.rows import Rows
 from whence.vectors import Vectors
 
 
@@ -63,17 +66,17 @@ class Solution:
 
 @dataclass(frozen=True)
 class Pairing:
-    """Scores without solutions: ``mix @ turn(g).dot(packed=packed)``.
+    """Scores without solutions: ``mix @`` the inner products of p directions with training gradients.
 
     Args:
-        packed: p directions as matrices, block name to (p, G, O, I).
-        turn: the map of training gradients into the directions' coordinates.
+        packed: p directions as matrices, block name to (p, G, O, I), or to their products of low rank.
+        bases: block name to the eigenbasis that its directions are in; blocks without one are as the parameters are.
         mix: (Q, p), if scores are combinations of what the p directions give; None: p = Q and they are the scores.
         unit: divide by the lengths of the training gradients.
     """
 
-    packed: Packed
-    turn: Callable[[Gradients], Gradients] = lambda g: g
+    packed: Mapping[str, Directions]
+    bases: Mapping[str, KroneckerBlock] = field(default_factory=dict)
     mix: Tensor | None = None
     unit: bool = False
 
@@ -82,17 +85,52 @@ class Pairing:
         """From Q solutions as parameter-shaped vectors."""
         return cls(pack(blocks, x), unit=unit)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Pairing]) -> Pairing:
+        """Those of several sets of queries as one; what they have in common is taken from the first."""
+        packed = {name: lowrank.concatenate([p.packed[name] for p in parts]) for name in parts[0].packed}
+        return replace(parts[0], packed=packed)
+
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
-        found = self._mixed(self.turn(g).dot(packed=self.packed))
+        first, *others = (self._part(name, rows) for name, rows in g.rows.items())
+        found = self._mixed(sum(others, first))
         return found / g.square_norms().sum(1).sqrt().clamp(min=1e-30) if self.unit else found
 
     def by_block(self, g: Gradients) -> dict[str, Tensor]:
         """The same, block by block: they sum to the scores."""
-        return {name: self._mixed(rows.dot(self.packed[name])) for name, rows in self.turn(g).rows.items()}
+        return {name: self._mixed(self._part(name, rows)) for name, rows in g.rows.items()}
+
+    def truncated(self, rank: float) -> tuple[Pairing, Tensor]:
+        """The same with directions of low rank, out of their bases, which costs these little and saves turning rows.
+
+        Args:
+            rank: see `whence.lowrank.truncated`.
+
+        Returns:
+            The pairing; |V - V_r|^2 and |V|^2 over all blocks, (2, p) float64.
+        """
+        packed, bases, energies = {}, dict(self.bases), []
+        for name, v in self.packed.items():
+            v = lowrank.written(v)
+            packed[name], dropped = lowrank.truncated(v, rank)
+            energies.append(torch.stack([dropped, v.flatten(1).norm(dim=1, dtype=torch.float64).square()]))
+            if isinstance(packed[name], LowRank) and name in bases:
+                packed[name] = _back(packed[name], bases.pop(name))
+        return replace(self, packed=packed, bases=bases), torch.stack(energies).sum(0)
+
+    def _part(self, name: str, rows: Rows) -> Tensor:
+        rows = self.bases[name].rotated(rows) if name in self.bases else rows
+        return lowrank.dot(self.packed[name], rows)[..., 0]
 
     def _mixed(self, found: Tensor) -> Tensor:
-        return found[..., 0] if self.mix is None else self.mix.to(found) @ found[..., 0]
+        return found if self.mix is None else self.mix.to(found) @ found
+
+
+def _back(v: LowRank, basis: KroneckerBlock) -> LowRank:
+    """Directions of low rank out of an eigenbasis."""
+    left = basis.left.back(v.left.mT.transpose(0, 1)).transpose(0, 1).mT
+    return LowRank(left, basis.right.back(v.right.transpose(0, 1)).transpose(0, 1))
 
 
 class Inverse(ABC):

@@ -64,7 +64,7 @@ class EigenInverse(Inverse):
         for block in rows.blocks:
             turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
             packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
-        return Pairing(packed, self.turned)
+        return Pairing(packed, self.factors)
 
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
