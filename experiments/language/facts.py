@@ -1,0 +1,192 @@
+"""Planted facts: are the sequences that state a made-up fact found from a completion that states it in other words?
+
+    python -m experiments.language.facts --seeds 0 1 2          # measures what is not there yet, then prints the tables
+
+Thirty of 4,080 training sequences state ten facts, three each; fifty only share words with the queries (`facts_text`).
+A query is a prompt in a fourth wording with the answer, and each method ranks all sequences for it. All scores are kept
+under ``out/facts``, so that a killed run goes on where it stopped; `facts_tables` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import whence
+from experiments.language import setting
+from experiments.language.facts_planted import Planted, plant
+from experiments.language.facts_text import FACTS
+from whence.attribution.similarity import similarity
+from whence.hf import CausalLM, completion_batch, pad
+
+OUT = Path(__file__).resolve().parent / "out" / "facts"
+SIZES = setting.Sizes(width=256, vocabulary=2048, length=64, train=4000, queries=1)
+RECIPE = setting.Recipe(lr=2e-3, epochs=10)
+CHECKPOINTS = 4
+MLP = {"parameters": "mlp", "progress": False}
+DAMPING = whence.Damping.relative(0.1)  # Grosse et al.
+FORMS = [[*fact.statements, f"{fact.prompt} {fact.answer} ."] for fact in FACTS]  # four sentences of each fact
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model trained with the facts, and what methods make of it.
+
+    Args:
+        seed: of the training; the data are the same for all.
+    """
+
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run lies."""
+        return OUT / str(self.seed)
+
+    @cached_property
+    def setting(self) -> setting.Setting:
+        """Ordinary sequences, and the tokenizer."""
+        return setting.prepared(SIZES)
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a text."""
+        return self.setting.tokenizer.encode(text).ids
+
+    @cached_property
+    def planted(self) -> Planted:
+        """The training sequences."""
+        return plant(self.encode, self.setting.train["input_ids"], self.setting.pretraining)
+
+    @property
+    def train(self) -> dict[str, Tensor]:
+        """The training sequences as a batch."""
+        return {"input_ids": self.planted.ids}
+
+    @cached_property
+    def trajectory(self) -> whence.Trajectory:
+        """The training run, recorded; trained where it is not there yet."""
+        folder = self.folder / "run"
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            every = RECIPE.epochs * (len(self.planted.ids) // RECIPE.batch) // CHECKPOINTS
+            setting.train(self.setting.build(self.seed), self.planted.ids, RECIPE, self.seed, folder, every)
+            (folder / "done").touch()
+        return whence.Trajectory.load(folder)
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The trained model."""
+        model = self.setting.build()
+        model.load_state_dict(self.trajectory.checkpoints[-1].state)
+        return model
+
+    def completions(self, prompts: list[str], answers: list[str]) -> dict[str, Tensor]:
+        """Queries: answers after prompts."""
+        return completion_batch(self.encode, prompts, [f" {answer}" for answer in answers])
+
+    @property
+    def queries(self) -> dict[str, Tensor]:
+        """A prompt with its answer for each fact."""
+        return self.completions([fact.prompt for fact in FACTS], [fact.answer for fact in FACTS])
+
+    @property
+    def sentences(self) -> dict[str, Tensor]:
+        """Four sentences of each fact by themselves, (40, S)."""
+        return pad([{"input_ids": self.encode(" " + s)} for forms in FORMS for s in forms])
+
+    def losses(self) -> Tensor:
+        """Minus the mean log-probability of each of the ten answers after each prompt, (10, 10), answers last."""
+        task, answers = CausalLM(), [fact.answer for fact in FACTS]
+        batches = [self.completions([fact.prompt] * len(answers), answers) for fact in FACTS]
+        with torch.no_grad():
+            return torch.stack([task.measurement(task.outputs(self.model, batch), batch) for batch in batches])
+
+    @cached_property
+    def ekfac(self) -> whence.Influence:
+        """EKFAC of the MLP layers, fitted once."""
+        influence, file = whence.Influence(whence.EKFAC(), DAMPING, **MLP), self.folder / "ekfac.safetensors"
+        if file.exists():
+            return influence.load(file, self.model, CausalLM(), self.train)
+        influence.fit(self.model, CausalLM(), self.train).save(file)
+        return influence
+
+    @cached_property
+    def plain(self) -> whence.Influence:
+        """Gradient dot products."""
+        return whence.Influence(whence.Identity(), 1.0, **MLP).fit(self.model, CausalLM(), self.train)
+
+    def score(self, influence: whence.Influence) -> whence.Scores:
+        """Scores of the queries, with self-influence."""
+        return influence.score(self.queries, certify=False, self_influence=True)
+
+    def tracin(self) -> whence.Scores:
+        """Gradient dot products over the checkpoints."""
+        return (
+            whence.TracIn(trajectory=self.trajectory, rates=False, **MLP)
+            .fit(self.model, CausalLM(), self.train)
+            .score(self.queries)
+        )
+
+    def astra(self) -> whence.Scores:
+        """ASTRA on a short schedule, see the README."""
+        solver = whence.ASTRA(steps=50, batch=64, decay_every=12)
+        influence = whence.Influence(solver, DAMPING, **MLP).fit(self.model, CausalLM(), self.train)
+        return influence.score(self.queries, certify=False, folder=self.folder / "astra")
+
+    def lexical(self, method: whence.TFIDF | whence.BM25, words: bool) -> whence.Scores:
+        """By the words that a query, prompt and answer, shares with a sequence; or by the tokens."""
+        asked, ids = [f"{fact.prompt} {fact.answer}" for fact in FACTS], list(self.planted.ids)
+        if not words:
+            return method.fit(ids).score([self.encode(text) for text in asked])
+        return method.fit([self.setting.text(row) for row in ids]).score(asked)
+
+    def scores(self, name: str) -> whence.Scores:
+        """What one of the `METHODS` finds, kept."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.exists():
+            _ = self.model  # so that its training does not count
+            start = time.process_time()
+            found = METHODS[name](self)
+            print(f"seed {self.seed}, {name}: {time.process_time() - start:.0f} CPU seconds", flush=True)
+            found.save(file)
+        return whence.Scores.load(file)
+
+
+METHODS: dict[str, Callable[[Run], whence.Scores]] = {
+    "tfidf": lambda run: run.lexical(whence.TFIDF(), words=True),
+    "tfidf tokens": lambda run: run.lexical(whence.TFIDF(), words=False),
+    "bm25": lambda run: run.lexical(whence.BM25(), words=True),
+    "bm25 tokens": lambda run: run.lexical(whence.BM25(), words=False),
+    "gradients": lambda run: run.score(run.plain),
+    "ekfac": lambda run: run.score(run.ekfac),
+    "ekfac per example": lambda run: run.score(run.ekfac.at(whence.Damping.per_example())),
+    "tracin": Run.tracin,
+    "astra": Run.astra,
+    "similarity": lambda run: similarity(run.ekfac, run.sentences, certify=False),
+    "similarity of gradients": lambda run: similarity(run.plain, run.sentences, certify=False),
+}
+
+
+def main() -> None:
+    """Measure what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in args.seeds:
+        run = Run(seed)
+        for name in args.methods:
+            run.scores(name)
+
+
+if __name__ == "__main__":
+    main()
