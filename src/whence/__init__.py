@@ -7,6 +7,7 @@ from whence.attribution import (
     TRAK,
     Embeddings,
     GradCos,
+    GradientStore,
     Influence,
     Random,
     Replay,
@@ -16,7 +17,11 @@ from whence.attribution import (
     Unrolled,
     attribute,
     ensemble,
+    recall,
+    rescored,
     response_norms,
+    shortlist,
+    similarity,
 )
 from whence.curvature import GGN, Curvature, EmpiricalFisher, Hessian, Need, Operator
 from whence.curvature.spectrum import Spectrum, spectrum
@@ -86,6 +91,7 @@ __all__ = [
     "Exact",
     "Factored",
     "GradCos",
+    "GradientStore",
     "Hessian",
     "HyperINF",
     "Identity",
@@ -122,7 +128,11 @@ __all__ = [
     "Written",
     "attribute",
     "ensemble",
+    "recall",
     "register",
+    "rescored",
     "response_norms",
+    "shortlist",
+    "similarity",
     "spectrum",
 ]

@@ -2,11 +2,14 @@
 
 from whence.attribution.baselines import Embeddings, GradCos, Random
 from whence.attribution.call import attribute
+from whence.attribution.candidates import recall, rescored, shortlist
+from whence.attribution.gradient_store import GradientStore
 from whence.attribution.influence import Influence
 from whence.attribution.lexical import BM25, TFIDF
 from whence.attribution.relative import response_norms
 from whence.attribution.replay import Replay
 from whence.attribution.scores import Scores, Top, ensemble
+from whence.attribution.similarity import similarity
 from whence.attribution.source import SOURCE
 from whence.attribution.tracin import TracIn
 from whence.attribution.trak import TRAK
@@ -19,6 +22,7 @@ __all__ = [
     "TRAK",
     "Embeddings",
     "GradCos",
+    "GradientStore",
     "Influence",
     "Random",
     "Replay",
@@ -28,5 +32,9 @@ __all__ = [
     "Unrolled",
     "attribute",
     "ensemble",
+    "recall",
+    "rescored",
     "response_norms",
+    "shortlist",
+    "similarity",
 ]

@@ -4,8 +4,8 @@
     scores = rescored(influence, queries, shortlist(cheap, 100))
     scores.top(10).proponents                              # numbers of training examples
 
-Grosse et al. (2023, section 3.2.1) take the 10,000 sequences of best TF-IDF. `recall` says what a shortlist misses, where
-exact scores of all examples can be had once.
+Grosse et al. (2023, section 3.2.1) take the 10,000 sequences of best TF-IDF. `recall` says what a shortlist misses,
+where exact scores of all examples can be had once.
 """
 
 from __future__ import annotations

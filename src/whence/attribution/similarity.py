@@ -1,6 +1,6 @@
 """Influence similarity: cosines of loss gradients in the inner product of the inverse curvature.
 
-    s(i, j) = g_i^T A^-1 g_j / sqrt((g_i^T A^-1 g_i) (g_j^T A^-1 g_j)),     A = C + damping I    (Klochkov & Liu 2024, 5)
+    s(i, j) = g_i^T A^-1 g_j / sqrt((g_i^T A^-1 g_i) (g_j^T A^-1 g_j)),     A = C + damping I     (Klochkov & Liu 2024)
 
 g is the gradient of the task's training loss on both sides, whatever is measured of queries elsewhere; the mean over an
 example's tokens, which the paper takes, gives the same cosines as the sum. As damping grows s becomes the plain cosine
