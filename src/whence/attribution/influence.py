@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from whence import store
+from whence.attribution.directions import directions, fingerprint, pieces
 from whence.attribution.parts import by_block, by_query_token, by_token
 from whence.attribution.scores import Scores
-from whence.attribution.stream import Measurement, query_gradients, self_influence, solved, streamed
+from whence.attribution.stream import Measurement, query_gradients, self_influence, streamed
 from whence.curvature.base import Curvature
 from whence.curvature.ggn import GGN
 from whence.damping import Damping
-from whence.data import Examples, digest
+from whence.data import Examples
 from whence.errors import InputError
 from whence.gradients import Gradients
 from whence.models import Select
 from whence.problem import Problem
 from whence.solvers.auto import Auto
-from whence.solvers.base import Inverse, Pairing, Solution, Solver, instance, seeded
+from whence.solvers.base import Inverse, Solver, instance, seeded
 from whence.store import Shards
 from whence.task import Task
 
@@ -95,6 +96,7 @@ class Influence:
         candidates: Any = None,
         folder: str | Path | None = None,
         mean: bool = False,
+        rank: float | None = None,
     ) -> Scores:
         """Scores of all training examples on all queries, solved together and streamed once.
 
@@ -108,24 +110,21 @@ class Influence:
             folder: where the solution and each batch's scores are kept, so that the same call goes on where a killed
                 one stopped; what lies there must be of the same model, data and settings.
             mean: score the mean of the queries' measurements, as of a validation set: (1, N), by one solve.
+            rank: keep this rank of each query's direction in each block, 32 say, or in (0, 1) that share of its energy
+                by rank 32 at most, so that many queries fit into one pass; the error is ``provenance["truncation"]``.
 
         Raises:
-            InputError: queries that the model does not accept, or a measurement that is not one finite number a query.
+            InputError: queries that the model does not accept, a measurement that is not one finite number a query, or
+                a rank that is neither.
             DivergenceError: if a solve does not stay finite.
             ArtefactError: if the folder holds scores of something else, by name of what differs.
         """
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
-        rows = self.query_gradients(queries, measurement)
-        rows = rows.mean() if mean else rows
+        rows = pieces(problem, queries, measurement, self.batch_size, mean, rank)
         scored = self._candidates(candidates)
-        shards = Shards(folder, "scores", self._made_of(rows, scored)) if folder is not None else None
-        pairing = None if certify else inverse.pairing(rows)
-        if pairing is not None:
-            solution = Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
-        else:
-            solution = solved(inverse, rows, certify, shards)
-            pairing = Pairing.of(solution.x, problem.blocks)
+        shards = Shards(folder, "scores", self._made_of(rows, scored, rank)) if folder is not None else None
+        pairing, solution, truncation = directions(inverse, rows, certify, shards, rank)
         solving = time.perf_counter()
         values = streamed(problem, pairing, scored, shards=shards)
         seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
@@ -134,7 +133,7 @@ class Influence:
             solution.residual,
             solution.converged,
             solution.history,
-            self.provenance() | {"seconds": seconds, "passes": solution.passes, "steps": solution.steps},
+            self.provenance() | {"seconds": seconds, "passes": solution.passes, "steps": solution.steps} | truncation,
             self.self_influence(scored) if self_influence else None,
         )
 
@@ -288,11 +287,14 @@ class Influence:
         damping = Damping.of(self.damping)
         return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
 
-    def _made_of(self, rows: Gradients | None, scored: Examples | None) -> dict[str, Any]:
+    def _made_of(
+        self, rows: Iterable[Gradients] | None, scored: Examples | None, rank: float | None = None
+    ) -> dict[str, Any]:
         """What scores depend on; the queries by their gradients, which the measurement is part of."""
         mine = {
             "lambda": self.inverse.shift,
-            "queries": digest(rows.dense()) if rows else None,
+            "queries": fingerprint(rows) if rows else None,
+            "rank": rank,
             "candidates": scored.fingerprint() if scored else None,
             "batch size": (scored or self.problem.train).batch_size,
         }

@@ -111,7 +111,11 @@ class Scores:
         worst = "residual not measured" if self.residual is None else f"worst residual {float(self.residual.max()):.1e}"
         solved = f", {int(self.converged.sum())} of {q} converged" if len(self.history) else ""
         measured = "".join(f", {name} {value:.2g}" for name, value in self.provenance.get("measured", {}).items())
-        return f"scores of {n} training examples on {q} queries, {worst}{solved}{measured}"
+        lost = ""
+        if cut := self.provenance.get("truncation"):
+            how = f"rank {cut['rank']}" if cut["rank"] >= 1 else f"{cut['rank']:.4g} of their energy"
+            lost = f", queries cut to {how} (error at most {cut['error']:.2g})"
+        return f"scores of {n} training examples on {q} queries, {worst}{solved}{measured}{lost}"
 
     def save(self, path: str | Path) -> None:
         """Write to a file, complete or not at all."""

@@ -34,7 +34,9 @@ def query_gradients(
     return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
 
 
-def solved(inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None = None) -> Solution:
+def solved(
+    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None = None, name: str = "solution"
+) -> Solution:
     """The solution for Q queries' gradients, R = 1; from the disk if it lies there, else kept there if asked."""
     if shards is None:
         return inverse(rows.dense(), certify)
@@ -42,17 +44,17 @@ def solved(inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | No
 
     def make() -> dict[str, Tensor]:
         found = inverse(rows.dense(), certify)
-        kept = {name: t for name in names if (t := getattr(found, name)) is not None}
+        kept = {key: t for key in names if (t := getattr(found, key)) is not None}
         cost = torch.tensor([found.steps, found.passes, found.seconds], dtype=torch.float64)
-        return kept | {"cost": cost} | {f"x|{name}": t for name, t in found.x.items()}
+        return kept | {"cost": cost} | {f"x|{p}": t for p, t in found.x.items()}
 
-    if (t := shards.get("solution")) is None:
-        t = shards.made("solution", make)
+    if (t := shards.get(name)) is None:
+        t = shards.made(name, make)
     elif inverse.tolerance is not None:
         warn_unconverged(t["converged"], "queries", inverse.tolerance)
     device, (steps, passes, seconds) = rows.weights.device, t["cost"].tolist()
-    x = {name[2:]: v.to(device) for name, v in t.items() if name.startswith("x|")}
-    rest = {name: t[name].to(device) if name in t else None for name in names}
+    x = {key[2:]: v.to(device) for key, v in t.items() if key.startswith("x|")}
+    rest = {key: t[key].to(device) if key in t else None for key in names}
     return Solution(x, steps=int(steps), passes=passes, seconds=seconds, **rest)  # pyright: ignore[reportArgumentType]
 
 

@@ -102,22 +102,23 @@ class Pairing:
         return {name: self._mixed(self._part(name, rows)) for name, rows in g.rows.items()}
 
     def truncated(self, rank: float) -> tuple[Pairing, Tensor]:
-        """The same with directions of low rank, out of their bases, which costs these little and saves turning rows.
+        """The same by one direction of low rank for each query, out of its basis: that costs less than turning rows.
 
         Args:
             rank: see `whence.lowrank.truncated`.
 
         Returns:
-            The pairing; |V - V_r|^2 and |V|^2 over all blocks, (2, p) float64.
+            The pairing; |V - V_r|^2 and |V|^2 over all blocks, (2, Q) float64.
         """
         packed, bases, energies = {}, dict(self.bases), []
         for name, v in self.packed.items():
             v = lowrank.written(v)
+            v = v if self.mix is None else torch.tensordot(self.mix.to(v), v, 1)
             packed[name], dropped = lowrank.truncated(v, rank)
             energies.append(torch.stack([dropped, v.flatten(1).norm(dim=1, dtype=torch.float64).square()]))
             if isinstance(packed[name], LowRank) and name in bases:
                 packed[name] = _back(packed[name], bases.pop(name))
-        return replace(self, packed=packed, bases=bases), torch.stack(energies).sum(0)
+        return replace(self, packed=packed, bases=bases, mix=None), torch.stack(energies).sum(0)
 
     def _part(self, name: str, rows: Rows) -> Tensor:
         rows = self.bases[name].rotated(rows) if name in self.bases else rows

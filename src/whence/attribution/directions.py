@@ -1,0 +1,174 @@
+"""From the queries' gradients to the directions that score the training set, cut to a low rank if asked.
+
+Directions of low rank take so little memory that many queries can share one pass over the training set. Those of full
+rank are solved for and cut a piece of the queries at a time, so that they need not all fit into memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whence.attribution.stream import Measurement, query_gradients, solved
+from whence.data import Examples, digest
+from whence.errors import ConvergenceWarning, DivergenceError
+from whence.gradients import Gradients, concatenate
+from whence.lowrank import checked
+from whence.problem import Problem
+from whence.solvers.base import Inverse, Pairing, Solution
+from whence.store import Shards
+from whence.trace import Seeds
+
+COPIES = 8  # full-rank vectors per query that a solve may hold
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Gradients of the queries' measurements in pieces that fit into memory, computed anew each time.
+
+    Args:
+        problem: the model at the weights where they are taken.
+        examples: the queries.
+        seeds: the cotangents of their measurements.
+        size: queries in a piece.
+    """
+
+    problem: Problem
+    examples: Examples
+    seeds: Seeds
+    size: int
+
+    def __iter__(self) -> Iterator[Gradients]:
+        held: list[Gradients] = []
+        for _, batch in self.problem.batches(self.examples):
+            rows = self.problem.gradients(batch, self.seeds)
+            for part in (rows[i : i + self.size] for i in range(0, len(rows), self.size)):
+                if held and sum(map(len, held)) + len(part) > self.size:
+                    yield concatenate(held)
+                    held = []
+                held.append(part)
+        yield concatenate(held)
+
+
+def pieces(
+    problem: Problem,
+    queries: Any,
+    measurement: Measurement | None,
+    batch_size: int | None,
+    mean: bool,
+    rank: float | None,
+) -> Iterable[Gradients]:
+    """The queries' gradients, or their mean, for `directions`: in one piece, or as many as memory asks for.
+
+    Raises:
+        InputError: for a bad rank.
+    """
+    if rank is not None:
+        checked(rank)
+    if rank is None or mean:
+        rows = query_gradients(problem, queries, measurement, batch_size)
+        return [rows.mean() if mean else rows]
+    width = sum(b.size for b in problem.blocks) * problem.dtype.itemsize * COPIES
+    seeds = problem.seeds_of("measurement", measurement)
+    return Pieces(problem, Examples(queries, "queries", batch_size), seeds, max(1, int(problem.memory / width)))
+
+
+def fingerprint(rows: Iterable[Gradients]) -> str:
+    """A hash of the queries' gradients, however they are cut into pieces."""
+    found = hashlib.blake2b(digest_size=16)
+    for piece in rows:
+        written = piece.dense()
+        for q in range(len(piece)):
+            found.update(digest({p: t[q] for p, t in written.items()}).encode())
+    return found.hexdigest()
+
+
+def directions(
+    inverse: Inverse, rows: Iterable[Gradients], certify: bool, shards: Shards | None = None, rank: float | None = None
+) -> tuple[Pairing, Solution, dict[str, Any]]:
+    """What scores the training set on all queries.
+
+    Args:
+        inverse: (C + damping)^-1.
+        rows: the queries' gradients, see `pieces`.
+        certify: measure the residuals, at full rank.
+        shards: where solutions are kept, and taken from if they are there.
+        rank: of each query's matrix in each block, see `whence.lowrank.truncated`; None: full.
+
+    Returns:
+        The pairing; the solution without x; with a rank, also ``truncation``: the rank, |V - V_r| / |V| of the worst
+        query and on average, and the average share of |V|^2 that is kept.
+    """
+    pairings, solutions, energies, start = [], [], [], 0
+    for piece in rows:
+        stop = start + len(piece)
+        name = "solution" if rank is None else f"solution-{start}-{stop}"
+        with _numbered(start, stop) if start else nullcontext():
+            pairing, solution = _full(inverse, piece, certify, shards, name)
+        if rank is not None:
+            pairing, energy = pairing.truncated(rank)
+            energies.append(energy)
+        pairings.append(pairing)
+        solutions.append(solution)
+        start = stop
+    return Pairing.joined(pairings), _joined(solutions), _report(rank, energies)
+
+
+def _full(
+    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None, name: str
+) -> tuple[Pairing, Solution]:
+    """Directions of full rank, in the inverse's shorter way if nothing is certified."""
+    pairing = None if certify else inverse.pairing(rows)
+    if pairing is not None:
+        return pairing, Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
+    solution = solved(inverse, rows, certify, shards, name)
+    return Pairing.of(solution.x, rows.blocks), solution
+
+
+def _joined(parts: list[Solution]) -> Solution:
+    """The certificates of several solves; histories go on with their last residuals to the longest."""
+    steps = max(len(p.history) for p in parts)
+    residuals = [p.residual for p in parts if p.residual is not None]
+    history = [
+        torch.cat([p.history, p.history[-1:].expand(steps - len(p.history), -1)]) if len(p.history) else p.history
+        for p in parts
+    ]
+    return Solution(
+        {},
+        torch.cat(residuals) if residuals else None,
+        torch.cat([p.converged for p in parts]),
+        max(p.steps for p in parts),
+        torch.cat(history, 1),
+        sum(p.passes for p in parts),
+        sum(p.seconds for p in parts),
+    )
+
+
+def _report(rank: float | None, energies: list[Tensor]) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    dropped, whole = torch.cat(energies, 1)
+    share = dropped / whole.clamp(min=1e-300)
+    error = {"error": float(share.sqrt().max()), "mean error": float(share.sqrt().mean())}
+    return {"truncation": {"rank": rank, **error, "energy": 1 - float(share.mean())}}
+
+
+@contextmanager
+def _numbered(start: int, stop: int) -> Iterator[None]:
+    """Warnings and errors that name queries by their numbers in a piece say which piece that is."""
+    where = f"among queries {start} to {stop - 1}, counted from 0: "
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        try:
+            yield
+        except DivergenceError as error:
+            raise DivergenceError(f"{where}{error}") from error
+    for found in caught:
+        warnings.warn(f"{where}{found.message}", found.category, stacklevel=5)
