@@ -97,11 +97,15 @@ class Factored:
         if order != "left" and len(pieces) > 1:
             pieces = [torch.cat(pieces, 3)]
         widths = [p.shape[3] for p in pieces]
-        out = self.a.new_empty(Q, n, R)
-        if order == "outer":
-            for s in slices(n, G * R * O * I):
-                out[:, s] = self[s].written().dot(pieces[0].transpose(0, 1))
+        if order == "outer":  # a stripe of outputs for many examples at a time, so that v is seldom read
+            out = self.a.new_zeros(Q, n, R)
+            for s in slices(n, 16 * G * R * I):
+                rows = self[s]
+                for o in slices(O, G * rows.g.shape[1] * R * I):
+                    stripe = Factored(rows.a, rows.g[..., o]).written()
+                    out[:, s] += stripe.dot(pieces[0][:, :, o].transpose(0, 1))
             return out
+        out = self.a.new_empty(Q, n, R)
         whole = self.contiguous()
         for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
             rows, k = whole[s], len(range(*q.indices(Q)))

@@ -143,6 +143,21 @@ class _Watch(TorchFunctionMode):
         return output
 
 
+class _Pull(torch.autograd.Function):
+    """A scalar whose gradient by the outputs is a given cotangent; its value is of no use."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, cotangent: Tensor) -> Tensor:
+        """Keep the cotangent."""
+        ctx.save_for_backward(cotangent)
+        return outputs.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _scale: Tensor) -> tuple[Tensor, None]:
+        """The cotangent itself."""
+        return ctx.saved_tensors[0], None
+
+
 def _backward(outputs: Tensor, cotangents: Tensor, calls: Mapping[str, Sequence[_Call]]) -> dict[_Call, Tensor]:
     """The cotangent at the output of every call that matters, (R, *output.shape); those of an example are together."""
     flat = [c for called in calls.values() for c in called]
@@ -151,10 +166,14 @@ def _backward(outputs: Tensor, cotangents: Tensor, calls: Mapping[str, Sequence[
         return stacks
     R = len(cotangents)
     for r, cotangent in enumerate(cotangents):
-        pulled = (outputs * cotangent).sum()  # a scalar: passing grad_outputs would import sympy, half a second
+        pulled = _Pull.apply(outputs, cotangent)  # a scalar: passing grad_outputs would import sympy, half a second
         grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=r + 1 < R, allow_unused=True)
         for call, grad in zip(flat, grads, strict=True):
-            if grad is not None:
+            if grad is None:
+                continue
+            if R == 1:
+                stacks[call] = grad.unsqueeze(0)
+            else:
                 if call not in stacks:
                     stacks[call] = outputs.new_empty(call.shape[0], R, *call.shape[1:]).transpose(0, 1)
                 stacks[call][r] = grad

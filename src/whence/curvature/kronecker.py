@@ -14,87 +14,23 @@ that limit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from whence.curvature.eigenbasis import Basis, KroneckerBlock
 from whence.errors import expected
 from whence.factored import Factored, slices
 from whence.gradients import Gradients
 from whence.problem import Problem
-from whence.rows import Lookup, Routed, Rows, Several
+from whence.rows import Lookup, Routed, Rows
 
 Labels = Literal["sampled", "true"]
-CHUNK = 2**22  # numbers in an intermediate result
-
-
-@dataclass(frozen=True)
-class Basis:
-    """An orthonormal basis of one side of a block, cut into consecutive pieces.
-
-    Args:
-        pieces: (G, w, w) eigenvectors in columns, or (0, w, 0) for a piece that stays as it is.
-    """
-
-    pieces: tuple[Tensor, ...]
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Coordinates in the basis: x (G, ..., d) to the same shape."""
-        return self._apply(x, transposed=False)
-
-    def back(self, x: Tensor) -> Tensor:
-        """From coordinates in the basis: the inverse of `rotate`."""
-        return self._apply(x, transposed=True)
-
-    def _apply(self, x: Tensor, transposed: bool) -> Tensor:
-        parts = []
-        for q, part in zip(self.pieces, x.split([q.shape[1] for q in self.pieces], -1), strict=True):
-            if len(q):
-                q = (q.mT if transposed else q).to(x.dtype)
-                part = (part.reshape(len(q), -1, q.shape[1]) @ q).view(part.shape)
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-@dataclass(frozen=True)
-class KroneckerBlock:
-    """Eigenvectors and eigenvalues of one block.
-
-    Args:
-        left, right: bases of the O side and of the I side.
-        kfac: eigenvalues T d_S d_A^T, (G, O, I).
-        ekfac: corrected eigenvalues, (G, O, I).
-    """
-
-    left: Basis
-    right: Basis
-    kfac: Tensor
-    ekfac: Tensor
-
-    def rotate(self, v: Tensor) -> Tensor:
-        """Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
-        v = self.right.rotate(v.transpose(0, 1))  # (G, Q, O, I)
-        return self.left.rotate(v.mT).mT.transpose(0, 1)
-
-    def back(self, v: Tensor) -> Tensor:
-        """Q_S V Q_A^T: the inverse of `rotate`."""
-        v = self.right.back(v.transpose(0, 1))
-        return self.left.back(v.mT).mT.transpose(0, 1)
-
-    def rotated(self, rows: Rows) -> Rows:
-        """Rows in the eigenbasis; factored rows stay factored, one rotation per position."""
-        if isinstance(rows, Factored):
-            return Factored(self.right.rotate(rows.a), self.left.rotate(rows.g))
-        if isinstance(rows, Lookup) and not any(len(q) for q in self.left.pieces):
-            return Lookup(rows.ids, self.right.rotate(rows.g.unsqueeze(0))[0], rows.size)
-        if isinstance(rows, Several):
-            return Several(tuple(self.rotated(part) for part in rows.parts))  # type: ignore[arg-type]
-        written = rows.written()
-        n, R, _ = written.rows.shape
-        v = self.rotate(written.rows.reshape(n * R, *written.sides))
-        return type(written)(v.reshape(n, R, -1), written.sides)
+CHUNK = 2**18  # numbers in an intermediate result, so that it stays in cache
+STRIPE = 256  # columns of a covariance made at a time: what is above the diagonal is left out
+POSITIONS = 2**13  # positions that are summed in the model's own dtype
 
 
 def fit(
@@ -110,6 +46,8 @@ def fit(
         limit: widest eigenbasis; a wider side is split into blocks of this width, one wider than 8 blocks is left
             diagonal.
 
+    With true labels, rows of the first pass are kept for the second as far as they fit into half the memory.
+
     Returns:
         Block name to factors, float32 or the model's wider dtype. Covariances and eigendecompositions are in float64.
     """
@@ -123,11 +61,12 @@ def fit(
         )
     rng = torch.Generator().manual_seed(seed)
     kept: list[Gradients] = []
-    free = problem.memory / 4 if labels == "true" else 0.0
+    free = problem.memory / 2 if labels == "true" else 0.0
     sides: dict[str, tuple[_Side, _Side]] = {}
     for rows, real in _passes(problems, labels, rng):
         free -= rows.numbers() * problem.dtype.itemsize
-        kept = [*kept, rows] if free > 0 else []
+        if free > 0:
+            kept.append(rows)
         for name, r in rows.rows.items():
             if name not in sides:
                 sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
@@ -142,8 +81,8 @@ def fit(
         kfac = positions * ds.unsqueeze(-1) * da.unsqueeze(-2)
         sums[name] = torch.zeros_like(kfac)
         blocks[name] = KroneckerBlock(left, right, kfac.to(problem.dtype), sums[name])
-    whole = free > 0 and bool(kept)
-    for rows in kept if whole else (r for r, _ in _passes(problems, labels, rng)):
+    rest = (rows for rows, _ in _passes(problems, labels, rng, skip=len(kept)))
+    for rows in chain((kept.pop(0) for _ in range(len(kept))), rest):
         for name, r in rows.rows.items():
             sums[name] += _squares(blocks[name], r, len(rows))
     for name, ((left, ds), (right, da)) in bases.items():
@@ -167,7 +106,7 @@ def _settle(values: Tensor, basis: Basis, eigenvalues: Tensor) -> None:
 
 
 class _Side:
-    """The covariance of one side of a block, in diagonal pieces."""
+    """The covariance of one side of a block, in diagonal pieces; their lower triangles."""
 
     def __init__(self, groups: int, width: int, limit: int, device: torch.device):
         self.count = torch.zeros(groups, dtype=torch.float64, device=device)
@@ -177,14 +116,32 @@ class _Side:
         widths = [min(limit, width - i) for i in range(0, width, limit)] if whole else []
         self.covariances = [torch.zeros(groups, w, w, dtype=torch.float64, device=device) for w in widths]
         self.diagonal = torch.zeros(groups, width, dtype=torch.float64, device=device)
+        self._recent: list[Tensor] = []
+        self._positions = 0
 
     def add(self, x: Tensor) -> None:
         """Add vectors x (G, m, d)."""
-        if self.covariances:
-            for c, part in zip(self.covariances, x.split([c.shape[1] for c in self.covariances], -1), strict=True):
-                c += part.mT @ part
-        else:
+        if not self.covariances:
             self.diagonal += x.square().sum(1)
+            return
+        if not self._recent:
+            self._recent = [c.new_zeros(c.shape, dtype=x.dtype) for c in self.covariances]
+        for c, part in zip(self._recent, x.split([c.shape[1] for c in self.covariances], -1), strict=True):
+            if c.shape[1] <= 2 * STRIPE:
+                c.baddbmm_(part.mT, part)
+                continue
+            for one, p in zip(c, part, strict=True):
+                for i in range(0, len(one), STRIPE):
+                    one[i : i + STRIPE, : i + STRIPE].addmm_(p[:, i : i + STRIPE].T, p[:, : i + STRIPE])
+        self._positions += x.shape[1]
+        if self._positions >= POSITIONS:
+            self._flush()
+
+    def _flush(self) -> None:
+        for c, recent in zip(self.covariances, self._recent, strict=False):
+            c += recent
+            recent.zero_()
+        self._positions = 0
 
     def eigen(self, dtype: torch.dtype) -> tuple[Basis, Tensor]:
         """The basis and the eigenvalues of the mean, (G, d), not negative."""
@@ -192,15 +149,20 @@ class _Side:
         if not self.covariances:
             empty = self.diagonal.new_zeros(0, self.width, 0, dtype=dtype)
             return Basis((empty,)), self.diagonal / count
-        found = [torch.linalg.eigh(c / count.unsqueeze(2)) for c in self.covariances]
+        self._flush()
+        found = [torch.linalg.eigh(c / count.unsqueeze(2)) for c in self.covariances]  # reads the lower triangle
         return Basis(tuple(q.to(dtype) for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(min=0)
 
 
 def _passes(
-    problems: Sequence[Problem], labels: Labels, rng: torch.Generator
+    problems: Sequence[Problem], labels: Labels, rng: torch.Generator, skip: int = 0
 ) -> Iterator[tuple[Gradients, Tensor | None]]:
+    """Rows of each batch and which positions are real, without the first few batches."""
     for problem in problems:
         for _, batch in problem.batches(what="Kronecker factors"):
+            if skip > 0:
+                skip -= 1
+                continue
             rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
             yield rows, problem.task.padding(batch)
 
@@ -223,12 +185,11 @@ def _accumulate(left: _Side, right: _Side, rows: Rows, real: Tensor | None, n: i
     elif isinstance(rows, Factored):
         G, n, R, T, O, I = rows.sizes
         mask = _mask(real, n, T)
-        a, g = rows.a.reshape(G, n * T, I), rows.g
-        if not mask.all():
-            a, g = a[:, mask.flatten()], g * mask.view(1, n, 1, T, 1)
-        left.add(g.reshape(G, -1, O))
-        right.add(a)
-        count = a.shape[1]
+        g = rows.g.transpose(2, 3)  # (G, n, T, R, O)
+        for some in _stretches(mask):
+            left.add(g[some].reshape(G, -1, O))
+            right.add(rows.a[some].reshape(G, -1, I))
+        count = int(mask.sum())
     elif isinstance(rows, Lookup):
         mask = _mask(real, *rows.ids.shape)
         ids, g = rows.ids[mask], rows.g.transpose(0, 1)[:, mask]
@@ -257,6 +218,21 @@ def _mask(real: Tensor | None, n: int, T: int) -> Tensor:
     return real.repeat(1, T // real.shape[1])
 
 
+def _stretches(mask: Tensor) -> Iterator[tuple[slice | Tensor, ...]]:
+    """Indices of the real positions (n, T), for the axes (G, n, T).
+
+    Long sequences padded on the right are taken one by one, as far as they go, so that nothing is copied.
+    """
+    T, every = mask.shape[1], slice(None)
+    lengths = mask.sum(1, keepdim=True)
+    if mask.all():
+        yield every, every, every
+    elif T < 64 or (mask != (torch.arange(T, device=mask.device) < lengths)).any():
+        yield every, mask
+    else:
+        yield from ((every, slice(i, i + 1), slice(length)) for i, length in enumerate(lengths.flatten().tolist()))
+
+
 def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
     """Sum over examples of the squared rows in the eigenbasis, (G, O, I), by the cheapest order for these shapes."""
     if isinstance(rows, Factored):
@@ -266,13 +242,17 @@ def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
             a, g = r.a.reshape(G, n, I).square(), r.g.square().sum(2).view(G, n, O)  # type: ignore[union-attr]
             return (g.mT @ a).double()
         tokens = T * (O * O + I * I) < O * I * (O + I)
-        total = rows.g.new_zeros(G, O, I, dtype=torch.float64)
-        for start in range(0, n, step := max(1, CHUNK // (G * R * O * I))):
-            some = rows[start : start + step]
-            w = (block.rotated(some) if tokens else some).written().rows
-            w = w.view(-1, G, O, I)
-            total += (w if tokens else block.rotate(w)).square().sum(0)
-        return total
+        if tokens:
+            rows = Factored(block.right.rotate(rows.a), block.left.rotate(rows.g))
+        step = min(n, max(1, CHUNK // (G * R * O * I)))
+        total = rows.a.new_zeros(G, step, R, I, O)
+        for i in range(0, n, step):
+            w = rows.a[:, i : i + step].mT.unsqueeze(2) @ rows.g[:, i : i + step]  # (G, m, R, I, O)
+            if not tokens:
+                w = block.rotate(w.permute(1, 2, 0, 4, 3).reshape(-1, G, O, I))
+                w = w.view(-1, R, G, O, I).permute(2, 0, 1, 4, 3)
+            total[:, : w.shape[1]].addcmul_(w, w)
+        return total.sum((1, 2)).mT.double()
     if isinstance(rows, Lookup):  # uses of one token within an example are summed before squaring
         r = block.rotated(rows)
         n, R, T, d = r.g.shape  # type: ignore[union-attr]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whence.errors import expected
@@ -31,6 +33,7 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         inputs["use_cache"] = False
     with ExitStack() as stack:
         stack.enter_context(_plain(base))
+        stack.enter_context(_fused(base))
         stack.enter_context(_unhooked(base))
         found = model(**inputs)
     found = found.get("logits") if isinstance(found, Mapping) else found
@@ -56,6 +59,22 @@ def _plain(model: nn.Module) -> Iterator[None]:
         for config, name, value in before:
             if getattr(config, name, None) != value:  # a config hands on to those it contains
                 setattr(config, name, value)
+
+
+@contextmanager
+def _fused(model: nn.Module) -> Iterator[None]:
+    """Let the activation that GPT-2 spells out in nine operations be torch's own; the modules are as before afterwards.
+
+    It is the same function; spelled out, it takes a sixth of the time of the two passes through a model.
+    """
+    spelled = [m for m in model.modules() if type(m).__name__ == "NewGELUActivation" and "forward" not in vars(m)]
+    try:
+        for module in spelled:
+            module.forward = partial(F.gelu, approximate="tanh")
+        yield
+    finally:
+        for module in spelled:
+            del module.forward
 
 
 @contextmanager

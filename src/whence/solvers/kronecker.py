@@ -59,12 +59,19 @@ class EigenInverse(Inverse):
         return rows.map(lambda name, r: self.factors[name].rotated(r))
 
     def pairing(self, rows: Gradients) -> Pairing:
-        """Scores stay in the eigenbases: rotating factors is cheaper than rotating solutions back."""
+        """Scores in the eigenbases, except of blocks where rotating Q solutions back costs less than N gradients."""
         packed: Packed = {}
+        bases: dict[str, KroneckerBlock] = {}
         for block in rows.blocks:
-            turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
-            packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
-        return Pairing(packed, self.factors)
+            f, r = self.factors[block.name], rows.rows[block.name]
+            x = f.rotated(r).written().rows.reshape(-1, *block.sides).div_(self.denominators(block.name))
+            turn, back = f.costs(r)
+            if turn * len(self.curvature.problem.train) <= back * len(rows):
+                bases[block.name] = f
+            else:
+                x = f.back(x)
+            packed[block.name] = x
+        return Pairing(packed, bases)
 
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
@@ -113,6 +120,10 @@ class EKFAC(Solver):
         labels = self.labels or curvature.labels
         key = ("kronecker", labels, self.seed, self.limit)
         factors = curvature.remember(key, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
+        if labels == curvature.labels == "true" and curvature.statistics == (curvature.problem,):
+            blocks = curvature.problem.blocks
+            means = {p: float(factors[b.name].ekfac.mean()) for b in blocks for p in b.shapes}
+            curvature.remember("mean eigenvalues", lambda: means)  # the trace is the same in every basis
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
