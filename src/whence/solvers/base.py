@@ -87,9 +87,13 @@ class Pairing:
 
     @classmethod
     def joined(cls, parts: Sequence[Pairing]) -> Pairing:
-        """Those of several sets of queries as one; what they have in common is taken from the first."""
-        packed = {name: lowrank.concatenate([p.packed[name] for p in parts]) for name in parts[0].packed}
-        return replace(parts[0], packed=packed)
+        """Those of several sets of queries as one; mix and unit are taken from the first."""
+        bases = {name: b for name, b in parts[0].bases.items() if all(name in p.bases for p in parts)}
+        packed = {
+            name: lowrank.concatenate([p.packed[name] if name in bases else p._out(name) for p in parts])
+            for name in parts[0].packed
+        }
+        return replace(parts[0], packed=packed, bases=bases)
 
     def __call__(self, g: Gradients) -> Tensor:
         """Scores of n examples' gradients, R = 1: (Q, n)."""
@@ -119,6 +123,11 @@ class Pairing:
             if isinstance(packed[name], LowRank) and name in bases:
                 packed[name] = _back(packed[name], bases.pop(name))
         return replace(self, packed=packed, bases=bases, mix=None), torch.stack(energies).sum(0)
+
+    def _out(self, name: str) -> Directions:
+        """A block's directions as the parameters are."""
+        v = self.packed[name]
+        return self.bases[name].back(lowrank.written(v)) if name in self.bases else v
 
     def _part(self, name: str, rows: Rows) -> Tensor:
         rows = self.bases[name].rotated(rows) if name in self.bases else rows
