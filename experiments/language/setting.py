@@ -52,16 +52,16 @@ class Recipe:
 class Sizes:
     """The model and the data: N training sequences and Q queries, all of ``length`` tokens."""
 
-    width: int = 256
+    width: int = 128
     layers: int = 4
     heads: int = 4
-    vocabulary: int = 4096
+    vocabulary: int = 2048
     length: int = 64
     train: int = 1000
     queries: int = 50
 
 
-PRETRAINING = Recipe(lr=1e-3, epochs=4, weight_decay=0.1)
+PRETRAINING = Recipe(lr=2e-3, epochs=4, weight_decay=0.1)
 TUNING = Recipe(lr=3e-4, epochs=3)
 
 
@@ -94,6 +94,7 @@ class Setting:
             n_embd=s.width,
             n_layer=s.layers,
             n_head=s.heads,
+            activation_function="gelu_pytorch_tanh",  # as GPT-2, in one operation
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
