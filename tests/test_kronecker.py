@@ -10,6 +10,7 @@ from whence import (
     GGN,
     KFAC,
     Classification,
+    Damping,
     EmpiricalFisher,
     Hessian,
     InputError,
@@ -94,6 +95,27 @@ def test_the_trace_with_sampled_labels_is_the_one_of_the_second_pass(name, monke
     for block, f in factors.items():
         total = sum(float(g.rows[block].square_norms().sum()) for g in second)
         assert float(f.ekfac.sum()) == pytest.approx(total / p.n, rel=1e-10)
+
+
+def test_relative_damping_of_a_model_with_many_outputs_costs_no_product(monkeypatch):
+    """Labels drawn from the model have the trace of Gauss-Newton: no probe is needed. A Hessian has its own."""
+    p = problem("masked_sequence")
+    monkeypatch.setattr(GGN, "product", lambda *_: pytest.fail("a product with the curvature"))
+    inverse = EKFAC().fit(GGN(library(p), "jvp"), Damping.relative(0.1))
+    for block in inverse.curvature.problem.blocks:
+        for name in block.shapes:
+            assert inverse.shift[name] == pytest.approx(0.1 * float(inverse.factors[block.name].ekfac.mean()))
+    hessian = Hessian(library(p))
+    EKFAC().fit(hessian, 1.0)
+    assert hessian.mean_eigenvalues() == Hessian(library(p)).mean_eigenvalues()
+
+
+def test_a_restored_fit_takes_another_damping_without_another_pass(monkeypatch):
+    p = problem("mlp")
+    first, again = EKFAC().fit(GGN(library(p)), 0.1), GGN(library(p))
+    EKFAC().restore(again, first.shift, first.state())
+    monkeypatch.setattr("whence.solvers.kronecker.fit", lambda *_: pytest.fail("the factors are there"))
+    assert (EKFAC().fit(again, 0.2).factors["0"].ekfac == first.factors["0"].ekfac).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

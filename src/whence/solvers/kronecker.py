@@ -7,7 +7,7 @@ Lambda are KFAC's products of eigenvalues or EKFAC's corrected second moments; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -118,16 +118,17 @@ class EKFAC(Solver):
         """Two passes over the training data (the factors of a curvature are kept: another damping costs nothing)."""
         self.check(curvature)
         labels = self.labels or curvature.labels
-        key = ("kronecker", labels, self.seed, self.limit)
-        factors = curvature.remember(key, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
-        if labels == curvature.labels == "true" and curvature.statistics == (curvature.problem,):
+        kept = self._kept(curvature)
+        factors = curvature.remember(kept, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
+        fisher = labels == "true" or (curvature.psd and Need.GRADIENTS not in curvature.offers)  # else rows are exact
+        if labels == curvature.labels and fisher and curvature.statistics == (curvature.problem,):
             blocks = curvature.problem.blocks
             means = {p: float(factors[b.name].ekfac.mean()) for b in blocks for p in b.shapes}
             curvature.remember("mean eigenvalues", lambda: means)  # the trace is the same in every basis
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """From saved bases and eigenvalues."""
+        """From saved bases and eigenvalues, which another damping takes as they are."""
 
         def basis(name: str, side: str) -> Basis:
             pieces = sorted(
@@ -141,7 +142,12 @@ class EKFAC(Solver):
             )
             for b in curvature.problem.blocks
         }
+        curvature.remember(self._kept(curvature), lambda: factors)
         return EigenInverse(curvature, shift, factors, self.corrected)
+
+    def _kept(self, curvature: Curvature) -> Hashable:
+        """What the curvature remembers the factors by."""
+        return "kronecker", self.labels or curvature.labels, self.seed, self.limit
 
 
 @dataclass(frozen=True)
