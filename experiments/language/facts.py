@@ -1,10 +1,10 @@
 """Planted facts: are the sequences that state a made-up fact found from a completion that states it in other words?
 
-    python -m experiments.language.facts --seeds 0 1 2          # measures what is not there yet, then prints the tables
+    python -m experiments.language.facts --seeds 0 1 2          # measures what is not there yet
 
 Thirty of 4,080 training sequences state ten facts, three each; fifty only share words with the queries (`facts_text`).
 A query is a prompt in a fourth wording with the answer, and each method ranks all sequences for it. All scores are kept
-under ``out/facts``, so that a killed run goes on where it stopped; `facts_tables` reads them.
+under ``out/facts``, so that a killed run goes on where it stopped; `facts_tables` prints and draws what they say.
 """
 
 from __future__ import annotations
@@ -148,6 +148,14 @@ class Run:
             return method.fit(ids).score([self.encode(text) for text in asked])
         return method.fit([self.setting.text(row) for row in ids]).score(asked)
 
+    def parts(self) -> dict[str, Tensor]:
+        """EKFAC scores of the stating sequences on the queries, by "token" (10, 30, T) and by block (10, 30), kept."""
+        file, stated = self.folder / "parts.pt", self.planted.stated.flatten().tolist()
+        if not file.exists():
+            found = self.ekfac.by_block(self.queries, stated)
+            torch.save(found | {"token": self.ekfac.by_token(self.queries, stated)}, file)
+        return torch.load(file, weights_only=True)
+
     def scores(self, name: str) -> whence.Scores:
         """What one of the `METHODS` finds, kept."""
         file = self.folder / f"{name}.safetensors"
@@ -176,7 +184,7 @@ METHODS: dict[str, Callable[[Run], whence.Scores]] = {
 
 
 def main() -> None:
-    """Measure what is missing, then print the tables."""
+    """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
@@ -186,6 +194,7 @@ def main() -> None:
         run = Run(seed)
         for name in args.methods:
             run.scores(name)
+        run.parts()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def plant(encode: Encode, ordinary: Tensor, other: Tensor, seed: int = 0) -> Pla
 def _embedded(
     sentence: list[int], texts: list[list[int]], length: int, stop: int, rng: random.Random
 ) -> tuple[list[int], tuple[int, int]]:
-    """A window with the sentence in it, and where; takes the last text that has the end of a sentence near its middle."""
+    """A window with the sentence in it, and where; takes the last text in whose middle a sentence ends."""
     room = length - len(sentence)
     while True:
         text = texts.pop()
