@@ -91,3 +91,27 @@ def test_it_prints_as_a_line():
 def test_input_errors(values, message):
     with pytest.raises(InputError, match=message):
         tail(values)
+
+
+def test_scores_of_a_language_model():
+    """As they come: float32, of both signs, a row for each query."""
+    pytest.importorskip("transformers")
+    from test_candidates import language
+    from whence import EKFAC, Influence
+    from whence.hf import CausalLM
+
+    model, train, _ = language()
+    influence = Influence(EKFAC(), 0.1, parameters="mlp").fit(model.float(), CausalLM(), train)
+    for row in influence.score(train, certify=False).values:
+        found, best = tail(row), row.double().sort(descending=True).values.clamp(min=0)
+        n = int((best > 0).sum())
+        assert row.dtype == torch.float32 and (row < 0).any() and n < len(row) == found.examples
+        assert found.covered == pytest.approx((best.cumsum(0) / best.sum())[:n].numpy(), rel=1e-12)
+        assert found.top == pytest.approx(float(best[0] / best.sum()), rel=1e-12)  # 1% of 17, at least one
+        logs = best[: found.length + 1].log()
+        assert found.length == min(10, n - 1)
+        assert found.hill == pytest.approx(float(1 / (logs[:-1] - logs[-1]).mean()), rel=1e-10)
+        y = np.log((np.arange(found.length) + 0.5) / len(row))
+        slope, height = np.polyfit(logs[:-1].numpy(), y, 1)
+        assert (found.slope, found.height) == pytest.approx((-slope, height), rel=1e-8)
+        assert found.r2 == pytest.approx(np.corrcoef(logs[:-1].numpy(), y)[0, 1] ** 2, rel=1e-8)
