@@ -150,6 +150,17 @@ def test_mean_eigenvalues_need_no_row_per_output_where_there_are_many():
     assert trace == pytest.approx(float(p.ggn().trace()), rel=0.3)
 
 
+def test_drawn_labels_give_the_mean_eigenvalue_of_every_block(monkeypatch):
+    monkeypatch.setattr("whence.curvature.ggn.DRAWS", 400)
+    p = problem("masked_sequence")
+    curvature, diagonal = GGN(library(p), "jvp"), p.ggn().diagonal()
+    monkeypatch.setattr(curvature, "product", lambda v: pytest.fail("a product for every probe"))
+    means = curvature.mean_eigenvalues()
+    for block in curvature.problem.blocks:
+        trace = sum(float(diagonal[p.slices[name]].sum()) for name in block.shapes)
+        assert sum(means[name] * p.shapes[name].numel() for name in block.shapes) == pytest.approx(trace, rel=0.1)
+
+
 # --- padding ---
 
 

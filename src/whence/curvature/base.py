@@ -135,7 +135,7 @@ class Curvature(ABC):
         return Product(self, None if rng is None else batch_size, rng)
 
     def mean_eigenvalues(self) -> dict[str, float]:
-        """Trace over dimension of each block, by parameter name; exact from rows, else by 64 random probes."""
+        """Trace over dimension of each block, by parameter name; exact from rows, else an estimate."""
         return self.remember("mean eigenvalues", self._mean_eigenvalues)
 
     def _mean_eigenvalues(self) -> dict[str, float]:

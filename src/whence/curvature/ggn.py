@@ -24,12 +24,13 @@ from torch.func import grad, jvp, vjp, vmap
 from whence import vectors
 from whence.curvature.base import Need, RowCurvature
 from whence.data import Batch
-from whence.errors import InputError, expected
+from whence.errors import InputError, UnsupportedError, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.vectors import Vectors
 
 How = Literal["auto", "rows", "jvp", "finite-difference"]
+DRAWS = 8  # labels drawn of each example for the mean eigenvalues
 LIMIT = 128  # outputs per example up to which rows are the better product
 CACHED = 2**26  # bytes of right-hand sides that a CPU takes through the model together; more of them are slower
 
@@ -135,6 +136,24 @@ class GGN(RowCurvature):
             for k in range(flat.shape[1])
         ]
         return torch.stack(columns, 1).detach()
+
+    def _mean_eigenvalues(self) -> dict[str, float]:
+        """Without rows: the mean squared length of gradients of drawn labels, which for a likelihood has C as its mean.
+
+        A drawn gradient costs one backward pass where a probe costs a product.
+        """
+        if self._how() == "rows":
+            return super()._mean_eigenvalues()
+        problem, rng = self.problem, torch.Generator().manual_seed(0)
+        sums = dict.fromkeys((b.name for b in problem.blocks), 0.0)
+        try:
+            for _ in range(DRAWS):
+                for _, batch in problem.batches(what="mean eigenvalues"):
+                    for name, r in problem.sampled_gradients(batch, rng).rows.items():
+                        sums[name] += float(r.square_norms().double().sum()) / (DRAWS * len(problem.train))
+        except UnsupportedError:  # labels cannot be drawn
+            return super()._mean_eigenvalues()
+        return {p: sums[b.name] / b.size for b in problem.blocks for p in b.shapes}
 
     @property
     def _outputs(self) -> int:
