@@ -138,7 +138,7 @@ def test_a_file_gives_the_defaults_of_all_commands(tmp_path):
     [
         ("tagret = 'm:f'", "c.toml: no command has an option 'tagret'. Do you mean target?"),
         ("batch-size = 3", "'batch-size'. Do you mean batch_size?"),
-        ("zzz = 3", "no command has an option 'zzz'. There are: target, damping"),
+        ("zzz = 3", "no command has an option 'zzz'. There are: hf, dataset"),
         ("config = 'x'", "no command has an option 'config'"),
         ("k = 'x'", "c.toml: k must be int, got 'x'"),
         ("k = true", "k must be int, got True"),
@@ -147,6 +147,7 @@ def test_a_file_gives_the_defaults_of_all_commands(tmp_path):
         ("damping = true", "damping must be float or str, got True"),
         ("kind = 'c'", "kind must be a or b, got 'c'"),
         ("many = 3", "many must be a list of float, got 3"),
+        ("prompt = 'x'", "prompt must be a list of str, got 'x'"),
         ("many = ['x']", "many must be a list of float"),
         ("flag = 1", "flag must be bool, got 1"),
         ("k = ", "c.toml must be a TOML file, got this: "),

@@ -7,9 +7,9 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -39,6 +39,9 @@ class Target:
             train on and a seed, that returns a trained model.
         show: how an example looks: a function of a data set, which is one of those above, and a number in it, to a
             caption or a `report.Example`. None: its label where the data are a pair with labels, else its number.
+        defaults: options that commands take where they are left out, such as ``{"damping": 0.01}``.
+        page: arguments of `report.render` for every report, such as ``{"measurement": "the loss in nats"}``; its
+            "notes" are shown on the screen too.
     """
 
     model: Any
@@ -50,6 +53,8 @@ class Target:
     trajectory: Trajectory | str | Path | None = None
     retrain: Callable[..., Any] | None = None
     show: Callable[[Any, int], Example | str] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    page: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, name: str) -> Any:
         """A field.
@@ -59,7 +64,8 @@ class Target:
         """
         value = getattr(self, name)
         if value is None:
-            advice = f"Let the target's function return whence.loading.Target(..., {name}=...)."
+            prompts = ", or with --hf give --prompt and --completion" if name == "queries" else ""
+            advice = f"Let the target's function return whence.loading.Target(..., {name}=...){prompts}."
             raise expected(name, "given", "none", advice)
         return value
 

@@ -38,13 +38,15 @@ def explain(scores: object, k: int = 5, examples: Columns | None = None, queries
     if k < 1:
         raise expected("k", "at least 1", k)
     n = getattr(scores, "provenance", {}).get("examples", values.shape[1])  # scored candidates may be fewer
+    numbers = getattr(scores, "numbers", None)
+    numbers = range(values.shape[1]) if numbers is None else numbers.tolist()
     residual, converged = (_each(scores, what, len(values)) for what in ("residual", "converged"))
     rows = []
     for q, row in enumerate(values):
         for side, sign in (("proponent", 1), ("opponent", -1)):
             order = ranked(sign * row)[:k]
             for rank, z in enumerate(order[sign * row[order] > 0], 1):
-                rows.append((q, side, rank, z, row[z], row[z] / n, residual[q], converged[q]))
+                rows.append((q, side, rank, numbers[z], row[z], row[z] / n, residual[q], converged[q]))
     table = as_table([dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS)
     return joined(joined(table, "query", queries or {}, "query_"), "example", examples or {}, "example_")
 

@@ -104,6 +104,8 @@ def _of(what: str, kind: Any, value: Any) -> Any:
         InputError: if it is of another.
     """
     if not _fits(kind, value):
+        options = [k for k in get_args(kind) if k is not types.NoneType]
+        kind = options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
         inner = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k not in (types.NoneType, ...)]
         raise expected(what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), repr(value))
     return tuple(value) if isinstance(value, list) else value

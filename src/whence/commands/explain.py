@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 import whence
@@ -15,9 +16,11 @@ from whence.commands.evaluate import read
 from whence.commands.options import Attributed, Flat
 from whence.commands.results import Results, say, tabulated
 from whence.commands.run import Run
+from whence.data import Examples
 from whence.errors import UnsupportedError, expected
-from whence.report import DampingSweep
+from whence.report import DampingSweep, Split
 
+SHOWN = 12  # queries with a card in the report
 SOLVES = ("residual", "converged")  # columns that are written, not printed
 
 
@@ -51,21 +54,49 @@ def top(
     results.done({"scores": scores, "k": k, "out": out})
 
 
-def explain(options: Flat[Attributed], *, k: int = 5) -> None:
+def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = None, certify: bool = True) -> None:
     """Explain the queries by the training examples behind them: proponents, which helped, and opponents, which hurt.
 
     For example: whence explain mine:problem --k 3 --out run
 
-    Writes a table and a report that shows the examples. How they are shown can be said in the target.
+    Or a language model's completion: whence explain --hf MODEL --dataset FILE --prompt "The capital of Peru is"
+    --completion " Lima"
+
+    Writes a table and a report that shows the examples. How they are shown can be said in the target. Texts are shown
+    with the parts that their tokens and the model's layers have in a score.
 
     Args:
         k: how many of each.
+        candidates: score only so many training examples for each query, those whose words are closest to its own by
+            TF-IDF, if they are shown as texts.
+        certify: measure the residual of each query's solve, one more pass over the training data.
     """
     run = Run("explain", options)
-    scores, train, queries = run.scores(), run.target.shown("train"), run.target.shown("queries")
+    train, queries = run.target.shown("train"), run.target.shown("queries")
+    scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)
     run.table("explain", act.explain(scores, k, {"shown": train.captions}, {"shown": queries.captions}), hidden=SOLVES)
-    run.report(scores, train_examples=train, query_examples=queries, k=k)
-    run.finish(k=k)
+    show = range(min(SHOWN, len(queries)))
+    run.report(scores, train_examples=train, query_examples=queries, k=k, show=show, split=split(run, scores, k, show))
+    run.finish(k=k, candidates=candidates, certify=certify)
+
+
+def split(run: Run, scores: Scores, k: int, show: Sequence[int]) -> Split | None:
+    """The parts of the scores that the report shows, where the method has them and the examples are shown as tokens."""
+    train, asked = run.target.shown("train"), run.target.shown("queries")
+    if not isinstance(run.method, whence.Influence) or train[0].tokens is None or asked[0].tokens is None:
+        return None
+    best = scores.top(min(k, scores.values.shape[1]))
+    index = torch.cat([best.proponents[show], best.opponents[show]]).unique().tolist()
+    problem, fits = run.problem, run.fits()
+    queries = Examples(run.target.queries, "queries").batch(show, problem.device, problem.dtype)
+    blocks = [fit.by_block(queries, index) for fit in fits]
+    return Split(
+        show,
+        index,
+        sum(fit.by_token(queries, index) for fit in fits) / len(fits),
+        sum(fit.by_query_token(queries, index) for fit in fits) / len(fits),
+        {name: sum(block[name] for block in blocks) / len(fits) for name in blocks[0]},
+    )
 
 
 def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep: tuple[float, ...] = ()) -> None:

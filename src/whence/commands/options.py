@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -9,32 +10,37 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 import whence
+from whence import loading
 from whence.commands.expressions import NAMES, given, made
+from whence.commands.language import Language
 from whence.errors import expected
 from whence.solvers.base import seeded
 
 CURVATURES = {"ggn": whence.GGN, "hessian": whence.Hessian, "fisher": whence.EmpiricalFisher}
 T = TypeVar("T")
+S = TypeVar("S", bound="Subject")
 Flat = Annotated[T, tyro.conf.arg(name="")]  # a record whose fields are options of the command itself
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Language):
     """What is looked at.
 
     Args:
         target: the function that gives the model, its task and its data.
         config: a TOML file with options by these names; those of the command line go first.
-        damping: lambda: a number, per_example(), relative(0.1) or from_training(lr=0.05, steps=300, momentum=0.9).
+        damping: lambda: a number, per_example(), relative(0.1) or from_training(lr=0.05, steps=300, momentum=0.9);
+            without it per_example(), or with --hf relative(0.1).
         curvature: C: the Gauss-Newton matrix, the Hessian or the empirical Fisher matrix.
-        parameters: a regular expression; only parameters with such a name count.
+        parameters: a regular expression; only parameters with such a name count. Without it all do, or with --hf those
+            of the MLPs; of all linear layers but the head, if none is called mlp; or of the adapters.
         batch_size: examples per pass of the model; changes speed and memory only.
         seed: of what is random; replaces the seeds in a solver or method.
     """
 
-    target: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION")]] = tyro.MISSING
+    target: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")]] = None
     config: str | None = None
-    damping: float | str = "per_example()"
+    damping: float | str | None = None
     curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
     parameters: str | None = None
     batch_size: int | None = None
@@ -46,9 +52,32 @@ class Subject:
         except re.error as error:
             raise expected("parameters", "a regular expression", repr(self.parameters), f"{error}.") from error
 
+    @property
+    def name(self) -> str:
+        """What is looked at, as it was given.
+
+        Raises:
+            InputError: if it was not, or twice.
+        """
+        found = [name for name in (self.target, self.hf) if name is not None]
+        if len(found) != 1:
+            got = " and ".join(found) or "neither"
+            raise expected("what to look at", "MODULE:FUNCTION, or a language model with --hf", got)
+        return found[0]
+
+    def found(self: S) -> tuple[S, loading.Target]:
+        """These options, with what was left out as the target proposes or else as usual, and the target."""
+        name = self.name
+        target = self.language() if self.hf else loading.load(name)
+        usual = {"damping": "per_example()", "solver": "auto"} | dict(target.defaults)
+        if getattr(self, "method", None) is not None:  # it has its own
+            usual = {name: value for name, value in usual.items() if name not in ("damping", "solver")}
+        left = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        return dataclasses.replace(self, **{name: value for name, value in usual.items() if name in left}), target
+
     def chosen_damping(self) -> whence.Damping:
         """The damping."""
-        text = str(self.damping)
+        text = "per_example()" if self.damping is None else str(self.damping)
         return whence.Damping.of(made("damping", text, "0.01 or relative(0.1)"))
 
 
@@ -58,12 +87,13 @@ class Attributed(Subject):
 
     Args:
         out: the folder of the results. A command that was stopped goes on from what is there.
-        solver: such as "CG(preconditioner=EKFAC(), tolerance=0.01)"; auto chooses by size.
+        solver: such as "CG(preconditioner=EKFAC(), tolerance=0.01)"; auto chooses by size. Without it auto, or
+            with --hf EKFAC().
         method: another than influence functions, with its own settings: "TracIn()", "SOURCE(solver=ASTRA())", "TRAK()".
     """
 
     out: str = "whence-run"
-    solver: str = "auto"
+    solver: str | None = None
     method: str | None = None
 
     def chosen_method(self) -> Any:
@@ -74,7 +104,9 @@ class Attributed(Subject):
         """
         shared = {"parameters": self.parameters, "batch_size": self.batch_size}
         if self.method is None:
-            solver = "auto" if self.solver == "auto" else made("solver", self.solver, "CG(preconditioner=EKFAC())")
+            solver = (
+                "auto" if self.solver in (None, "auto") else made("solver", self.solver, "CG(preconditioner=EKFAC())")
+            )
             return whence.Influence(solver, self.chosen_damping(), CURVATURES[self.curvature], **shared, seed=self.seed)
         for name in ("solver", "damping", "curvature"):
             if getattr(self, name) != getattr(Attributed, name):

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 import whence
-from whence import loading, store
+from whence import store
 from whence.attribution import Scores
+from whence.attribution.candidates import rescored, shortlist
 from whence.attribution.lexical import Lexical
 from whence.attribution.scores import unsolved
 from whence.attribution.training import OverTraining
@@ -40,16 +41,20 @@ class Run(Results):
 
     def __init__(self, command: str, options: Attributed):
         super().__init__(command, options.out)
-        self.options, self._fits = options, list[Any]()
-        self.method: Any = options.chosen_method()
-        self.target = loading.load(options.target)
+        options.chosen_method()  # what is wrong with it is told before anything is loaded
+        self.options, self.target = options.found()
+        self.method: Any = self.options.chosen_method()
+        self._fits = list[Any]()
         warnings.filterwarnings("always", category=ConvergenceWarning)  # it decides the exit code: not to be silenced
         if isinstance(self.method, OverTraining):
             self.method = dataclasses.replace(self.method, trajectory=self.target.run())
         model, task, train = self.target.model, self.target.task, self.target.train
         self.models: list[nn.Module] = list(model) if isinstance(model, (list, tuple)) else [model]
-        self.problem = Problem(self.models[0], task, train, options.parameters, options.batch_size)
-        say(f"{options.method or 'Influence'} of {options.target}, {self.problem.coverage()}")
+        self.problem = Problem(self.models[0], task, train, self.options.parameters, options.batch_size)
+        say(f"{options.method or 'Influence'} of {options.name}, {self.problem.coverage()}")
+        self.notes = list(self.target.page.get("notes", ()))
+        for note in self.notes:
+            say(note)
 
     def fits(self) -> list[Any]:
         """The method, fitted to each model; influence functions are kept in the folder, and taken from there."""
@@ -143,6 +148,28 @@ class Run(Results):
         name = ("scores" if asked == "queries" else asked) if candidates is None else "candidates"
         return self.kept(name, make, **data)
 
+    def shortlisted(self, count: int, certify: bool = True) -> Scores:
+        """Those of the training examples whose words are closest to a query's, so many for each; no other is scored."""
+        if not isinstance(self.method, whence.Influence):
+            raise UnsupportedError(
+                f"--candidates are for influence functions, not {self.options.method}. Leave it out."
+            )
+        cheap, queries = whence.TFIDF().fit(self.texts("train")).score(self.texts("queries")), self.target.queries
+        everyone = cheap.values.shape[1]
+        if count < 1:
+            raise expected("candidates", "at least 1", count)
+        index = shortlist(cheap, min(count, everyone))
+        self.notes.append(
+            f"{len(index):,} of {everyone:,} training examples are scored: for each query the {count:,} closest by "
+            "TF-IDF. A strong one may be among the others."
+        )
+        say(self.notes[-1])
+
+        def make(fit: Any, pieces: Path) -> Scores:
+            return rescored(fit, queries, index, certify=certify, folder=pieces)
+
+        return self.kept(f"scores-of-{count}", make, queries=queries, candidates=index, certify=certify)
+
     def self_influence(self) -> Scores:
         """That of the training examples, as scores of no query."""
 
@@ -170,6 +197,10 @@ class Run(Results):
             got = f"no text of example {found.index(None)}"
             raise expected(f"{name} for {self.options.method}", "shown as texts", got, advice)
         return [str(text) for text in found]
+
+    def report(self, scores: Scores, **content: Any) -> None:
+        """Write the report, with what the target says of every page."""
+        super().report(scores, **dict(self.target.page) | {"notes": self.notes} | content)
 
     def finish(self, **own: Any) -> None:
         """Write the configuration, with the command's own options, and say what was written."""

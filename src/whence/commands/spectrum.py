@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Iterator
 
 import whence
-from whence import loading
 from whence.commands.options import CURVATURES, Flat, Subject
 from whence.commands.results import say
 from whence.solvers.neumann import MOST, Plan, corollary
@@ -22,13 +21,14 @@ def spectrum(options: Flat[Subject]) -> None:
     (model, task, train, queries) or a whence.loading.Target; its module may lie in the current directory. Queries are
     not needed here.
     """
-    wanted, found = options.chosen_damping(), loading.load(options.target)
+    options.chosen_damping()  # what is wrong with it is told before anything is loaded
+    options, found = options.found()
     problem = whence.Problem(found.model, found.task, found.train, options.parameters, options.batch_size)
     c = CURVATURES[options.curvature](problem)
-    say(f"{type(c).__name__} of {options.target}, {c.problem.coverage()}\n")
+    say(f"{type(c).__name__} of {options.name}, {c.problem.coverage()}\n")
     measured = whence.spectrum(c, seed=options.seed or 0)
     say(f"{measured}\n")
-    shift = min(wanted.resolve(c).values())
+    shift = min(options.chosen_damping().resolve(c).values())
     auto = whence.Auto().choices(c)[0] if c.psd else None
     say("\n".join(planned(measured, shift, c.psd)) + "\n")
     because = f'solver="auto" would start with {auto.solver!r}: {auto.why}.' if auto else ""

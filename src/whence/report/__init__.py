@@ -3,5 +3,6 @@
 from whence.report.examples import Example
 from whence.report.page import render, write_report
 from whence.report.sections import DampingSweep, Table
+from whence.report.split import Split
 
-__all__ = ["DampingSweep", "Example", "Table", "render", "write_report"]
+__all__ = ["DampingSweep", "Example", "Split", "Table", "render", "write_report"]

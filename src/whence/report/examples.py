@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ class Example:
         row: its columns and values.
         detail: a second, quieter line.
         mark: one word that sets it apart, shown as a badge.
+        tokens: its text in pieces, for scores that are split over them.
+        marked: where in these a part begins that is set apart, such as a completion after its prompt.
 
     Raises:
         InputError: if it has more than one of image, text and row.
@@ -38,6 +40,8 @@ class Example:
     row: Mapping[str, object] | None = None
     detail: str | None = None
     mark: str | None = None
+    tokens: Sequence[str] | None = None
+    marked: int | None = None
 
     def __post_init__(self) -> None:
         given = [what for what in ("image", "text", "row") if getattr(self, what) is not None]

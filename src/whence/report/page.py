@@ -22,6 +22,7 @@ from whence.report.convergence import certificate, convergence, final, standing
 from whence.report.examples import Example, missing
 from whence.report.numbers import short, signed
 from whence.report.sections import DampingSweep, Table, cost_rows, layer_rows, ranked, removal_rows, sweep_rows
+from whence.report.split import Split, card
 
 
 def write_report(path: str | Path, scores: Scores, **content: Any) -> Path:
@@ -74,13 +75,15 @@ def render(
     removal: RemovalCurve | None = None,
     sweep: DampingSweep | None = None,
     layers: Mapping[str, Tensor] | None = None,
+    split: Split | None = None,
 ) -> str:
     """The page as HTML. What is not given leaves no trace on it.
 
     Args:
         scores: (Q, N) scores with their residuals and provenance; with ``self_values``, suspicious examples are shown.
             Q may be 0: a page on the training examples alone.
-        train_examples, query_examples: how each of the N and Q examples is shown; only those on the page are looked up.
+        train_examples, query_examples: how each of the N and Q examples is shown, also of those training examples
+            without a score; only those on the page are looked up.
         title, lead: heading and first paragraph.
         measurement: what f is, in words.
         show: the queries that get a card, by number; None: the first twelve. All are in the table of convergence.
@@ -95,6 +98,7 @@ def render(
         removal: what retraining without the highest-ranked examples did, for several rankings.
         sweep: the same queries at other dampings.
         layers: block name to (Q, n) contributions of some training examples, as `Influence.by_block` returns them.
+        split: the scores of all examples in the cards, over tokens and layers; the queries' cards then show it.
 
     Raises:
         InputError: if the examples do not fit the scores, or a number is out of range.
@@ -110,13 +114,15 @@ def render(
     from whence.report import figures, spread
 
     q, n = scores.values.shape
-    for what, examples, size in (("train_examples", train_examples, n), ("query_examples", query_examples, q)):
-        if len(examples) != size:
-            raise expected(what, f"one for each of the {size} of the scores {(q, n)}", len(examples))
+    total = scores.provenance.get("examples", n)  # N: scored were perhaps fewer of them, or candidates
+    sizes = {"train_examples": n if scores.numbers is None else total, "query_examples": q}
+    for what, examples in (("train_examples", train_examples), ("query_examples", query_examples)):
+        if len(examples) != sizes[what]:
+            raise expected(what, f"one for each of the {sizes[what]} of the scores {(q, n)}", len(examples))
     shown = list(range(min(q, 12))) if show is None else list(show)
     if any(not 0 <= i < q for i in shown):
         raise expected("show", f"query numbers in 0..{q - 1}", shown)
-    changes = float_array(scores, "scores", (2,)) / n if q else np.empty((0, n))
+    changes = float_array(scores, "scores", (2,)) / total if q else np.empty((0, n))
     swept = sweep_rows(sweep) if sweep else []
     spreading = spread.measure(changes)
     tolerance = scores.provenance.get("tolerance")
@@ -127,12 +133,13 @@ def render(
         "measurement": measurement,
         "notes": notes,
         "n": n,
+        "total": total,
         "q": q,
         "k": k,
         "coverage": scores.provenance.get("coverage"),
         "late": [{"number": i, "caption": query_examples[i].caption, "shown": i in shown} for i in late],
         "tiles": _tiles(scores, detection, lds or {}),
-        "queries": _cards(scores, shown, min(k, n), train_examples, query_examples),
+        "queries": _cards(scores, shown, min(k, n), total, train_examples, query_examples, split),
         "suspects": _suspects(scores.self_values, min(suspects, n), train_examples),
         "detection": detection,
         "lds": lds or {},
@@ -174,26 +181,30 @@ def render(
 
 
 def _cards(
-    scores: Scores, shown: Sequence[int], k: int, train: Sequence[Example], queries: Sequence[Example]
-) -> list[dict[str, object]]:
+    scores: Scores,
+    shown: Sequence[int],
+    k: int,
+    total: int,
+    train: Sequence[Example],
+    queries: Sequence[Example],
+    split: Split | None,
+) -> list[dict[str, Any]]:
     """The shown queries, each with its proponents and opponents."""
     top = scores.top(k)
-    n = scores.values.shape[1]
 
-    def ranked(index: Tensor, values: Tensor, sign: int) -> list[dict[str, object]]:
+    def ranked(index: Tensor, values: Tensor, sign: int) -> list[dict[str, Any]]:
         found = [(int(j), float(v)) for j, v in zip(index, values, strict=True) if sign * float(v) > 0]
-        return [{"number": j, "score": v, "change": v / n, "example": train[j]} for j, v in found]
+        return [{"number": j, "score": v, "change": v / total, "example": train[j]} for j, v in found]
 
-    return [
-        {
-            "number": i,
-            "example": queries[i],
-            "certificate": certificate(scores, i),
-            "proponents": ranked(top.proponents[i], top.proponent_scores[i], 1),
-            "opponents": ranked(top.opponents[i], top.opponent_scores[i], -1),
-        }
-        for i in shown
-    ]
+    cards = []
+    for i in shown:
+        found: dict[str, Any] = {"number": i, "example": queries[i], "certificate": certificate(scores, i)}
+        found["proponents"] = ranked(top.proponents[i], top.proponent_scores[i], 1)
+        found["opponents"] = ranked(top.opponents[i], top.opponent_scores[i], -1)
+        helped, others = ({item["number"]: item["example"] for item in found[s]} for s in ("proponents", "opponents"))
+        found["split"] = split and card(split, i, queries[i], helped, others)
+        cards.append(found)
+    return cards
 
 
 def _suspects(values: Tensor | None, count: int, train: Sequence[Example]) -> list[dict[str, object]]:
