@@ -10,7 +10,6 @@ under ``out/facts``, so that a killed run goes on where it stopped; `facts_table
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from whence.hf import CausalLM, completion_batch, pad
 OUT = Path(__file__).resolve().parent / "out" / "facts"
 SIZES = setting.Sizes(width=256, vocabulary=2048, length=64, train=4000, queries=1)
 RECIPE = setting.Recipe(lr=2e-3, epochs=10)
-CHECKPOINTS = 4
+STAGES = 3  # each by the recipe, so that a killed training loses one of them
 MLP = {"parameters": "mlp", "progress": False}
 DAMPING = whence.Damping.relative(0.1)  # Grosse et al.
 FORMS = [[*fact.statements, f"{fact.prompt} {fact.answer} ."] for fact in FACTS]  # four sentences of each fact
@@ -71,21 +70,25 @@ class Run:
         return {"input_ids": self.planted.ids}
 
     @cached_property
-    def trajectory(self) -> whence.Trajectory:
-        """The training run, recorded; trained where it is not there yet."""
-        folder = self.folder / "run"
-        if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            every = RECIPE.epochs * (len(self.planted.ids) // RECIPE.batch) // CHECKPOINTS
-            setting.train(self.setting.build(self.seed), self.planted.ids, RECIPE, self.seed, folder, every)
-            (folder / "done").touch()
-        return whence.Trajectory.load(folder)
+    def stages(self) -> list[Path]:
+        """The model's weights after each stage of training; trained from where they are not there yet."""
+        files = [self.folder / f"stage-{k}.pt" for k in range(STAGES)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for k, file in enumerate(files):
+            if not file.exists():
+                model = self.setting.build(self.seed)
+                if k:
+                    model.load_state_dict(torch.load(files[k - 1], weights_only=True))
+                setting.train(model, self.planted.ids, RECIPE, self.seed + 1000 * k)
+                torch.save(model.state_dict(), part := file.with_suffix(".tmp"))
+                part.replace(file)
+        return files
 
     @cached_property
     def model(self) -> nn.Module:
         """The trained model."""
         model = self.setting.build()
-        model.load_state_dict(self.trajectory.checkpoints[-1].state)
+        model.load_state_dict(torch.load(self.stages[-1], weights_only=True))
         return model
 
     def completions(self, prompts: list[str], answers: list[str]) -> dict[str, Tensor]:
@@ -128,12 +131,10 @@ class Run:
         return influence.score(self.queries, certify=False, self_influence=True)
 
     def tracin(self) -> whence.Scores:
-        """Gradient dot products over the checkpoints."""
-        return (
-            whence.TracIn(trajectory=self.trajectory, rates=False, **MLP)
-            .fit(self.model, CausalLM(), self.train)
-            .score(self.queries)
-        )
+        """Gradient dot products, the mean over the ends of the stages."""
+        kept = [(k + 1, torch.load(file, weights_only=True)) for k, file in enumerate(self.stages)]
+        method = whence.TracIn(whence.Trajectory.of_sgd(kept, RECIPE.lr, STAGES), rates=False, **MLP)
+        return method.fit(self.model, CausalLM(), self.train).score(self.queries)
 
     def astra(self) -> whence.Scores:
         """ASTRA on a short schedule, see the README."""
