@@ -175,9 +175,41 @@ def test_sequences_of_different_lengths_are_as_long_as_the_longest_asked_for():
     loader = torch.utils.data.DataLoader(examples, batch_size=2, collate_fn=pad)
     ragged = fitted(Case(c.model, c.task, loader), size=None)
     wanted = fitted(c).by_token(QUERIES, [0, 1, 3, 4])
-    found = ragged.by_token(QUERIES, [0, 1, 3, 4])
-    assert found.shape[2] == max(lengths[i] for i in (0, 1, 3, 4)) < 6
-    torch.testing.assert_close(found, wanted[..., : found.shape[2]], rtol=1e-9, atol=1e-11)
+    longest = max(lengths[i] for i in (0, 1, 3, 4))
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        found = ragged.by_token(QUERIES, [(0, 1, 3, 4)[i] for i in order])
+        assert found.shape[2] == longest < 6
+        torch.testing.assert_close(found, wanted[:, order, :longest], rtol=1e-9, atol=1e-11)
+
+
+class Placed(nn.Module):
+    """Positions of a table that is used once for the whole batch, and normed before they meet the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(13, 4), nn.Embedding(6, 4)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 13)
+
+    def forward(self, input_ids, **_):
+        x = self.tokens(input_ids) + self.norm(self.places(torch.arange(input_ids.shape[1]).unsqueeze(0)))
+        return {"logits": self.head((x.cumsum(1) / 3).tanh())}
+
+
+def test_a_table_of_positions_may_be_used_once_for_the_whole_batch():
+    torch.manual_seed(0)
+    c = Case(Placed().double(), CausalLM(), case("gpt2").train)
+    influence = fitted(c)
+    x = influence.query_gradients(c.train).dense()
+    for batch_size in (2, 5):
+        found = fitted(c, size=batch_size).by_token(c.train, [0, 2, 3])
+        for n, i in enumerate([0, 2, 3]):
+            S = int(c.train["attention_mask"][i].sum())
+            batch = c.alone(i)
+            with copied(c.model, S) as copies:
+                loss = c.task.loss(c.task.outputs(c.model, batch), batch).sum()
+                grads = torch.autograd.grad(loss, list(copies.values()))
+            wanted = sum(x[k].flatten(1) @ g.flatten(1).T for k, g in zip(copies, grads, strict=True))
+            torch.testing.assert_close(found[:, n, :S], wanted, rtol=1e-9, atol=1e-11)
 
 
 def test_another_measurement_is_split_too():
@@ -364,7 +396,7 @@ def test_parts_of_ones_own_and_queries_without_labels():
     torch.testing.assert_close(found, torch.stack([whole / 4, whole * 3 / 4], 1), rtol=1e-9, atol=1e-11)
     silent = QUERIES | {"labels": torch.full_like(QUERIES["labels"], IGNORE)}
     assert not influence.by_query_token(silent, INDEX).any()
-    with pytest.raises(InputError, match=r"finite numbers \(B, T\), got \(1,\) for a batch of 1"):
+    with pytest.raises(InputError, match=r"finite numbers of shape \(1, T\), got \(1,\)"):
         influence.by_query_token(QUERIES, INDEX, c.task.measurement)
-    with pytest.raises(InputError, match="got NaN"):
+    with pytest.raises(InputError, match="with NaN"):
         influence.by_query_token(QUERIES, INDEX, lambda h, b: h[..., 0] * float("nan"))

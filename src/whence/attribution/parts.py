@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from whence.attribution.directions import COPIES, directions
 from whence.attribution.stream import Measurement
 from whence.data import Batch, Examples
 from whence.errors import UnsupportedError, expected
 from whence.gradients import Gradients, concatenate
 from whence.problem import Problem
-from whence.solvers.base import Inverse, Pairing
+from whence.solvers.base import Inverse
 
 
 def by_block(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> dict[str, Tensor]:
     """Scores of n training examples on Q queries' gradients by block of parameters: block name to (Q, n)."""
-    pairing, problem = _paired(inverse, rows), inverse.curvature.problem
+    pairing, problem = directions(inverse, [rows], certify=False)[0], inverse.curvature.problem
     parts = [pairing.by_block(problem.loss_gradients(batch)) for batch in _batches(problem, examples)]
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
@@ -36,7 +37,8 @@ def by_token(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> Tens
     Raises:
         UnsupportedError: if the task has no positions, or a block's gradient cannot be told apart by them.
     """
-    pairing, problem, parts = _paired(inverse, rows), inverse.curvature.problem, []
+    pairing, problem = directions(inverse, [rows], certify=False)[0], inverse.curvature.problem
+    parts = []
     for batch in _batches(problem, examples):
         real = problem.task.padding(batch)
         if real is None:
@@ -53,7 +55,7 @@ def by_token(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> Tens
 def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], parts: Measurement | None = None) -> Tensor:
     """Scores of n training examples by token of the query: (Q, T, n); each token is a right-hand side of its own.
 
-    As many are solved together as an eighth of the problem's memory holds.
+    As many are solved together as the problem's memory holds.
 
     Raises:
         UnsupportedError: if the task does not split its measurement and no parts are given.
@@ -65,7 +67,7 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
     T = 0
 
     def score() -> None:
-        pairing = _paired(inverse, concatenate(held))
+        pairing = directions(inverse, [concatenate(held)], certify=False)[0]
         scored = [pairing(problem.loss_gradients(batch)) for batch in _batches(problem, examples)]
         found.append(torch.cat(scored, 1))
         held.clear()
@@ -76,7 +78,7 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
         width, slope = _slopes(parts or problem.task.token_measurements, outputs, batch)
         tokens, T = [t for t in range(width) if slope(t).any()], max(T, width)
         numbers = max(outputs.numel(), sum(b.size for b in problem.blocks))
-        size = max(1, int(problem.memory / 8 / problem.dtype.itemsize / numbers))
+        size = max(1, int(problem.memory / (COPIES * problem.dtype.itemsize * numbers)))
         for i in range(0, len(tokens), size):
             some = tokens[i : i + size]
             rows = problem.gradients(batch, lambda *_, some=some, slope=slope: torch.stack([slope(t) for t in some]))
@@ -93,12 +95,6 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
     return values
 
 
-def _paired(inverse: Inverse, rows: Gradients) -> Pairing:
-    """What scores examples on these rows, by the shortest way that the inverse has."""
-    short = inverse.pairing(rows)
-    return short or Pairing.of(inverse(rows.dense(), certify=False).x, inverse.curvature.problem.blocks)
-
-
 def _batches(problem: Problem, examples: Sequence[int]) -> Iterator[Batch]:
     return (problem.batch(some) for some in torch.as_tensor(examples).split(problem.train.batch_size))
 
@@ -109,8 +105,6 @@ def _slopes(parts: Measurement, outputs: Tensor, batch: Batch) -> tuple[int, Cal
     with torch.enable_grad():
         value = parts(h, batch)
     if value.ndim != 2 or len(value) != 1 or not value.isfinite().all():
-        got = (
-            f"{tuple(value.shape)} for a batch of {len(h)}" if value.ndim != 2 or len(value) != 1 else "NaN or infinity"
-        )
-        raise expected("the parts of a measurement", "finite numbers (B, T)", got)
+        got = f"{tuple(value.shape)}" + ("" if value.isfinite().all() else " with NaN or infinity")
+        raise expected("the parts of a measurement", f"finite numbers of shape ({len(h)}, T)", got)
     return value.shape[1], lambda t: torch.autograd.grad(value[0, t], h, retain_graph=True)[0]
