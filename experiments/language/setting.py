@@ -5,8 +5,8 @@
     whence.Influence(...).fit(model, CausalLM(), setting.train).score(setting.queries)
 
 As in ASTRA a model that knows the language is fine-tuned on the N sequences that are attributed. It is trained here, on
-text of neither the training sequences nor the queries. ``WHENCE_DATA`` names the folder with ``wikitext-2/valid.txt``
-and ``test.txt``; what is trained is kept in ``experiments/language/cache``.
+articles of neither the training sequences nor the queries. ``WHENCE_DATA`` names the folder with the files
+``wikitext-2/valid.txt`` and ``test.txt``; what is trained is kept in ``experiments/language/cache``.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class Setting:
     Args:
         sizes: of the model and the data.
         tokenizer: byte-level BPE, trained on both files.
-        train: the N sequences that the model is fine-tuned on, from the start of valid.txt.
-        queries: Q sequences from the last tenth of test.txt, evenly spread.
-        heldout: the others of that tenth.
-        pretraining: the rest of both files, (M, S).
+        train: the N sequences that the model is fine-tuned on, evenly spread over valid.txt.
+        queries: Q sequences, evenly spread over the last tenth of test.txt.
+        heldout: the other sequences of valid.txt.
+        pretraining: the first nine tenths of test.txt, (M, S).
     """
 
     sizes: Sizes
@@ -107,7 +107,8 @@ class Setting:
 
     def start(self, recipe: Recipe = PRETRAINING, seed: int = 0) -> nn.Module:
         """The model that fine-tuning starts from; trained once and kept."""
-        key = hashlib.blake2b(f"{self.sizes} {recipe} {seed}".encode(), digest_size=6).hexdigest()
+        made_of = self.pretraining.numpy().tobytes() + f"{self.sizes} {recipe} {seed}".encode()
+        key = hashlib.blake2b(made_of, digest_size=6).hexdigest()
         model, file = self.build(seed), CACHE / f"start-{key}.pt"
         if not file.exists():
             train(model, self.pretraining, recipe, seed)
@@ -140,18 +141,13 @@ def prepared(sizes: Sizes | None = None) -> Setting:
     home = folder("WHENCE_DATA") / "wikitext-2"
     valid, test = ((home / f"{name}.txt").read_text(encoding="utf-8") for name in ("valid", "test"))
     tokenizer = _tokenizer([valid, test], sizes.vocabulary)
-    first, last = (_sequences(tokenizer, text, sizes.length) for text in (valid, test))
-    kept = len(last) * 9 // 10
-    spread = torch.linspace(0, len(last) - kept - 1, sizes.queries).long()
-    others = torch.ones(len(last) - kept, dtype=torch.bool).index_fill(0, spread, False)
-    return Setting(
-        sizes,
-        tokenizer,
-        {"input_ids": first[: sizes.train]},
-        {"input_ids": last[kept:][spread]},
-        {"input_ids": last[kept:][others]},
-        torch.cat([first[sizes.train :], last[:kept]]),
-    )
+    valid, test = (_sequences(tokenizer, text, sizes.length) for text in (valid, test))
+    kept = len(test) * 9 // 10
+    chosen = torch.linspace(0, len(valid) - 1, sizes.train).long()
+    others = torch.ones(len(valid), dtype=torch.bool).index_fill(0, chosen, False)
+    asked = torch.linspace(kept, len(test) - 1, sizes.queries).long()
+    data = ({"input_ids": t} for t in (valid[chosen], test[asked], valid[others]))
+    return Setting(sizes, tokenizer, *data, test[:kept])
 
 
 def train(
