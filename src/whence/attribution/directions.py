@@ -171,4 +171,5 @@ def _numbered(start: int, stop: int) -> Iterator[None]:
         except DivergenceError as error:
             raise DivergenceError(f"{where}{error}") from error
     for found in caught:
-        warnings.warn(f"{where}{found.message}", found.category, stacklevel=5)
+        said = f"{where}{found.message}" if found.category is ConvergenceWarning else str(found.message)
+        warnings.warn_explicit(said, found.category, found.filename, found.lineno)

@@ -1,0 +1,363 @@
+"""Query directions of low rank: every contraction and truncation against dense ones, and scores end to end."""
+
+import warnings
+
+import pytest
+import torch
+
+from problems import TinyProblem, problem
+from whence import (
+    CG,
+    EKFAC,
+    Arnoldi,
+    ArtefactError,
+    Classification,
+    ConvergenceWarning,
+    DivergenceError,
+    Dual,
+    EmpiricalFisher,
+    Exact,
+    Influence,
+    InputError,
+    Neumann,
+    Pairing,
+    RandProj,
+    lowrank,
+)
+from whence.attribution import directions
+from whence.factored import Factored, Written
+from whence.lowrank import LowRank
+from whence.rows import Lookup, Routed, Several
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def decaying(*shape: int, by: float, seed: int = 0) -> torch.Tensor:
+    """Matrices with singular values 1, by, by^2, ..."""
+    u, s, w = torch.linalg.svd(normal(*shape, seed=seed), full_matrices=False)
+    return (u * by ** torch.arange(s.shape[-1], dtype=s.dtype)) @ w
+
+
+# --- contractions ---
+
+
+def factored_rows(G: int, n: int, R: int, T: int, O: int, I: int) -> tuple[Factored, torch.Tensor]:
+    a, g = normal(G, n, T, I, seed=1), normal(G, n, R, T, O, seed=2)
+    return Factored(a, g), torch.einsum("gnti,gnrto->nrgoi", a, g)
+
+
+def lookup_rows(n: int, R: int, T: int, size: int, d: int) -> tuple[Lookup, torch.Tensor]:
+    ids = torch.randint(size, (n, T), generator=torch.Generator().manual_seed(3))
+    g = normal(n, R, T, d, seed=4)
+    one_hot = torch.nn.functional.one_hot(ids, size).double()
+    return Lookup(ids, g, size), torch.einsum("nto,nrti->nroi", one_hot, g).unsqueeze(2)
+
+
+def rows_of_every_form():
+    for G, R, T in ((1, 1, 5), (1, 1, 1), (3, 1, 4), (2, 3, 2)):
+        yield factored_rows(G, 7, R, T, 6, 4)
+    rows, dense = factored_rows(2, 7, 1, 3, 6, 4)
+    yield Routed(rows.a, rows.g, torch.zeros(2, 7, 3, dtype=torch.int64)), dense
+    yield Written(dense.flatten(2), (2, 6, 4)), dense
+    lookup, table = lookup_rows(7, 2, 5, 6, 4)
+    yield lookup, table
+    rows, dense = factored_rows(1, 7, 2, 3, 6, 4)
+    yield Several((rows, lookup)), dense + table
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("thin", [False, True])
+def test_every_order_of_contraction_gives_the_dense_inner_products(monkeypatch, thin, small):
+    monkeypatch.setattr(LowRank, "_thin", lambda *_: thin)
+    if small:
+        for name in ("CHUNK", "ROWS", "TILE"):
+            monkeypatch.setattr(lowrank, name, 12)
+    for rows, dense in rows_of_every_form():
+        G = dense.shape[2]
+        low = LowRank(normal(5, G, 6, 2, seed=5), normal(5, G, 2, 4, seed=6))
+        wanted = torch.einsum("qgok,qgki,nrgoi->qnr", low.left, low.right, dense)
+        torch.testing.assert_close(low.dot(rows), wanted, **TIGHT)
+        torch.testing.assert_close(lowrank.dot(low.written(), rows), wanted, **TIGHT)
+
+
+def test_the_order_is_the_cheaper_one():
+    low = LowRank(torch.empty(100, 1, 1024, 32), torch.empty(100, 1, 32, 257))
+    sequences = Factored(torch.empty(1, 32, 128, 257), torch.empty(1, 32, 1, 128, 1024))
+    assert not low._thin(sequences), "128 positions: 100 matrices written out cost less"
+    assert low[:1]._thin(sequences), "one query: it costs less than writing the rows out"
+    assert low._thin(Factored(torch.empty(1, 32, 1, 257), torch.empty(1, 32, 1, 1, 1024))), "one position"
+
+
+# --- truncation ---
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 40, 30), (2, 3, 25, 60)])
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_truncation_is_that_of_the_dense_singular_value_decomposition(shape, rank):
+    v = decaying(*shape, by=0.4)
+    low, dropped = lowrank.truncated(v, rank)
+    u, s, w = torch.linalg.svd(v, full_matrices=False)
+    wanted = (u[..., :rank] * s[..., None, :rank]) @ w[..., :rank, :]
+    assert isinstance(low, LowRank) and low.left.shape[-1] == rank
+    torch.testing.assert_close(low.written(), wanted, **TIGHT)
+    torch.testing.assert_close(dropped, s[..., rank:].square().sum((1, 2)), rtol=1e-9, atol=1e-12)
+
+
+def test_without_decay_little_more_is_dropped_than_must_be_and_that_is_what_is_said():
+    v = normal(4, 1, 90, 70)
+    for rank in (2, 8, 20):
+        low, dropped = lowrank.truncated(v, rank)
+        least = torch.linalg.svdvals(v)[..., rank:].square().sum((1, 2))
+        torch.testing.assert_close(dropped, (v - low.written()).square().sum((1, 2, 3)), **TIGHT)
+        assert (dropped > least * (1 - 1e-12)).all() and (dropped < 1.05 * least).all()
+
+
+def test_matrices_of_that_rank_are_kept_and_smaller_ones_are_not_touched():
+    v = normal(3, 2, 40, 5) @ normal(3, 2, 5, 50, seed=1)
+    low, dropped = lowrank.truncated(v, 5)
+    torch.testing.assert_close(low.written(), v, **TIGHT)
+    assert (dropped < 1e-20 * v.square().sum()).all()
+    for rank in (23, 40, 10**6):
+        same, nothing = lowrank.truncated(v, rank)
+        assert same is v and not nothing.any(), "23 x (40 + 50) numbers are more than 40 x 50"
+    vector = normal(3, 1, 70, 1)
+    assert lowrank.truncated(vector, 1)[0] is vector
+    zero, nothing = lowrank.truncated(torch.zeros(2, 1, 40, 50), 3)
+    assert not zero.written().any() and not nothing.any()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_a_share_of_the_energy_takes_the_lowest_rank_that_keeps_it(share):
+    fast, slow = decaying(2, 2, 150, 130, by=0.5), decaying(1, 2, 150, 130, by=0.98, seed=1)
+    v = torch.cat([fast, slow * 1e3])
+    low, dropped = lowrank.truncated(v, share)
+    energy = torch.linalg.svdvals(v).square()
+    kept = energy.cumsum(-1) / energy.sum(-1, keepdim=True)
+    ranks = ((kept < share).sum(-1) + 1).clamp(max=32)  # (Q, G)
+    found = low.left.norm(dim=2).gt(0).sum(-1)
+    assert found.tolist() == ranks.tolist() and low.left.shape[-1] == ranks.max()
+    enough = ranks.amax(1) < 32
+    assert (1 - dropped / energy.sum((1, 2)) >= share)[enough].all() and enough[:2].all()
+
+
+def test_a_bad_rank_is_an_error_before_anything_is_computed(monkeypatch):
+    influence, p = fitted("mlp", EKFAC())
+    monkeypatch.setattr(directions, "query_gradients", None)
+    for bad in (0, -3, True, 1.0, 1.5, 0.0, -0.5, float("nan"), "32"):
+        with pytest.raises(InputError, match="rank must be a positive integer, or a share of the energy"):
+            influence.score(p.queries, rank=bad)
+
+
+# --- scores ---
+
+
+def fitted(name: str, solver, **options) -> tuple[Influence, TinyProblem]:
+    p = problem(name)
+    return Influence(solver, 0.1, **options).fit(p.model, p.task, p.train), p
+
+
+def cut(influence: Influence, x: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """Every matrix of the solutions truncated by its dense singular value decomposition."""
+    out = {}
+    for block in influence.problem.blocks:
+        v = block.pack(x)
+        if rank * sum(v.shape[2:]) < v.shape[2] * v.shape[3]:
+            u, s, w = torch.linalg.svd(v, full_matrices=False)
+            v = (u[..., :rank] * s[..., None, :rank]) @ w[..., :rank, :]
+        out |= block.unpack(v)
+    return out
+
+
+SOLVERS = {
+    "exact": Exact(),
+    "ekfac": EKFAC(),
+    "cg": CG(Dual(), tolerance=1e-10),
+    "astra": Neumann(preconditioner=EKFAC(), steps=6, batch=8, seed=3),
+    "arnoldi": Arnoldi(rank=8),
+    "randproj": RandProj(rank=9),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning", "ignore::whence.ConvergenceWarning")
+@pytest.mark.parametrize("name", ["mlp", "cnn_groups", "tied_embedding", "masked_sequence", "odd_parameters"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_scores_are_those_of_the_truncated_solutions(solver, name):
+    influence, p = fitted(name, SOLVERS[solver], batch_size=4)
+    full = influence.score(p.queries)
+    x = influence.inverse(p.unflatten(p.measurement_gradients())).x
+    g = p.loss_gradients()
+    torch.testing.assert_close(full.values, p.flatten(x) @ g.T, rtol=1e-7, atol=1e-8)
+    changed = []
+    for rank in (1, 2):
+        y = p.flatten(cut(influence, x, rank))
+        gap, whole = (p.flatten(x) - y).norm(dim=1), p.flatten(x).norm(dim=1)
+        for certify in (True, False):
+            found = influence.score(p.queries, rank=rank, certify=certify)
+            torch.testing.assert_close(found.values, y @ g.T, rtol=1e-7, atol=1e-8)
+            assert (found.values - full.values).abs().le(gap[:, None] * g.norm(dim=1) + 1e-9).all()
+            said = found.provenance["truncation"]
+            assert said["rank"] == rank
+            assert said["error"] == pytest.approx(float((gap / whole).max()), abs=1e-8)
+            assert said["mean error"] == pytest.approx(float((gap / whole).mean()), abs=1e-8)
+            assert said["energy"] == pytest.approx(1 - float((gap / whole).square().mean()), abs=1e-8)
+            assert f"queries cut to rank {rank} (error at most {said['error']:.2g})" in str(found)
+            changed.append(said["error"] > 1e-3)
+        if full.residual is not None and solver != "astra":
+            certified = influence.score(p.queries, rank=rank)
+            torch.testing.assert_close(certified.residual, full.residual, rtol=1e-6, atol=1e-9)
+    assert any(changed), "nothing was cut"
+    assert "truncation" not in full.provenance and "cut" not in str(full)
+    complete = influence.score(p.queries, rank=10**4, certify=False)
+    torch.testing.assert_close(complete.values, full.values, rtol=1e-9, atol=1e-10)
+    assert complete.provenance["truncation"]["error"] == 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_groups", "tied_embedding", "masked_sequence"])
+def test_directions_leave_their_eigenbases_when_they_are_truncated(name):
+    influence, p = fitted(name, EKFAC())
+    factors, lib = influence.inverse.factors, influence.problem
+    x = influence.inverse(p.unflatten(p.measurement_gradients())).x
+    g = lib.loss_gradients(lib.batch(range(p.n)))
+    inside = Pairing({b.name: factors[b.name].rotate(b.pack(x)) for b in lib.blocks}, factors)
+    low, (dropped, whole) = inside.truncated(1)
+    y = cut(influence, x, 1)
+    torch.testing.assert_close(low(g), p.flatten(y) @ p.loss_gradients().T, **TIGHT)
+    torch.testing.assert_close(sum(low.by_block(g).values()), low(g), **TIGHT)
+    torch.testing.assert_close(dropped, (p.flatten(x) - p.flatten(y)).square().sum(1), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(whole, p.flatten(x).square().sum(1), **TIGHT)
+    cut_ones = {k for k, v in low.packed.items() if isinstance(v, LowRank)}
+    assert cut_ones and set(low.bases) == set(factors) - cut_ones
+
+
+def test_the_mean_of_the_queries_and_candidates_take_a_rank_too():
+    influence, p = fitted("mlp", EKFAC(), batch_size=4)
+    mean = influence.score(p.queries, mean=True, rank=1)
+    x = p.unflatten(p.measurement_gradients().mean(0, keepdim=True))
+    y = p.flatten(cut(influence, influence.inverse(x).x, 1))
+    torch.testing.assert_close(mean.values, y @ p.loss_gradients().T, **TIGHT)
+    some = tuple(t[2:7] for t in p.train)
+    all_of_them = influence.score(p.queries, rank=1).values
+    torch.testing.assert_close(influence.score(p.queries, rank=1, candidates=some).values, all_of_them[:, 2:7], **TIGHT)
+
+
+def vectors_of(influence: Influence, data, solved: bool = False) -> torch.Tensor:
+    """Gradients, or solutions for them, written out: (n, D)."""
+    rows = influence.query_gradients(data, Classification().loss if not solved else None).dense()
+    return torch.cat([t.flatten(1) for t in (influence.inverse(rows).x if solved else rows).values()], 1)
+
+
+def test_a_share_of_the_energy_end_to_end():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(90, 80), torch.nn.Tanh(), torch.nn.Linear(80, 4)).double()
+    x, y = normal(30, 90), torch.arange(30) % 4
+    influence = Influence(EKFAC(), 0.01, EmpiricalFisher).fit(net, Classification(), (x, y))
+    found = influence.score((x[:5], y[:5]), rank=0.9)
+    said = found.provenance["truncation"]
+    assert said["rank"] == 0.9 and said["energy"] >= 0.9 and 0 < said["error"] <= 0.1**0.5
+    assert "queries cut to 0.9 of their energy (error at most" in str(found)
+    lengths = vectors_of(influence, (x, y)).norm(dim=1)
+    gap = (found.values - influence.score((x[:5], y[:5])).values).abs()
+    most = said["error"] * vectors_of(influence, (x[:5], y[:5]), solved=True).norm(dim=1)
+    assert gap.max() > 0 and (gap <= most[:, None] * lengths).all()
+
+
+# --- many queries ---
+
+
+@pytest.mark.filterwarnings("ignore::whence.ConvergenceWarning")
+@pytest.mark.parametrize("solver", [EKFAC(), CG(EKFAC(), tolerance=1e-2, steps=12), RandProj(rank=9)])
+@pytest.mark.parametrize(("certify", "size"), [(True, 3), (False, 1), (False, 7)])
+def test_queries_are_solved_in_pieces_that_fit_into_memory_with_the_same_scores(monkeypatch, solver, certify, size):
+    p, lengths = problem("mlp"), []
+    queries = tuple(t[:10] for t in p.train)
+    whole = Influence(solver, 0.1, batch_size=4).fit(p.model, p.task, p.train)
+    wanted = whole.score(queries, rank=1, certify=certify)
+    memory = size * p.dim * 8 * directions.COPIES
+    influence = Influence(solver, 0.1, batch_size=4, memory=memory).fit(p.model, p.task, p.train)
+    solve = directions._full
+    monkeypatch.setattr(directions, "_full", lambda i, rows, *more: lengths.append(len(rows)) or solve(i, rows, *more))
+    found = influence.score(queries, rank=1, certify=certify)
+    assert sum(lengths) == 10 and max(lengths) <= size
+    torch.testing.assert_close(found.values, wanted.values, rtol=1e-7, atol=1e-9)
+    assert found.converged.tolist() == wanted.converged.tolist()
+    for key in ("error", "mean error", "energy"):
+        assert found.provenance["truncation"][key] == pytest.approx(wanted.provenance["truncation"][key], abs=1e-8)
+    if certify:
+        torch.testing.assert_close(found.residual, wanted.residual, rtol=1e-7, atol=1e-9)
+    if isinstance(solver, CG):
+        torch.testing.assert_close(found.history, wanted.history, rtol=1e-6, atol=1e-9)
+        assert 1 < found.provenance["steps"] == wanted.provenance["steps"]
+
+
+def test_many_queries_store_few_numbers(monkeypatch):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(60, 80), torch.nn.Tanh(), torch.nn.Linear(80, 4)).double()
+    x, y = normal(200, 60), torch.arange(200) % 4
+    D, kept, largest = 61 * 80 + 81 * 4, [], []
+    influence = Influence(EKFAC(), 0.1, EmpiricalFisher, memory=8 * D * 8 * 10).fit(net, Classification(), (x, y))
+    joined = directions.Pairing.joined
+    monkeypatch.setattr(directions.Pairing, "joined", lambda parts: kept.append(joined(parts)) or kept[0])
+    pairing = influence.inverse.pairing
+    monkeypatch.setattr(influence.inverse, "pairing", lambda rows: largest.append(len(rows)) or pairing(rows))
+    influence.score((x, y), rank=3, certify=False)
+    stored = {name: v.numbers() if isinstance(v, LowRank) else v.numel() for name, v in kept[0].packed.items()}
+    assert stored == {"0": 200 * 3 * (61 + 80), "2": 200 * 3 * (81 + 4) if 3 * 85 < 81 * 4 else 200 * 81 * 4}
+    assert not {"0", "2"} & set(kept[0].bases), "out of the eigenbases"
+    assert sum(largest) == 200 and max(largest) == 10
+
+
+def test_what_is_said_of_queries_in_a_piece_says_which_piece():
+    p = problem("mlp")
+    queries = tuple(t[:5] for t in p.train)
+    memory = 2 * p.dim * 8 * directions.COPIES
+    influence = Influence(CG(steps=1, tolerance=1e-9), 0.1, memory=memory).fit(p.model, p.task, p.train)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = influence.score(queries, rank=1)
+    said = [str(w.message) for w in caught if w.category is ConvergenceWarning]
+    assert not found.converged.any() and len(said) == 3
+    assert said[0].startswith("2 of 2 queries did not converge")
+    assert said[1].startswith("among queries 2 to 3, counted from 0: 2 of 2") and "queries 4 to 4" in said[2]
+    solve = influence.inverse.solve
+
+    def spoilt(b):
+        x, history, passes = solve(b)
+        last = len(next(iter(b.values()))) == 1  # the third piece
+        return {n: t * float("nan") if last else t for n, t in x.items()}, history, passes
+
+    influence.inverse.solve = spoilt
+    with warnings.catch_warnings(), pytest.raises(DivergenceError, match=r"^among queries 4 to 4, counted from 0: "):
+        warnings.simplefilter("ignore")
+        influence.score(queries, rank=1)
+
+
+# --- resumed ---
+
+
+@pytest.mark.parametrize("certify", [True, False])
+def test_a_folder_is_of_one_rank_and_goes_on_whatever_the_memory(tmp_path, monkeypatch, certify):
+    p = problem("mlp")
+    queries = tuple(t[:5] for t in p.train)
+
+    def influence(size: int) -> Influence:
+        memory = size * p.dim * 8 * directions.COPIES
+        return Influence(EKFAC(), 0.1, batch_size=4, memory=memory).fit(p.model, p.task, p.train)
+
+    wanted = influence(2).score(queries, rank=1, certify=certify)
+    first = influence(2).score(queries, rank=1, certify=certify, folder=tmp_path)
+    names = {f.name for f in tmp_path.iterdir()}
+    assert {f"scores-solution-{a}-{b}.safetensors" for a, b in ((0, 2), (2, 4), (4, 5))} <= names or not certify
+    (tmp_path / "scores-00000004.safetensors").unlink()
+    other = influence(3)
+    again = other.score(queries, rank=1, certify=certify, folder=tmp_path)
+    for found in (first, again):
+        torch.testing.assert_close(found.values, wanted.values, **TIGHT)
+        for key, value in wanted.provenance["truncation"].items():
+            assert found.provenance["truncation"][key] == pytest.approx(value, abs=1e-12)
+    for rank in (2, 0.5, None):
+        with pytest.raises(ArtefactError, match="another rank"):
+            influence(2).score(queries, rank=rank, certify=certify, folder=tmp_path)
