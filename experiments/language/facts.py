@@ -138,7 +138,7 @@ class Run:
 
     def astra(self) -> whence.Scores:
         """ASTRA on a short schedule, see the README."""
-        solver = whence.ASTRA(steps=50, batch=64, decay_every=12)
+        solver = whence.ASTRA(steps=20, batch=64, decay_every=5)
         influence = whence.Influence(solver, DAMPING, **MLP).fit(self.model, CausalLM(), self.train)
         return influence.score(self.queries, certify=False, folder=self.folder / "astra")
 
