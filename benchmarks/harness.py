@@ -123,15 +123,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(function: str, kwargs: Mapping[str, Any] | None = None, threads: int = 1, timeout: float | None = None) -> Run:
+def run(
+    function: str,
+    kwargs: Mapping[str, Any] | None = None,
+    threads: int = 1,
+    timeout: float | None = None,
+    path: str | None = None,
+) -> Run:
     """Call ``"module:function"(**kwargs)`` in a fresh process and return its result and costs.
+
+    ``path`` is a folder of packages that only this process sees.
 
     Raises:
         RuntimeError: if the process failed, with the end of what it wrote.
     """
     environment = dict(os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)))
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    paths = [str(ROOT), str(ROOT / "src"), environment.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "src"), path, environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     with tempfile.TemporaryDirectory() as folder:
         stem = Path(folder) / "run"

@@ -1,6 +1,6 @@
 """EKFAC of a language model side by side: whence, kronfluence, dattri-llm, bergson, and what none of them can avoid.
 
-    python -m benchmarks.language_models --sequences 1000 --peers kronfluence dattri-llm bergson
+    python -m benchmarks.language_models --sequences 1000 --peers kronfluence dattri_llm bergson --path FOLDER
 
 A GPT-2 of 4 layers x 256 with 4,096 words, its MLP layers, the empirical Fisher, 50 queries, damping 0.1 x the mean
 eigenvalue of each layer. Every measurement is a fresh process with one thread. The unavoidable parts are measured with
@@ -9,18 +9,21 @@ plain torch on the same shapes, each by the fastest way known to us.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import CACHE, phase
+from benchmarks.harness import CACHE, RESULTS, Run, machine, phase, run
 
-WIDTH, LAYERS, VOCABULARY, LENGTH = 256, 4, 4096, 128
+WIDTH, LAYERS, VOCABULARY, LENGTH, POSITIONS = 256, 4, 4096, 128, 1024
 QUERIES = 50
 STEPS, BATCH, RATE = 120, 16, 1e-3  # of the training
+KEPT = 2**30  # bytes of rows that whence keeps for its second pass
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def model() -> Any:
 
     torch.manual_seed(0)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
     net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0))
     path = CACHE / "language" / "gpt2.pt"
     if not path.exists():
@@ -100,3 +103,144 @@ def ours(count: int, batch_size: int = 8) -> dict[str, Any]:
     with phase("scores"):
         scores = influence.score(queries, measurement=task.loss, certify=False)
     return {"scores": scores.values.numpy().astype(np.float32)}
+
+
+def unavoidable(count: int, batch_size: int = 16) -> dict[str, Any]:
+    """The parts that an EKFAC fit and its scores are made of, in plain torch on the same shapes, one phase each.
+
+    ``sweep``: forward and backward of the model as it is, without weight gradients, down to the first MLP.
+    ``sweep, fused``: the same with GPT-2's activation in one operation. ``covariances``: half of a a^T and g g^T, in
+    stripes. ``rotations`` and ``terms``: tokens into the eigenbases; per-example gradients there, squared and summed.
+    ``gradients``: per-example gradients. ``queries``: their products with QUERIES matrices, 32 examples at a time.
+    ``eigenvectors``: of all covariances, in float64.
+    """
+    import torch
+    import torch.nn.functional as F
+    from transformers.activations import NewGELUActivation
+
+    net, x = model().requires_grad_(False), sequences("valid", count)
+    net.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _module, _inputs, y: y.detach().requires_grad_())
+
+    def sweep() -> None:
+        for some in x.split(batch_size):
+            logits = net(input_ids=some, use_cache=False).logits
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), some[:, 1:].flatten(), reduction="sum").backward()
+
+    net(input_ids=x[:batch_size], use_cache=False)
+    with phase("sweep"):
+        sweep()
+    for module in net.modules():
+        if isinstance(module, NewGELUActivation):
+            module.forward = functools.partial(F.gelu, approximate="tanh")
+    with phase("sweep, fused"):
+        sweep()
+    torch.set_grad_enabled(False)
+    m, repeats = 32, LAYERS * count // 32
+    a, g = torch.randn(m, LENGTH, 4 * WIDTH + 1), torch.randn(m, LENGTH, WIDTH)  # the second layer of an MLP
+    b, h = torch.randn(m, LENGTH, WIDTH + 1), torch.randn(m, LENGTH, 4 * WIDTH)  # the first
+
+    def covariance(t: Any, stripe: int = 256) -> None:
+        flat, out = t.flatten(0, 1), torch.zeros(t.shape[2], t.shape[2])
+        for _ in range(repeats):
+            for i in range(0, len(out), stripe):
+                out[i : i + stripe, : i + stripe].addmm_(flat[:, i : i + stripe].T, flat[:, : i + stripe])
+
+    def rotation(t: Any) -> None:
+        q, out = torch.randn(t.shape[2], t.shape[2]), torch.empty(t.shape[0] * LENGTH, t.shape[2])
+        for _ in range(repeats):
+            torch.mm(t.flatten(0, 1), q, out=out)
+
+    def terms(left: Any, right: Any, square: bool) -> None:
+        out = torch.empty(left.shape[2], right.shape[2])
+        total = torch.zeros_like(out)
+        for _ in range(repeats):
+            for p, q in zip(left, right, strict=True):
+                torch.mm(p.T, q, out=out)
+                if square:
+                    total.addcmul_(out, out)
+
+    def products() -> None:
+        for left, right in ((a, g), (b, h)):
+            rows, v = left.mT @ right, torch.randn(QUERIES, left.shape[2] * right.shape[2])
+            with phase("queries"):
+                for _ in range(repeats):
+                    torch.mm(v, rows.flatten(1).T)
+
+    for name, part in (("covariances", covariance), ("rotations", rotation)):
+        with phase(name):
+            for t in (a, g, b, h):
+                part(t)
+    for name, square in (("terms", True), ("gradients", False)):
+        with phase(name):
+            terms(a, g, square)
+            terms(b, h, square)
+    products()
+    with phase("eigenvectors"):
+        for t in (a, g, b, h):
+            for _ in range(LAYERS):
+                torch.linalg.eigh((t.flatten(0, 1).T @ t.flatten(0, 1)).double())
+    return {}
+
+
+def floors(parts: Run, count: int) -> list[str]:
+    """What fit and scores cannot cost less than, in words, one line each."""
+    spent = {name: found["cpu_s"] for name, found in parts.phases.items()}
+    size = 4 * LENGTH * LAYERS * 2 * (5 * WIDTH + 1)  # bytes of a sequence's inputs and cotangents
+    again = max(0.0, 1 - KEPT / (size * count))
+    lines = [
+        "",
+        f"| floor | fit | with covariances | and a second sweep of the {again:.0%} that do not fit into memory | scores |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("sweep", "sweep, fused"):
+        fit = spent[name] + spent["rotations"] + spent["terms"]
+        full = fit + spent["covariances"]
+        scores = spent[name] + spent["gradients"] + spent["queries"]
+        lines.append(f"| {name} | {fit:.1f} | {full:.1f} | {full + again * spent[name]:.1f} | {scores:.1f} |")
+    return [*lines, "", "Parts, CPU s: " + ", ".join(f"{name} {s:.1f}" for name, s in spent.items()) + "."]
+
+
+def row(name: str, done: Run, reference: np.ndarray) -> str:
+    """One line of the table: costs, and how far the scores are from the reference."""
+    spent = {k: found["cpu_s"] for k, found in done.phases.items()}
+    fit, scores = spent["fit"], spent["scores"] if "scores" in spent else spent["all"] - spent["fit"]
+    a, b = done.result["scores"].ravel().astype(np.float64), reference.ravel().astype(np.float64)
+    agreement = f"{np.corrcoef(a, b)[0, 1]:.6f} | {(a @ b) / (b @ b):.4f}"
+    return f"| {name} | {fit:.1f} | {scores:.1f} | {done.wall_s:.0f} | {done.peak_mb:.0f} | {agreement} |"
+
+
+def main() -> None:
+    """Measure, print the table, and write it to ``benchmarks/results``."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--sequences", type=int, default=1000)
+    parser.add_argument("--peers", nargs="*", default=[], help="any of kronfluence dattri_llm bergson")
+    parser.add_argument("--path", help="a folder with their packages, seen by their processes alone")
+    args = parser.parse_args()
+    model()  # trained and kept before anything is measured
+    lines = [
+        f"# EKFAC of a language model, {args.sequences} sequences of {LENGTH} tokens, {QUERIES} queries, 1 thread",
+        "",
+        "| library | fit, CPU s | scores, CPU s | wall s | peak MB | Pearson with whence | scale |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+
+    def tell(*more: str) -> None:
+        lines.extend(more)
+        print("\n".join(more), flush=True)
+
+    count = {"count": args.sequences}
+    own = run("benchmarks.language_models:ours", count)
+    tell(row("whence", own, own.result["scores"]))
+    for name in args.peers:
+        tell(row(name, run(f"benchmarks.language_peers:{name}", count, path=args.path), own.result["scores"]))
+    tell(*floors(run("benchmarks.language_models:unavoidable", count), args.sequences))
+    facts = machine()
+    tell("", f"Machine: {', '.join(f'{k} {v}' for k, v in facts.items())}.")
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"language_{args.sequences}_{time.strftime('%Y%m%d-%H%M%S')}"
+    Path(f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -469,6 +469,19 @@ def test_settings_without_all_derivatives_are_replaced_and_come_back(setting, mo
     assert getattr(c.model.config, setting) == before
 
 
+def test_the_activation_of_gpt2_is_one_operation_while_the_library_looks():
+    c = case("gpt2", activation_function="gelu_new")
+    spelled = [m for m in c.model.modules() if type(m).__name__ == "NewGELUActivation"]
+    inside = []
+    spelled[0].register_forward_hook(lambda module, *_: inside.append(module.forward))
+    p = c.problem()
+    same(p.loss_gradients(c.train).dense(), c.gradients(c.loss), **TIGHT)
+    v = directions(p, 1)
+    same(GGN(p, "jvp").product(v), GGN(p, "finite-difference").product(v), rtol=1e-4, atol=1e-6)
+    assert inside and all(getattr(f, "func", None) is nn.functional.gelu for f in inside[:2])
+    assert not any("forward" in vars(m) for m in spelled)
+
+
 def test_bfloat16_models_are_converted_to_float32_exactly():
     half = case("llama").model.to(torch.bfloat16)
     rng = torch.Generator().manual_seed(0)

@@ -19,7 +19,8 @@ from whence import (
     factored,
 )
 from whence.curvature import kronecker
-from whence.curvature.kronecker import KroneckerBlock
+from whence.curvature.eigenbasis import KroneckerBlock
+from whence.solvers.base import Pairing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
 SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")
@@ -353,7 +354,56 @@ def test_pieces_of_work_change_nothing(name, chunk, monkeypatch):
     whole = kronecker.fit(library(p), "true")
     monkeypatch.setattr(kronecker, "CHUNK", chunk)
     monkeypatch.setattr(factored, "CHUNK", chunk)
-    equal_factors(kronecker.fit(library(p), "true"), whole)
+    for number in ("STRIPE", "LONG", "POSITIONS"):
+        monkeypatch.setattr(kronecker, number, 1)
+    equal_factors(kronecker.fit(library(p, batch_size=4), "true"), whole)
+
+
+def test_rows_are_kept_for_the_second_pass_as_far_as_they_fit(monkeypatch):
+    p = problem("masked_sequence")
+    whole, passes = kronecker.fit(library(p), "true"), {}
+    for batches in (0, 1, 2, 99):
+        lib = library(p, batch_size=3)
+        size = 8 * lib.loss_gradients(lib.batch(range(3))).numbers()
+        lib.memory = 2 * (batches + 0.5) * size
+        made, seen = lib.loss_gradients, []
+        monkeypatch.setattr(lib, "loss_gradients", lambda b, made=made, seen=seen: seen.append(b) or made(b))
+        equal_factors(kronecker.fit(lib, "true"), whole)
+        passes[batches] = len(seen)
+    n = -(-p.n // 3)
+    assert n > 2 and passes == {0: 2 * n, 1: 2 * n - 1, 2: 2 * n - 2, 99: n}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mean_eigenvalues_come_with_the_factors(name):
+    """The trace of the empirical Fisher is that of its corrected eigenvalues: relative damping costs no pass."""
+    lib = library(problem(name), batch_size=4)
+    known, fitted = EmpiricalFisher(lib).mean_eigenvalues(), EmpiricalFisher(lib)
+    EKFAC().fit(fitted, 0.1)
+    fitted.rows = None  # type: ignore[method-assign]
+    assert fitted.mean_eigenvalues() == pytest.approx(known, rel=1e-9)
+    for curvature, solver in ((GGN(lib), EKFAC(labels="true")), (EmpiricalFisher(lib), EKFAC(labels="sampled"))):
+        wanted = curvature.mean_eigenvalues()
+        fresh = type(curvature)(lib)
+        solver.fit(fresh, 0.1)
+        assert fresh.mean_eigenvalues() == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_do_not_depend_on_the_basis_that_they_are_made_in(name, monkeypatch):
+    p = problem(name)
+    lib = library(p)
+    inverse = EKFAC(labels="true").fit(GGN(lib), 0.01)
+    g = lib.loss_gradients(lib.batch(range(p.n)))
+    wanted = g.dot(inverse(g.dense(), certify=False).x)[..., 0]
+    pairings = []
+    for turn, back in ((0, 1), (1, 0)):
+        monkeypatch.setattr(KroneckerBlock, "costs", lambda *_, costs=(turn, back): costs)
+        pairings.append(inverse.pairing(g))
+        assert set(pairings[-1].bases) == (set(inverse.factors) if back else set())
+        close(pairings[-1](g), wanted, 1e-8)
+    for parts in (pairings, pairings[::-1], pairings[:1] * 2):
+        close(Pairing.joined(parts)(g), torch.cat([wanted, wanted]), 1e-8)
 
 
 # --- sampled labels and their limit ---

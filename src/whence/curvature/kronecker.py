@@ -31,6 +31,7 @@ Labels = Literal["sampled", "true"]
 CHUNK = 2**18  # numbers in an intermediate result, so that it stays in cache
 STRIPE = 256  # columns of a covariance made at a time: what is above the diagonal is left out
 POSITIONS = 2**13  # positions that are summed in the model's own dtype
+LONG = 64  # positions of a sequence that is worth a matrix product of its own
 
 
 def fit(
@@ -227,7 +228,7 @@ def _stretches(mask: Tensor) -> Iterator[tuple[slice | Tensor, ...]]:
     lengths = mask.sum(1, keepdim=True)
     if mask.all():
         yield every, every, every
-    elif T < 64 or (mask != (torch.arange(T, device=mask.device) < lengths)).any():
+    elif T < LONG or (mask != (torch.arange(T, device=mask.device) < lengths)).any():
         yield every, mask
     else:
         yield from ((every, slice(i, i + 1), slice(length)) for i, length in enumerate(lengths.flatten().tolist()))
