@@ -88,6 +88,8 @@ class Pairing:
     @classmethod
     def joined(cls, parts: Sequence[Pairing]) -> Pairing:
         """Those of several sets of queries as one; mix and unit are taken from the first."""
+        if len(parts) == 1:  # nothing is copied
+            return parts[0]
         bases = {name: b for name, b in parts[0].bases.items() if all(name in p.bases for p in parts)}
         packed = {
             name: lowrank.concatenate([p.packed[name] if name in bases else p._out(name) for p in parts])
