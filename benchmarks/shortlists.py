@@ -1,6 +1,6 @@
 """What shortlists of a language model's training sequences miss: words, and stores of projected gradients.
 
-    python -m benchmarks.shortlists --sizes 1024 4096 16384 65536
+    python -m benchmarks.shortlists --width 128 --train 2000
 
 The GPT-2 and the data of ``experiments.language.setting``, EKFAC of the MLP layers. Recall of the exact best 10 and 100
 sequences of each query in a shortlist of its own of 1%, 5% and 10% of the training set; CPU seconds of the build, bytes
@@ -54,7 +54,7 @@ def stored(influence: whence.Influence, queries: Any, size: int) -> tuple[whence
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[4096, 16384, 65536, 262144])
     parser.add_argument("--width", type=int, default=Sizes.width)
     parser.add_argument("--train", type=int, default=Sizes.train)
     parser.add_argument("--damping", type=float, default=0.1, help="over the mean eigenvalue of each layer")

@@ -1,27 +1,31 @@
 """A store of randomly projected gradients on disk: built in one pass over the training set, then asked in milliseconds.
 
-    score(q, z) = x^T g ~ (S x)^T (S g),      S a count sketch into k numbers, E[S^T S] = I    (Charikar et al. 2002)
+    score(q, z) = x^T g ~ (S W x)^T (S W g),                                           S: a count sketch into k numbers
 
-    EKFAC, KFAC   x, g = (Lambda + damping)^-1/2 Q^T (grad f, grad l)       the same root of the inverse on both sides
-    any other     x = (C + damping)^-1 grad f,  g = grad l                  so that one store serves all of them
+    EKFAC, KFAC   x, g = (Lambda + damping)^-1/2 Q^T (grad f, grad l)                  the same on both sides
+    any other     x = (C + damping)^-1 grad f,  g = grad l,  W = I                     one store serves all of them
 
-Each of the D coordinates is added, with a random sign, to one of k numbers. Over seeds the estimate has no bias and
+S adds each of the D coordinates, with a random sign, to one of k numbers (Charikar et al. 2002). Over seeds that has
+the mean x^T W^2 g and, of u = W x and v = W g, the variance (|u|^2 |v|^2 + (u^T v)^2 - 2 sum_i u_i^2 v_i^2) / k. EKFAC
+expects squared coordinates e = Lambda / (Lambda + damping) of x and of g: many, and seldom small. So W shrinks them,
+and drops those that would add more noise than they tell; the expected squared error is least with
 
-    variance = (|x|^2 |g|^2 + (x^T g)^2 - 2 sum_i x_i^2 g_i^2) / k,
+    W^2 = max(0, 1 - tau / e),        sum_i max(0, e_i - tau) = k tau,
 
-so that the root on both sides, which makes |x| |g| least on average, is worth much. What is stored is rounded to a byte
-a number, with a scale for each example: an error of 1% of the sketch's own where k << D.
+and W -> I as k grows. Of b = S W g only the signs are kept, a bit a number, and their size |b|^2 / |b|_1, with which
+they have no bias where b is normal. Against b in 8 bits, the variance is pi / 2 times and the bytes are an eighth.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +45,14 @@ SHARD = 1024  # training examples in one file
 
 @dataclass(frozen=True)
 class Sketch:
-    """S, after a turn of the coordinates and a factor on each.
+    """S W, after a turn into an eigenbasis.
 
     Args:
         size: k.
         buckets: block name to the number that each coordinate is added to, (G O I,) int32.
-        factors: block name to the sign of each coordinate times its scale, (G O I,).
-        root: whose eigenbasis the coordinates are in, with the root of its inverse as their scale; None: gradients
-            as they are.
+        factors: block name to what each coordinate is multiplied with, (G O I,).
+        root: whose eigenbasis the coordinates are in, and whose root is among their factors; None: gradients as they
+            are.
     """
 
     size: int
@@ -59,19 +63,19 @@ class Sketch:
     @classmethod
     def of(cls, inverse: Inverse, size: int, seed: int) -> Sketch:
         """Drawn from a seed; with the root of the inverse where it has one."""
-        root = inverse if isinstance(inverse, EigenInverse) else None
         problem, buckets, factors = inverse.curvature.problem, {}, {}
+        root = inverse if isinstance(inverse, EigenInverse) else None
+        kept = _kept(root, size) if root else {}
         for block in problem.blocks:
             rng = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{block.name}".encode()))
             drawn = torch.randint(2 * size, (block.size,), generator=rng, dtype=torch.int32).to(problem.device)
             sign = (drawn % 2 * 2 - 1).to(problem.dtype)
-            buckets[block.name] = drawn // 2
-            factors[block.name] = sign if root is None else sign * root.denominators(block.name).rsqrt().flatten()
+            buckets[block.name], factors[block.name] = drawn // 2, sign * kept.get(block.name, 1.0)
         return cls(size, buckets, factors, root)
 
     def __call__(self, gradients: Gradients) -> Tensor:
         """The sketches of n gradients, R = 1: (n, k)."""
-        turned = gradients if self.root is None else self.root.turned(gradients)
+        turned = self.root.turned(gradients) if self.root else gradients
         out = next(iter(self.factors.values())).new_zeros(len(gradients), self.size)
         for name, rows in turned.rows.items():
             self._add(out, rows, self.buckets[name].long(), self.factors[name])
@@ -97,7 +101,7 @@ class GradientStore:
     Args:
         influence: what is approximated.
         sketch: the projection.
-        pieces: the training examples' sketches, in order: "rows" (n, k) int8, and "scale" and "norms" (n,).
+        pieces: the training examples' sketches, in order, `packed`.
     """
 
     influence: Influence
@@ -105,14 +109,14 @@ class GradientStore:
     pieces: tuple[dict[str, Tensor], ...]
 
     @classmethod
-    def build(cls, influence: Influence, folder: str | Path, size: int = 4096, seed: int = 0) -> GradientStore:
+    def build(cls, influence: Influence, folder: str | Path, size: int = 16384, seed: int = 0) -> GradientStore:
         """Sketch every training example in one pass, or read what lies in the folder; a killed call goes on.
 
         Args:
             influence: fitted. With EKFAC or KFAC the store is of this fit alone; with any other solver it is of the
                 model, the data and the parameters, and serves every solver and damping.
-            folder: where N (k + 8) bytes are kept, in files of 1,024 examples.
-            size: k, numbers kept of each example.
+            folder: where about N k / 8 bytes are kept, in files of 1,024 examples.
+            size: k, bits kept of each example.
             seed: of the projection.
 
         Raises:
@@ -128,13 +132,8 @@ class GradientStore:
         def made(start: int) -> dict[str, Tensor]:
             some = problem.train.subset(torch.arange(start, min(start + SHARD, len(problem.train))))
             batches = problem.batches(some, f"gradient store, from example {start}")
-            rows = torch.cat([sketch(problem.loss_gradients(batch)) for _, batch in batches])
-            scale = rows.abs().amax(1).clamp(min=1e-30) / 127
-            return {
-                "rows": (rows / scale.unsqueeze(1)).round().to(torch.int8),
-                "scale": scale,
-                "norms": rows.norm(dim=1),
-            }
+            parts = [packed(sketch(problem.loss_gradients(batch))) for _, batch in batches]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         starts = range(0, len(problem.train), SHARD)
         return cls(influence, sketch, tuple(shards.made(start, lambda s=start: made(s)) for start in starts))
@@ -152,21 +151,51 @@ class GradientStore:
         start = time.perf_counter()
         asked, converged = self._asked(self.influence.query_gradients(queries, measurement))
         asking = time.perf_counter()
-        values = torch.cat([asked @ p["rows"].to(asked).T * p["scale"].to(asked) for p in self.pieces], 1)
+        sizes = torch.cat([piece["sizes"] for piece in self.pieces]).to(asked)
+        values = torch.cat([products(asked, piece["signs"]) for piece in self.pieces], 1) * sizes
         spent = {"queries": asking - start, "scores": time.perf_counter() - asking}
-        square = torch.cat([p["norms"].to(asked) for p in self.pieces]).square().mean()
-        noise = asked.square().sum(1) * square / self.sketch.size / values.var(1)
-        about = {
-            "projected to": self.sketch.size,
-            "seconds": spent,
-            "measured": {"sketch noise": float(noise.median())},
-        }
+        noise = asked.square().sum(1) * sizes.square().mean() / values.var(1)
+        measured = {"sketch noise": float(noise.median())}
+        about = {"bits": self.sketch.size, "seconds": spent, "measured": measured}
         return Scores(values, None, converged, provenance=self.influence.provenance() | about)
 
     def _asked(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """The sketches of Q queries, (Q, k), and which of their solves converged."""
-        if self.sketch.root is not None:
+        if self.sketch.root:
             return self.sketch(rows), torch.ones(len(rows), dtype=torch.bool)
         solution = self.influence.inverse(rows.dense(), certify=False)
         found = {b.name: Written(b.pack(solution.x).flatten(1).unsqueeze(1), b.sides) for b in rows.blocks}
         return self.sketch(rows.map(lambda name, _: found[name])), solution.converged
+
+
+def packed(rows: Tensor) -> dict[str, Tensor]:
+    """What is kept of n sketches b, (n, k): "signs" (n, k / 8) uint8, a bit each, and "sizes" |b|^2 / |b|_1, (n,)."""
+    signs = torch.from_numpy(np.packbits((rows > 0).cpu().numpy(), axis=1))
+    return {"signs": signs, "sizes": rows.square().sum(1) / rows.abs().sum(1).clamp(min=1e-30)}
+
+
+def products(asked: Tensor, signs: Tensor) -> Tensor:
+    """Inner products of Q sketches (Q, k) with the `packed` signs of n: (Q, n)."""
+    k, parts = asked.shape[1], []
+    for some in slices(len(signs), k):
+        bits = torch.from_numpy(np.unpackbits(signs[some].numpy(), axis=1, count=k))
+        parts.append(2 * asked @ bits.to(asked).T - asked.sum(1, keepdim=True))
+    return torch.cat(parts, 1)
+
+
+def _kept(inverse: EigenInverse, size: int) -> dict[str, Tensor]:
+    """W (Lambda + damping)^-1/2 of each block, (G O I,)."""
+    under = {block.name: inverse.denominators(block.name).flatten() for block in inverse.curvature.problem.blocks}
+    shares = {name: inverse.factors[name].ekfac.flatten() / d for name, d in under.items()}
+    tau = _level([*shares.values()], size)
+    return {name: ((e - tau).clamp(min=0) / e.clamp(min=1e-30) / under[name]).sqrt() for name, e in shares.items()}
+
+
+def _level(shares: Sequence[Tensor], size: int) -> float:
+    """Tau with sum_i max(0, e_i - tau) = k tau, by bisection, to 1e-9."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        tau = (low + high) / 2
+        above = sum(float((e - tau).clamp(min=0).sum(dtype=torch.float64)) for e in shares)
+        low, high = (tau, high) if above > size * tau else (low, tau)
+    return high
