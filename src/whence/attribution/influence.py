@@ -125,6 +125,7 @@ class Influence:
         scored = self._candidates(candidates)
         shards = Shards(folder, "scores", self._made_of(rows, scored, rank)) if folder is not None else None
         pairing, solution, truncation = directions(inverse, rows, certify, shards, rank)
+        del rows  # nearly as large as the directions
         solving = time.perf_counter()
         values = streamed(problem, pairing, scored, shards=shards)
         seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
