@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +61,9 @@ class Language:
 
         if self.dataset is None:
             raise expected("dataset", "given with --hf", "none", "Give the training texts.")
+        prompts, completions = self.prompt or (), self.completion or ()
+        if len(prompts) != len(completions):
+            raise expected("completions", f"one for each of the {len(prompts)} prompts", len(completions))
         found = documents(self.dataset, self.split, self.column)
         model, tokenizer = loaded(str(self.hf))
         limit = getattr(model.config, "max_position_embeddings", None) or self.length or LONGEST
@@ -68,8 +73,8 @@ class Language:
         cut = sequences(tokenizer, found.texts, length, self.pack)
         train = DataLoader(cut, max(1, PASS // length), collate_fn=pad)  # pyright: ignore[reportArgumentType]
         queries, starts = None, list[int]()
-        if self.prompt is not None or self.completion is not None:
-            queries = completion_batch(tokenizer, self.prompt or (), self.completion or ())
+        if prompts:
+            queries = completion_batch(tokenizer, prompts, completions)
             if queries["input_ids"].shape[1] > limit:
                 longest = queries["input_ids"].shape[1]
                 raise expected(
@@ -115,6 +120,11 @@ def loaded(name: str) -> tuple[Any, Any]:
     import transformers
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    wanted = "a language model's folder or its name on the hub"
+    if Path(name).is_file():
+        raise expected("hf", wanted, f"the file {name}")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         if find_adapter_config_file(name) is None:
             base, model = None, transformers.AutoModelForCausalLM.from_pretrained(name)
@@ -125,7 +135,7 @@ def loaded(name: str) -> tuple[Any, Any]:
             model = peft.AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True)
             base = model.peft_config["default"].base_model_name_or_path
     except (OSError, ValueError) as error:
-        raise expected("hf", "a language model's folder or its name on the hub", repr(name), f"{error}") from error
+        raise expected("hf", wanted, repr(name), f"{error}") from error
     tokenizer, problem = None, ""
     for place in filter(None, (name, base)):
         try:
@@ -160,11 +170,11 @@ def selected(model: nn.Module) -> str | None:
 
 def told(origin: str, documents: int, cut: Any, length: int, pack: bool) -> str:
     """What became of the texts, in a sentence or two."""
-    tokens, dropped = sum(map(len, cut.tokens)), [f"{count:,} {reason}" for reason, count in cut.dropped.items()]
+    tokens, dropped = sum(map(len, cut.tokens)), [f"{reason} ({count:,})" for reason, count in cut.dropped.items()]
     how = "packed into" if pack else "cut one by one into"
     return (
         f"{documents:,} documents of {origin}, {how} {len(cut):,} sequences of at most {length} tokens, {tokens:,} in "
-        f"all. Dropped: {' and '.join(dropped) or 'none'}. The training loss is taken to be that of every token."
+        f"all. Dropped: {', '.join(dropped) or 'none'}. The training loss is taken to be that of every token."
     )
 
 

@@ -17,7 +17,7 @@ from whence.report.examples import Example
 from whence.report.numbers import signed
 
 LEVELS = 10  # of a token's colour
-WINDOW, LONG = 96, 144  # tokens that are shown of a text that has more than so many; the others are folded away
+WINDOW, EDGE = 96, 24  # tokens that are shown of a long text, around the strongest; more than an edge is folded away
 KINDS = {"attention": r"attn|attention", "MLP": r"mlp|ffn|fc\d|feed_?forward|expert|moe"}  # in the names of blocks
 NORM = r"norm|ln_|ln\d"
 Array = NDArray[np.float64]
@@ -125,12 +125,13 @@ def coloured(tokens: Sequence[str], values: Array, scale: float) -> list[dict[st
 
 def text(tokens: Sequence[str], values: Array, scale: float) -> dict[str, list[dict[str, Any]]]:
     """Tokens "before", "in" and "after" the window that is shown: all of a short text, else the strongest stretch."""
-    found, size = coloured(tokens, values, scale), len(tokens)
-    if size <= LONG:
-        return {"before": [], "in": found, "after": []}
-    sums = np.concatenate([[0.0], np.abs(values[:size]).cumsum()])
-    start = int((sums[WINDOW:] - sums[:-WINDOW]).argmax())
-    return {"before": found[:start], "in": found[start : start + WINDOW], "after": found[start + WINDOW :]}
+    found, size, start, end = coloured(tokens, values, scale), len(tokens), 0, len(tokens)
+    if size > WINDOW + 2 * EDGE:
+        sums = np.concatenate([[0.0], np.abs(values[:size]).cumsum()])
+        start = int((sums[WINDOW:] - sums[:-WINDOW]).argmax())
+        end = start + WINDOW if start + WINDOW + EDGE < size else size
+        start = start if start > EDGE else 0
+    return {"before": found[:start], "in": found[start:end], "after": found[end:]}
 
 
 def visible(token: str) -> str:
