@@ -62,7 +62,7 @@ class Sizes:
 
 
 PRETRAINING = Recipe(lr=2e-3, epochs=4, weight_decay=0.1)
-TUNING = Recipe(lr=3e-4, epochs=3)
+TUNING = Recipe(lr=5e-4, epochs=3)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,197 @@
+"""The WikiText row of ASTRA at the size of one core: does the order of the methods hold, and what does exactness cost?
+
+    python -m experiments.language.wikitext retrain    # fine-tune on random halves of the training sequences
+    python -m experiments.language.wikitext score      # each method's scores, with their cost
+    python -m experiments.language.wikitext table      # linear datamodeling scores of all that was scored
+
+One thread. Each run and each method's scores are kept in ``experiments/language/cache``, and the same command goes on
+where it was stopped. ``WHENCE_DATA`` as in `setting`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchmarks.harness import machine
+from torch import Tensor, nn
+
+import whence
+from experiments.language import setting
+from experiments.language.setting import CACHE, TUNING, Setting, Sizes, losses, prepared
+from whence.attribution.stream import streamed
+from whence.evaluate import linear_datamodeling_score, random_subsets, retrain
+from whence.hf import CausalLM
+from whence.solvers.base import Pairing, Solver, relative
+
+SIZES = Sizes(train=500)
+FOLDER = CACHE / "wikitext"
+MLP = {"parameters": "mlp", "batch_size": 8, "progress": False}  # 8 x 64 tokens: what a core's cache takes
+PER_EXAMPLE, RELATIVE = whence.Damping.per_example(), whence.Damping.relative(0.1)
+SCHEDULE = {"batch": 16, "steps": 300, "momentum": 0.9, "decay": 0.9, "decay_every": 100}  # ASTRA, table 3, WikiText-2
+SOLVERS: dict[str, tuple[Solver, whence.Damping]] = {
+    "gradient dot": (whence.Identity(), PER_EXAMPLE),
+    "EKFAC": (whence.EKFAC(), PER_EXAMPLE),
+    "EKFAC, damping 0.1 x mean": (whence.EKFAC(), RELATIVE),
+    "CG(EKFAC) to 0.1": (whence.CG(preconditioner=whence.EKFAC(), tolerance=0.1, block=True), PER_EXAMPLE),
+    "ASTRA, step of table 3": (whence.ASTRA(step=0.011, **SCHEDULE), PER_EXAMPLE),
+    "ASTRA, step planned": (whence.ASTRA(**SCHEDULE), PER_EXAMPLE),
+}
+HEADER = (
+    "| method | LDS (95% interval) | fit, CPU s | solve and scores, CPU s | steps | residual, median (largest) |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def targets(s: Setting, subsets: int, repeats: int) -> tuple[Tensor, Tensor]:
+    """Random halves (M, N) of the training sequences, and the queries' losses after fine-tuning on each, (M, R, Q)."""
+    start, ids, queries = s.start(), s.train["input_ids"], s.queries
+    masks = random_subsets(len(ids), subsets, 0.5, seed=0)
+
+    def tuned(index: Tensor, seed: int) -> nn.Module:
+        return setting.train(copy.deepcopy(start), ids[index], TUNING, seed)
+
+    def measure(model: nn.Module) -> Tensor:
+        return losses(model, queries)
+
+    return masks, retrain(tuned, measure, masks, repeats, seed=0, folder=FOLDER / "runs", progress=True)
+
+
+def attributed(s: Setting) -> tuple[nn.Module, whence.Trajectory]:
+    """The model fine-tuned on all the data, and its recorded run with six checkpoints after the start."""
+    folder = FOLDER / "trajectory"
+    if not folder.exists():
+        s.tuned(record=folder, every=-(-len(TUNING.rates(s.sizes.train)) // 6))
+    run = whence.Trajectory.load(folder)
+    model = s.build()
+    model.load_state_dict(run.checkpoints[-1].state)
+    return model, run
+
+
+class Clock:
+    """CPU seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self.last = time.process_time()
+
+    def __call__(self, what: str) -> None:
+        now = time.process_time()
+        self.spent[what], self.last = now - self.last, now
+
+
+def methods(s: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Name -> what fits and scores, and says what it cost."""
+    model, run = attributed(s)
+    ids, asked = list(s.train["input_ids"]), list(s.queries["input_ids"])
+    others = {
+        "gradient cosine": whence.GradCos(**MLP),
+        "TracIn, 6 checkpoints": whence.TracIn(run, checkpoints=6, rates=False, **MLP),
+        "TRAK, 1 model": whence.TRAK(**MLP),
+        "random": whence.Random(),
+    }
+    words = {"TF-IDF": whence.TFIDF(), "BM25": whence.BM25()}
+
+    def by_solver(solver: Solver, damping: whence.Damping) -> dict[str, Any]:
+        clock = Clock()
+        shift = whence.Influence(whence.Identity(), damping, **MLP).fit(model, CausalLM(), s.train).inverse.shift
+        clock("damping")
+        known = whence.Damping.by_parameter(shift)
+        fitted = whence.Influence(solver, known, **MLP).fit(model, CausalLM(), s.train)
+        inverse, problem = fitted.inverse, fitted.problem
+        clock("fit")
+        b = fitted.query_gradients(s.queries).dense()
+        solution = inverse(b, certify=False)
+        clock("solve")
+        values = streamed(problem, Pairing.of(solution.x, problem.blocks))
+        clock("scores")
+        residual = relative(inverse.residual_vector(solution.x, b), b)
+        clock("certificate")
+        more = {"steps": solution.steps, "history": solution.history, "lambda": shift}
+        return {"values": values, "residual": residual, "spent": clock.spent} | more | {"report": inverse.report()}
+
+    def by(method: Any, *fitted_on: Any, queries: Any) -> dict[str, Any]:
+        clock = Clock()
+        method.fit(*fitted_on)
+        clock("fit")
+        values = method.score(queries).values
+        clock("scores")
+        return {"values": values, "spent": clock.spent}
+
+    made = {name: (lambda pair=pair: by_solver(*pair)) for name, pair in SOLVERS.items()}
+    made |= {k: (lambda m=m: by(m, model, CausalLM(), s.train, queries=s.queries)) for k, m in others.items()}
+    return made | {k: (lambda m=m: by(m, ids, queries=asked)) for k, m in words.items()}
+
+
+def score(s: Setting, names: list[str]) -> None:
+    """Keep the scores and costs of each method that are not there yet."""
+    known = methods(s)
+    for name in names or known:
+        file = FOLDER / "scores" / f"{name}.pt"
+        if not file.exists():
+            found = known[name]()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(found, file)
+            print(name, found["spent"], found.get("report", ""), flush=True)
+
+
+def row(name: str, kept: dict[str, Any], masks: Tensor, f: Tensor) -> str:
+    """A line of the table."""
+    found = linear_datamodeling_score(kept["values"], masks, f)
+    low, high = found.interval
+    spent = kept["spent"]
+    asked = sum(spent.get(part, 0.0) for part in ("solve", "scores"))
+    residual = kept.get("residual")
+    solved = "" if residual is None else f"{float(residual.median()):.2f} ({float(residual.max()):.2f})"
+    steps = kept.get("steps") or ""
+    cells = f"{found.mean:.3f} ({low:.3f} to {high:.3f}) | {spent['fit']:.1f} | {asked:.1f}"
+    return f"| {name} | {cells} | {steps} | {solved} |"
+
+
+def table(s: Setting, subsets: int, repeats: int) -> str:
+    """The table of all that was scored, and what it rests on."""
+    masks, f = targets(s, subsets, repeats)
+    files = sorted((FOLDER / "scores").glob("*.pt"))
+    kept = {file.stem: torch.load(file, weights_only=True) for file in files}
+    chance = linear_datamodeling_score(kept["random"]["values"], masks, f)
+    by_lds = sorted(kept, key=lambda k: -linear_datamodeling_score(kept[k]["values"], masks, f, bootstrap=1).mean)
+    start, (model, _) = s.start(), attributed(s)
+    heldout = {"input_ids": s.heldout["input_ids"][::4]}
+    said = [
+        f"{name}: held-out {float(losses(m, heldout).mean()):.3f}, queries {float(losses(m, s.queries).mean()):.3f}"
+        for name, m in (("before fine-tuning", start), ("after", model))
+    ]
+    return "\n".join(
+        [
+            *(HEADER, *(row(name, kept[name], masks, f) for name in by_lds), ""),
+            f"{chance.n_subsets} subsets x {chance.n_repeats} repeats, {len(chance.per_query)} queries, ceiling "
+            f"{chance.ceiling}; {s.sizes}. Loss per token in nats, {'; '.join(said)}.",
+            f"Machine: {', '.join(f'{k} {v}' for k, v in machine().items() if k != 'load')}; one thread.",
+        ]
+    )
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("retrain", "score", "table"))
+    parser.add_argument("methods", nargs="*", help="for score: which; all that are not kept yet")
+    parser.add_argument("--subsets", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    s = prepared(SIZES)
+    if args.part == "retrain":
+        targets(s, args.subsets, args.repeats)
+    elif args.part == "score":
+        score(s, args.methods)
+    else:
+        print(table(s, args.subsets, args.repeats))
+
+
+if __name__ == "__main__":
+    main()
