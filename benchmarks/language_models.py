@@ -84,7 +84,7 @@ def _train(net: Any, x: Any) -> None:
         optimiser.step()
 
 
-def ours(count: int, batch_size: int = 8) -> dict[str, Any]:
+def ours(count: int, batch_size: int = 12) -> dict[str, Any]:
     """EKFAC fit and scores by whence. Phases ``fit`` and ``scores``.
 
     Returns:
@@ -105,7 +105,7 @@ def ours(count: int, batch_size: int = 8) -> dict[str, Any]:
     return {"scores": scores.values.numpy().astype(np.float32)}
 
 
-def unavoidable(count: int, batch_size: int = 16) -> dict[str, Any]:
+def unavoidable(count: int, batch_size: int = 8) -> dict[str, Any]:
     """The parts that an EKFAC fit and its scores are made of, in plain torch on the same shapes, one phase each.
 
     ``sweep``: forward and backward of the model as it is, without weight gradients, down to the first MLP.
@@ -189,7 +189,7 @@ def floors(parts: Run, count: int) -> list[str]:
     again = max(0.0, 1 - KEPT / (size * count))
     lines = [
         "",
-        f"| floor | fit | with covariances | and a second sweep of the {again:.0%} that do not fit into memory | scores |",
+        f"| floor | fit | with covariances | with a second sweep of {again:.0%}, which do not fit | scores |",
         "|---|---|---|---|---|",
     ]
     for name in ("sweep", "sweep, fused"):

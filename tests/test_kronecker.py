@@ -359,6 +359,19 @@ def test_pieces_of_work_change_nothing(name, chunk, monkeypatch):
     equal_factors(kronecker.fit(library(p, batch_size=4), "true"), whole)
 
 
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (3, 5, 1), (3, 0, 1)])
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("long", [1, 6])
+def test_real_positions_are_each_taken_once(lengths, holes, long, monkeypatch):
+    monkeypatch.setattr(kronecker, "LONG", long)
+    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
+    mask[0, 1] &= not holes
+    x = torch.arange(2 * 3 * 5 * 4).view(2, 3, 5, 4)
+    found = [x[some].reshape(2, -1, 4) for some in kronecker._stretches(mask)]
+    assert torch.equal(torch.cat(found, 1), x[:, mask])
+    assert len(found) == (3 if long == 1 and not holes and min(lengths) < 5 else 1)
+
+
 def test_rows_are_kept_for_the_second_pass_as_far_as_they_fit(monkeypatch):
     p = problem("masked_sequence")
     whole, passes = kronecker.fit(library(p), "true"), {}
