@@ -107,8 +107,8 @@ class Setting:
 
     def start(self, recipe: Recipe = PRETRAINING, seed: int = 0) -> nn.Module:
         """The model that fine-tuning starts from; trained once and kept."""
-        made_of = self.pretraining.numpy().tobytes() + f"{self.sizes} {recipe} {seed}".encode()
-        key = hashlib.blake2b(made_of, digest_size=6).hexdigest()
+        shape = f"{self.sizes.width} {self.sizes.layers} {self.sizes.heads} {recipe} {seed}"
+        key = hashlib.blake2b(self.pretraining.numpy().tobytes() + shape.encode(), digest_size=6).hexdigest()
         model, file = self.build(seed), CACHE / f"start-{key}.pt"
         if not file.exists():
             train(model, self.pretraining, recipe, seed)
