@@ -153,7 +153,7 @@ class _Pull(torch.autograd.Function):
         return outputs.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _scale: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _scale: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The cotangent itself."""
         return ctx.saved_tensors[0], None
 
