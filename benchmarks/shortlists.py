@@ -1,6 +1,6 @@
 """What shortlists of a language model's training sequences miss: words, and stores of projected gradients.
 
-    python -m benchmarks.shortlists --width 128 --train 2000
+    python -m benchmarks.shortlists --sizes 4096 16384 65536 262144
 
 The GPT-2 and the data of ``experiments.language.setting``, EKFAC of the MLP layers. Recall of the exact best 10 and 100
 sequences of each query in a shortlist of its own of 1%, 5% and 10% of the training set; CPU seconds of the build, bytes

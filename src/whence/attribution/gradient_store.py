@@ -170,7 +170,8 @@ class GradientStore:
 
 def packed(rows: Tensor) -> dict[str, Tensor]:
     """What is kept of n sketches b, (n, k): "signs" (n, k / 8) uint8, a bit each, and "sizes" |b|^2 / |b|_1, (n,)."""
-    signs = torch.from_numpy(np.packbits((rows > 0).cpu().numpy(), axis=1))
+    rows = rows.cpu()
+    signs = torch.from_numpy(np.packbits((rows > 0).numpy(), axis=1))
     return {"signs": signs, "sizes": rows.square().sum(1) / rows.abs().sum(1).clamp(min=1e-30)}
 
 
