@@ -84,7 +84,7 @@ def _train(net: Any, x: Any) -> None:
         optimiser.step()
 
 
-def ours(count: int, batch_size: int = 12) -> dict[str, Any]:
+def ours(count: int, batch_size: int = 16) -> dict[str, Any]:
     """EKFAC fit and scores by whence. Phases ``fit`` and ``scores``.
 
     Returns:

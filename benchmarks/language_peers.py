@@ -1,7 +1,7 @@
 """EKFAC of kronfluence 1.0.1, dattri-llm 0.1.0 and bergson 2.5.1 on the language model of `benchmarks.language_models`.
 
 All get the weights and biases of the MLP layers, true labels, the summed loss, and damping 0.1 x the mean corrected
-eigenvalue of each layer; batch sizes are the fastest found for each. Each function fits and scores in phases ``fit``
+eigenvalue of each layer; batch sizes are those of 2 to 32 that were fastest for each. Each function fits and scores in phases ``fit``
 and ``scores`` and returns (Q, N) scores with our sign, without 1/N.
 """
 
@@ -27,7 +27,7 @@ def _summed(net: Any, x: Any) -> Any:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="sum")
 
 
-def kronfluence(count: int, batch_size: int = 8) -> dict[str, Any]:
+def kronfluence(count: int, batch_size: int = 32) -> dict[str, Any]:
     """Its MLP layers become nn.Linear, as in its own examples; the last position, without label, is left out."""
     import logging
 
@@ -137,7 +137,7 @@ def dattri_llm(count: int, batch_size: int = 8) -> dict[str, Any]:
     return {"scores": scores.scores.T.float().numpy()}
 
 
-def bergson(count: int, batch_size: int = 8) -> dict[str, Any]:
+def bergson(count: int, batch_size: int = 4) -> dict[str, Any]:
     """Its pipeline of four steps, called one by one; a batch holds as many tokens as it accepts."""
     import torch
     import transformers

@@ -29,6 +29,13 @@ class Basis:
         """From coordinates in the basis: the inverse of `rotate`."""
         return self._apply(x, transposed=True)
 
+    def across(self, v: Tensor, back: bool = False) -> Tensor:
+        """`rotate`, or `back`, of the columns of matrices v (Q, G, d, other)."""
+        parts = []
+        for q, part in zip(self.pieces, v.split([q.shape[1] for q in self.pieces], 2), strict=True):
+            parts.append((q if back else q.mT).to(v.dtype) @ part if len(q) else part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
     @property
     def cost(self) -> int:
         """Multiply-adds to rotate a vector of every group."""
@@ -61,13 +68,11 @@ class KroneckerBlock:
 
     def rotate(self, v: Tensor) -> Tensor:
         """Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
-        v = self.right.rotate(v.transpose(0, 1))  # (G, Q, O, I)
-        return self.left.rotate(v.mT).mT.transpose(0, 1)
+        return self.left.across(self.right.rotate(v.transpose(0, 1)).transpose(0, 1))
 
     def back(self, v: Tensor) -> Tensor:
         """Q_S V Q_A^T: the inverse of `rotate`."""
-        v = self.right.back(v.transpose(0, 1))
-        return self.left.back(v.mT).mT.transpose(0, 1)
+        return self.left.across(self.right.back(v.transpose(0, 1)).transpose(0, 1), back=True)
 
     def costs(self, rows: Rows) -> tuple[int, int]:
         """Multiply-adds per example of `rotated` for rows like these, and of `back` for one matrix."""

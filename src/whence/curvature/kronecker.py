@@ -251,7 +251,7 @@ def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
             w = rows.a[:, i : i + step].mT.unsqueeze(2) @ rows.g[:, i : i + step]  # (G, m, R, I, O)
             if not tokens:
                 w = block.rotate(w.permute(1, 2, 0, 4, 3).reshape(-1, G, O, I))
-                w = w.view(-1, R, G, O, I).permute(2, 0, 1, 4, 3)
+                w = w.reshape(-1, R, G, O, I).permute(2, 0, 1, 4, 3)
             total[:, : w.shape[1]].addcmul_(w, w)
         return total.sum((1, 2)).mT.double()
     if isinstance(rows, Lookup):  # uses of one token within an example are summed before squaring
