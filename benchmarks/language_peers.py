@@ -1,8 +1,8 @@
 """EKFAC of kronfluence 1.0.1, dattri-llm 0.1.0 and bergson 2.5.1 on the language model of `benchmarks.language_models`.
 
 All get the weights and biases of the MLP layers, true labels, the summed loss, and damping 0.1 x the mean corrected
-eigenvalue of each layer; batch sizes are those of 2 to 32 that were fastest for each. Each function fits and scores in phases ``fit``
-and ``scores`` and returns (Q, N) scores with our sign, without 1/N.
+eigenvalue of each layer; batch sizes are those of 2 to 32 that were fastest for each. Each function fits and scores in
+phases ``fit`` and ``scores``, or ``fit`` within ``all``, and returns (Q, N) scores with our sign, without 1/N.
 """
 
 from __future__ import annotations
