@@ -29,7 +29,7 @@ from whence.hf import SequenceClassification, pad
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
 VOCABULARY, LENGTH = 4000, 32
-BASE, TRAIN, TEST = 3000, 2000, 3000  # phrases
+BASE, TRAIN, TEST = 4000, 2000, 2000  # phrases
 NOISE, BATCH, EPOCHS, RATE = 0.2, 32, 3, 1e-3
 TASK = SequenceClassification()
 Batch = Mapping[str, Tensor]
@@ -171,6 +171,6 @@ def _base(data: Batch, seed: int) -> nn.Module:
     file = OUT / f"sst2-base-{seed}.pt"
     if not file.exists():
         OUT.mkdir(exist_ok=True)
-        torch.save(tune(model, data, seed, epochs=3, rate=5e-4).state_dict(), file)
+        torch.save(tune(model, data, seed, epochs=2, rate=5e-4).state_dict(), file)
     model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()

@@ -103,13 +103,16 @@ def selection(runs: list[dict[str, Any]]) -> str:
             mine, other = ([r[f"{k}|{share}"] for r in runs] for k in (name, "random"))
             pairs = list(zip(mine, other, strict=True))
             if name == "random":
-                cells += [cell([m[1] for m in mine], 100), cell([m[0] for m in mine], digits=3), "20"]
+                cells += [cell([m[1] for m in mine], 100), cell([m[0] for m in mine], digits=3), ""]
                 continue
-            flips = f"{100 * np.mean([m[2] for m in mine]):.0f}" if len(mine[0]) > 2 else "0"
+            made_of = [f"{100 * np.mean([m[i] for m in mine]):.0f}" for i in (2, 3) if len(mine[0]) > 2]
             cells += [cell([m[1] - o[1] for m, o in pairs], 100, sign=True)]
-            cells += [cell([m[0] - o[0] for m, o in pairs], digits=3, sign=True), flips]
+            cells += [cell([m[0] - o[0] for m, o in pairs], digits=3, sign=True), " / ".join(made_of)]
         rows.append([name, *cells])
-    heads = ["chosen by", *(f"{s:.0%}: {what}" for s in SHARES for what in ("accuracy", "loss", "% flipped"))]
+    heads = [
+        "chosen by",
+        *(f"{s:.0%}: {what}" for s in SHARES for what in ("accuracy", "loss", "% flipped / positive")),
+    ]
     extra = {"after the warm-up epoch": "warm", "one more epoch on all": "all, 1 epoch"}
     said = [
         f"{what}: accuracy {cell([r[key][1] for r in runs], 100)}, loss {cell([r[key][0] for r in runs], digits=3)}"
