@@ -48,8 +48,10 @@ def packed(influence: Influence, p: TinyProblem, flat: Tensor) -> dict[str, Tens
 
 
 def shares(influence: Influence) -> dict[str, Tensor]:
-    """e = Lambda / (Lambda + damping) of each block, flat."""
-    return {name: (f.ekfac / (f.ekfac + 0.01)).flatten() for name, f in influence.inverse.factors.items()}
+    """The expected squared coordinates of each block, flat: second moments over eigenvalues + damping."""
+    corrected = isinstance(influence.solver, EKFAC) and influence.solver.corrected
+    factors = influence.inverse.factors.items()
+    return {name: (f.ekfac / ((f.ekfac if corrected else f.kfac) + 0.01)).flatten() for name, f in factors}
 
 
 def shrunk(influence: Influence, size: int) -> dict[str, Tensor]:
@@ -109,12 +111,13 @@ def test_the_root_is_half_of_the_inverse(solver):
 
 
 @pytest.mark.parametrize("size", [1, 7, 60, 1000])
-def test_coordinates_are_shrunk_to_the_least_expected_error(size):
+@pytest.mark.parametrize("solver", [EKFAC(), KFAC()], ids=repr)
+def test_coordinates_are_shrunk_to_the_least_expected_error(solver, size):
     p = problem("mlp")
-    influence = fitted(p)
+    influence = fitted(p, solver)
     kept = gradient_store._kept(influence.inverse, size)
     for name, w in shrunk(influence, size).items():
-        found = kept[name].square() * (influence.inverse.factors[name].ekfac.flatten() + 0.01)
+        found = kept[name].square() * influence.inverse.denominators(name).flatten()
         torch.testing.assert_close(found, w, rtol=1e-6, atol=1e-7)
         assert torch.equal(found == 0, w == 0)
 

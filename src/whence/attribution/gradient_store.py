@@ -193,8 +193,8 @@ def _kept(inverse: EigenInverse, size: int) -> dict[str, Tensor]:
 
 
 def _level(shares: Sequence[Tensor], size: int) -> float:
-    """Tau with sum_i max(0, e_i - tau) = k tau, by bisection, to 1e-9."""
-    low, high = 0.0, 1.0
+    """Tau with sum_i max(0, e_i - tau) = k tau, by bisection, to 1e-9 of the largest e."""
+    low, high = 0.0, max(float(e.max()) for e in shares)
     for _ in range(30):
         tau = (low + high) / 2
         above = sum(float((e - tau).clamp(min=0).sum(dtype=torch.float64)) for e in shares)

@@ -33,7 +33,8 @@ def similarity(influence: Influence, queries: Any, others: Any = None, certify: 
         InputError: if the self-influence of an example is not positive.
     """
     alone, loss = others is None, influence.problem.task.loss
-    scores = influence.score(queries, loss, certify, not alone, queries if alone else others)
+    scored = queries if alone else others
+    scores = influence.score(queries, loss, certify=certify, self_influence=not alone, candidates=scored)
     mine = scores.values.diagonal() if alone else influence.self_influence(queries)
     theirs = dataclasses.replace(scores, self_values=mine) if alone else scores
     half = theirs.relative()
