@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -72,6 +73,7 @@ def fit(
             if name not in sides:
                 sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
             _accumulate(*sides[name], r, real, len(rows))
+        del rows, r  # before the next ones are made
     n = sum(len(p.train) for p in problems)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
     blocks, sums = {}, {}
@@ -82,10 +84,11 @@ def fit(
         kfac = positions * ds.unsqueeze(-1) * da.unsqueeze(-2)
         sums[name] = torch.zeros_like(kfac)
         blocks[name] = KroneckerBlock(left, right, kfac.to(problem.dtype), sums[name])
-    rest = (rows for rows, _ in _passes(problems, labels, rng, skip=len(kept)))
+    rest = map(itemgetter(0), _passes(problems, labels, rng, skip=len(kept)))
     for rows in chain((kept.pop(0) for _ in range(len(kept))), rest):
         for name, r in rows.rows.items():
             sums[name] += _squares(blocks[name], r, len(rows))
+        del rows, r
     for name, ((left, ds), (right, da)) in bases.items():
         _settle(sums[name], left, ds)
         _settle(sums[name].mT, right, da)
@@ -164,8 +167,8 @@ def _passes(
             if skip > 0:
                 skip -= 1
                 continue
-            rows = problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng)
-            yield rows, problem.task.padding(batch)
+            real = problem.task.padding(batch)
+            yield problem.loss_gradients(batch) if labels == "true" else problem.sampled_gradients(batch, rng), real
 
 
 def _sides(rows: Rows, sides: tuple[int, int, int], limit: int, device: torch.device) -> tuple[_Side, _Side]:
