@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 import whence
 from pages import CHROMIUM, Page, browse
 from targets import placed, refused, run, table, whole
+from whence import cli
 from whence.commands import language
 from whence.problem import Problem
 
@@ -204,6 +207,20 @@ def test_which_parameters_count():
     linear = ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")
     assert sorted(names) == sorted(f"model.decoder.layers.0.{'' if 'fc' in n else 'self_attn.'}{n}.{part}"
                                    for n in linear for part in ("weight", "bias"))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_page_on_language_models_is_true(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "language-models.md").read_text(encoding="utf-8")
+    code, *_ = text.partition("```text\n$ whence")
+    names = {"__name__": "page"}
+    for block in re.findall(r"^```python\n(.*?)^```$", code, re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    command = re.search(r"^\$ whence (.*)$", text, re.MULTILINE)[1]
+    assert cli.main(shlex.split(command)) == 0
+    first = int(table("run/explain.csv")["example"][0])
+    assert "peru" in names["texts"][first] and "18 documents of facts.txt" in capsys.readouterr().out
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------------------
