@@ -6,6 +6,7 @@ rank are solved for and cut a piece of the queries at a time, so that they need 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,16 +18,20 @@ import torch
 from torch import Tensor
 
 from whence.attribution.stream import Measurement, query_gradients, solved
+from whence.curvature import kronecker
+from whence.curvature.eigenbasis import KroneckerBlock
 from whence.data import Examples, digest
-from whence.errors import ConvergenceWarning, DivergenceError
+from whence.errors import ConvergenceWarning, DivergenceError, WhenceWarning
 from whence.gradients import Gradients, concatenate
 from whence.lowrank import checked
 from whence.problem import Problem
 from whence.solvers.base import Inverse, Pairing, Solution
+from whence.solvers.kronecker import EigenInverse
 from whence.store import Shards
 from whence.trace import Seeds
 
 COPIES = 8  # full-rank vectors per query that a solve may hold
+SAMPLE = 64  # training examples on which the error is measured
 
 
 @dataclass(frozen=True)
@@ -103,31 +108,80 @@ def directions(
         rank: of each query's matrix in each block, see `whence.lowrank.truncated`; None: full.
 
     Returns:
-        The pairing; the solution without x; with a rank, also ``truncation``: the rank, |V - V_r| / |V| of the worst
-        query and on average, and the average share of |V|^2 that is kept.
+        The pairing; the solution without x; with a rank, also ``truncation``: the rank; ``error`` and ``mean error``,
+        |s_r - s| / |s| of the worst query and on average over up to 64 training examples, s their scores at full rank;
+        and ``energy``, the average share of the squared norm kept, in the norm of `Pairing.truncated`.
     """
-    pairings, solutions, energies, start = [], [], [], 0
+    pairings, solutions, start = [], [], 0
+    cut = None if rank is None else Cut(inverse, rank)
     for piece in rows:
         stop = start + len(piece)
         name = "solution" if rank is None else f"solution-{start}-{stop}"
         with _numbered(start, stop) if start else nullcontext():
-            pairing, solution = _full(inverse, piece, certify, shards, name)
-        if rank is not None:
-            pairing, energy = pairing.truncated(rank)
-            energies.append(energy)
-        pairings.append(pairing)
+            pairing, solution = _full(inverse, piece, certify, shards, name, cut is None)
+        pairings.append(cut(pairing) if cut else pairing)
         solutions.append(solution)
         start = stop
-    return Pairing.joined(pairings), _joined(solutions), _report(rank, energies)
+    return Pairing.joined(pairings), _joined(solutions), cut.report() if cut else {}
+
+
+class Cut:
+    """Cuts pairings to a rank, and keeps what that does to the scores of a few training examples, evenly spread.
+
+    Args:
+        inverse: (C + damping)^-1. EKFAC's own Kronecker factors tell what matters to scores; for other methods those of
+            the few training examples do.
+        rank: see `whence.lowrank.truncated`.
+    """
+
+    def __init__(self, inverse: Inverse, rank: float):
+        self.problem, self.rank = inverse.curvature.problem, rank
+        N = len(self.problem.train)
+        self.sample = self.problem.train.subset(torch.linspace(0, N - 1, min(SAMPLE, N)).round().long())
+        self.factors = inverse.factors if isinstance(inverse, EigenInverse) else self._sampled()
+        self.kept: list[Tensor] = []
+        self.errors: list[Tensor] = []
+
+    def __call__(self, full: Pairing) -> Pairing:
+        """The pairing by directions of low rank."""
+        low, (dropped, whole) = full.truncated(self.rank, self.factors)
+        self.kept.append(1 - dropped / whole.clamp(min=1e-300))
+        squares = []
+        for _, batch in self.problem.batches(self.sample):
+            g = self.problem.loss_gradients(batch)
+            exact = full(g).double()
+            squares.append(torch.stack([(low(g) - exact).square().sum(1), exact.square().sum(1)]))
+        difference, scores = torch.stack(squares).sum(0)
+        self.errors.append((difference / scores.clamp(min=1e-300)).sqrt())
+        return low
+
+    def report(self) -> dict[str, Any]:
+        """What is said of all queries; a `WhenceWarning` names those whose scores changed by more than half."""
+        errors = torch.cat(self.errors)
+        if len(bad := (errors > 0.5).nonzero().flatten().tolist()):
+            warnings.warn(
+                f"rank {self.rank} changes the scores of {len(bad)} of {len(errors)} queries by more than half of them "
+                f"(up to {float(errors.max()):.2g} times): queries {bad[:10]}. Raise the rank, or leave it out.",
+                WhenceWarning,
+                stacklevel=4,
+            )
+        error = {"error": float(errors.max()), "mean error": float(errors.mean())}
+        return {"truncation": {"rank": self.rank, **error, "energy": float(torch.cat(self.kept).mean())}}
+
+    def _sampled(self) -> dict[str, KroneckerBlock]:
+        few = copy.copy(self.problem)
+        few.train = self.sample
+        return kronecker.fit(few, "true")
 
 
 def _full(
-    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None, name: str
+    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None, name: str, turned: bool
 ) -> tuple[Pairing, Solution]:
-    """Directions of full rank, in the inverse's shorter way if nothing is certified."""
-    pairing = None if certify else inverse.pairing(rows)
-    if pairing is not None:
-        return pairing, Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
+    """Directions of full rank, in the inverse's shorter way if nothing is certified; in its bases if not ``turned``."""
+    if not certify:
+        pairing = inverse.within(rows) if isinstance(inverse, EigenInverse) and not turned else inverse.pairing(rows)
+        if pairing is not None:
+            return pairing, Solution({}, None, torch.ones(len(rows), dtype=torch.bool))
     solution = solved(inverse, rows, certify, shards, name)
     return Pairing.of(solution.x, rows.blocks), solution
 
@@ -149,15 +203,6 @@ def _joined(parts: list[Solution]) -> Solution:
         sum(p.passes for p in parts),
         sum(p.seconds for p in parts),
     )
-
-
-def _report(rank: float | None, energies: list[Tensor]) -> dict[str, Any]:
-    if rank is None:
-        return {}
-    dropped, whole = torch.cat(energies, 1)
-    share = dropped / whole.clamp(min=1e-300)
-    error = {"error": float(share.sqrt().max()), "mean error": float(share.sqrt().mean())}
-    return {"truncation": {"rank": rank, **error, "energy": 1 - float(share.mean())}}
 
 
 @contextmanager

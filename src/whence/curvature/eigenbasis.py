@@ -66,6 +66,18 @@ class KroneckerBlock:
     kfac: Tensor
     ekfac: Tensor
 
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """Two sides (G, O, 1) and (G, 1, I) with squares whose product is KFAC's eigenvalues, none of them 0.
+
+        Each is raised by a hundredth of its mean, so that what few gradients have is not taken for nothing.
+        """
+        kfac = self.kfac.double()
+        total = kfac.sum((1, 2), keepdim=True)
+        left, right = kfac.sum(2, keepdim=True), kfac.sum(1, keepdim=True) / total.where(total > 0, 1.0)
+        raised = (t + 0.01 * t.mean((1, 2), keepdim=True) for t in (left, right))
+        left, right = (t.where(total > 0, 1.0).sqrt() for t in raised)
+        return left, right
+
     def rotate(self, v: Tensor) -> Tensor:
         """Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
         return self.left.across(self.right.rotate(v.transpose(0, 1)).transpose(0, 1))

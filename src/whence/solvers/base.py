@@ -107,24 +107,32 @@ class Pairing:
         """The same, block by block: they sum to the scores."""
         return {name: self._mixed(self._part(name, rows)) for name, rows in g.rows.items()}
 
-    def truncated(self, rank: float) -> tuple[Pairing, Tensor]:
+    def truncated(self, rank: float, factors: Mapping[str, KroneckerBlock]) -> tuple[Pairing, Tensor]:
         """The same by one direction of low rank for each query, out of its basis: that costs less than turning rows.
+
+        What is kept is what matters to scores: V_r minimises the mean square of <V - V_r, W> over rows W whose second
+        moment is that of KFAC, S x A, so that S^1/2 (V - V_r) A^1/2 is what a singular value decomposition makes small.
 
         Args:
             rank: see `whence.lowrank.truncated`.
+            factors: block name to the Kronecker factors of the gradients that will be scored, in the same bases.
 
         Returns:
-            The pairing; |V - V_r|^2 and |V|^2 over all blocks, (2, Q) float64.
+            The pairing; energies |S^1/2 V A^1/2|^2 over all blocks of what is dropped and of all, (2, Q) float64.
         """
-        packed, bases, energies = {}, dict(self.bases), []
+        packed, energies = {}, []
         for name, v in self.packed.items():
-            v = lowrank.written(v)
+            f, v = factors[name], lowrank.written(v)
             v = v if self.mix is None else torch.tensordot(self.mix.to(v), v, 1)
-            packed[name], dropped = lowrank.truncated(v, rank)
-            energies.append(torch.stack([dropped, v.flatten(1).norm(dim=1, dtype=torch.float64).square()]))
-            if isinstance(packed[name], LowRank) and name in bases:
-                packed[name] = _back(packed[name], bases.pop(name))
-        return replace(self, packed=packed, bases=bases, mix=None), torch.stack(energies).sum(0)
+            v = v if name in self.bases else f.rotate(v)
+            left, right = (t.to(v) for t in f.roots())
+            low, dropped = lowrank.truncated(left * v * right, rank)
+            energies.append(torch.stack([dropped, (left * v * right).flatten(1).norm(dim=1, dtype=torch.float64) ** 2]))
+            if isinstance(low, LowRank):
+                packed[name] = _back(LowRank(low.left / left, low.right / right), f)
+            else:
+                packed[name] = f.back(v)
+        return replace(self, packed=packed, bases={}, mix=None), torch.stack(energies).sum(0)
 
     def _out(self, name: str) -> Directions:
         """A block's directions as the parameters are."""

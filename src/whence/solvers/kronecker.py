@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from whence import lowrank
 from whence.curvature.base import Curvature, Need
 from whence.curvature.kronecker import Basis, KroneckerBlock, Labels, fit
 from whence.damping import Damping, Shift
@@ -58,19 +59,25 @@ class EigenInverse(Inverse):
         """Rows in the eigenbases, still factored."""
         return rows.map(lambda name, r: self.factors[name].rotated(r))
 
+    def within(self, rows: Gradients) -> Pairing:
+        """Scores in the eigenbases."""
+        packed: Packed = {}
+        for block in rows.blocks:
+            turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
+            packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
+        return Pairing(packed, self.factors)
+
     def pairing(self, rows: Gradients) -> Pairing:
         """Scores in the eigenbases, except of blocks where rotating Q solutions back costs less than N gradients."""
-        packed: Packed = {}
+        packed = dict(self.within(rows).packed)
         bases: dict[str, KroneckerBlock] = {}
-        for block in rows.blocks:
-            f, r = self.factors[block.name], rows.rows[block.name]
-            x = f.rotated(r).written().rows.reshape(-1, *block.sides).div_(self.denominators(block.name))
+        for name, r in rows.rows.items():
+            f = self.factors[name]
             turn, back = f.costs(r)
             if turn * len(self.curvature.problem.train) <= back * len(rows):
-                bases[block.name] = f
+                bases[name] = f
             else:
-                x = f.back(x)
-            packed[block.name] = x
+                packed[name] = f.back(lowrank.written(packed[name]))
         return Pairing(packed, bases)
 
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
