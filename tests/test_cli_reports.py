@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import whence
-from targets import load, placed, refused, run, whole
+from targets import MINE, load, placed, refused, run, whole
 from whence.act import clean, cleanest, explain, select
 from whence.tables import read_table
 
@@ -60,6 +62,34 @@ def test_explain(mine, fitted, capsys):
     assert (mine / "again" / "explain.toml").read_text() == (mine / "r" / "explain.toml").read_text().replace(
         '"r"', '"again"'
     )
+
+
+def test_a_target_proposes_options_and_words(mine, fitted, capsys):
+    proposed = """
+def proposed():
+    return full(defaults={"damping": 0.05, "solver": "EKFAC()", "seed": 3}, page={"title": "Mine", "notes": ["Noted."]})
+"""
+    (mine / "mine.py").write_text(MINE + proposed)
+    run("explain mine:proposed --out r --seed 0")
+    expected = fitted()[1].score(load().queries).values
+    torch.testing.assert_close(whence.Scores.load("r/scores.safetensors").values, expected)
+    assert "<h1>Mine</h1>" in page("explain") and "Noted." in page("explain")
+    said, written = capsys.readouterr().out, (mine / "r" / "explain.toml").read_text()
+    assert "\nNoted.\n" in said and "damping = 0.05" in written and 'solver = "EKFAC()"' in written
+    assert "seed = 0" in written
+    run("score mine:proposed --out s --method GradCos()")  # has no damping
+
+
+def test_parts_that_a_task_does_not_have_are_named(mine, capsys):
+    shown = """
+def worded():
+    return full(show=lambda data, number: Example("x", tokens=["one", " two"]))
+"""
+    (mine / "mine.py").write_text(MINE + shown)
+    run(f"explain mine:worded {LIKE}")
+    said = capsys.readouterr().out
+    assert re.search(r"Not in the report: .*positions", said) and re.search(r"Not in the report: .*each token", said)
+    assert '<figure class="layers">' in page("explain") and "<mark>" not in page("explain")
 
 
 def test_the_full_report(mine, fitted, capsys, monkeypatch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 
 import whence
 from whence import act
@@ -81,21 +82,28 @@ def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = N
 
 
 def split(run: Run, scores: Scores, k: int, show: Sequence[int]) -> Split | None:
-    """The parts of the scores that the report shows, where the method has them and the examples are shown as tokens."""
+    """The parts of the scores that the report shows, if the method has any and the examples are shown as tokens."""
     train, asked = run.target.shown("train"), run.target.shown("queries")
     if not isinstance(run.method, whence.Influence) or train[0].tokens is None or asked[0].tokens is None:
         return None
     best = scores.top(min(k, scores.values.shape[1]))
     index = torch.cat([best.proponents[show], best.opponents[show]]).unique().tolist()
-    problem, fits = run.problem, run.fits()
-    queries = Examples(run.target.queries, "queries").batch(show, problem.device, problem.dtype)
-    blocks = [fit.by_block(queries, index) for fit in fits]
+    queries = Examples(run.target.queries, "queries").batch(show, run.problem.device, run.problem.dtype)
+    blocks = [fit.by_block(queries, index) for fit in run.fits()]
+
+    def over(part: Callable[[whence.Influence], Tensor]) -> Tensor | None:
+        try:
+            return torch.stack([part(fit) for fit in run.fits()]).mean(0)
+        except UnsupportedError as error:
+            say(f"Not in the report: {error}")
+            return None
+
     return Split(
         show,
         index,
-        sum(fit.by_token(queries, index) for fit in fits) / len(fits),
-        sum(fit.by_query_token(queries, index) for fit in fits) / len(fits),
-        {name: sum(block[name] for block in blocks) / len(fits) for name in blocks[0]},
+        over(lambda fit: fit.by_token(queries, index)),
+        over(lambda fit: fit.by_query_token(queries, index)),
+        {name: torch.stack([block[name] for block in blocks]).mean(0) for name in blocks[0]},
     )
 
 

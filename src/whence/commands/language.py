@@ -125,15 +125,17 @@ def loaded(name: str) -> tuple[Any, Any]:
         raise expected("hf", wanted, f"the file {name}")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    model: Any
+    base = None
     try:
         if find_adapter_config_file(name) is None:
-            base, model = None, transformers.AutoModelForCausalLM.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name)
         else:
             _needs("peft")
             import peft
 
             model = peft.AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True)
-            base = model.peft_config["default"].base_model_name_or_path
+            base = model.active_peft_config.base_model_name_or_path
     except (OSError, ValueError) as error:
         raise expected("hf", wanted, repr(name), f"{error}") from error
     tokenizer, problem = None, ""
