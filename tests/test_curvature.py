@@ -1,6 +1,7 @@
 """Products of every curvature with dense matrices; data cut, permuted, padded or drawn in other ways."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -407,3 +408,16 @@ def test_float32_products_are_as_good_as_float32_can_be():
         found = make(lib).product({k: t.float() for k, t in p.unflatten(v).items()})
         assert vectors.flatten(found).dtype == torch.float32
         close(p.flatten(found).double(), v @ dense(p), tolerance)
+
+
+def test_a_product_leaves_nothing_behind():
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    p = problem("masked_sequence")
+    curvature, v = GGN(library(p), "jvp"), right_hand_sides(p, 3)
+    product(p, curvature, v)
+    before = held()
+    product(p, curvature, v)
+    assert held() <= before

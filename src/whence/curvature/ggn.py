@@ -206,10 +206,9 @@ def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: V
     """How many right-hand sides go together: each needs the tensors that one backward pass keeps."""
     kept = 0
 
-    def pack(t: Tensor) -> Tensor:
+    def pack(t: Tensor) -> None:  # a tensor given back would hold the graph that holds it, for good
         nonlocal kept
         kept += t.numel() * t.element_size()
-        return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs({name: t.clone().requires_grad_() for name, t in theta.items()})
