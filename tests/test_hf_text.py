@@ -89,7 +89,7 @@ def test_saved_folders_have_splits(tmp_path):
     assert documents(tmp_path / "both", "test") == Documents(["test"], f"{tmp_path / 'both'}, test, column 'text'")
     for split in (None, "dev"):
         with pytest.raises(
-            InputError, match=f"split must be one of train, test, got {split and repr(split) or 'none'}"
+            InputError, match=f"split must be one of train, test, got {(split and repr(split)) or 'none'}"
         ):
             documents(tmp_path / "both", split)
     datasets.DatasetDict(train=parts["train"]).save_to_disk(tmp_path / "one")

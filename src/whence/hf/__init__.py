@@ -1,4 +1,4 @@
-"""transformers and peft: tasks, texts and batches for their models, entries for their layers, a recorder for their Trainer."""
+"""transformers and peft: tasks, texts and batches for their models, entries for their layers, a recorder for training."""
 
 from whence.hf.batches import completion_batch, pad
 from whence.hf.layers import Conv1DKind, ExpertsKind
