@@ -73,7 +73,7 @@ def fit(
             if name not in sides:
                 sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
             _accumulate(*sides[name], r, real, len(rows))
-        del rows, r  # before the next ones are made
+        rows = r = None  # before the next ones are made
     n = sum(len(p.train) for p in problems)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
     blocks, sums = {}, {}
@@ -88,7 +88,7 @@ def fit(
     for rows in chain((kept.pop(0) for _ in range(len(kept))), rest):
         for name, r in rows.rows.items():
             sums[name] += _squares(blocks[name], r, len(rows))
-        del rows, r
+        rows = r = None
     for name, ((left, ds), (right, da)) in bases.items():
         _settle(sums[name], left, ds)
         _settle(sums[name].mT, right, da)

@@ -1,4 +1,4 @@
-"""transformers and peft: tasks, texts and batches for their models, entries for their layers, a recorder for training."""
+"""transformers and peft: tasks, texts and batches for models, entries for layers, a recorder of training."""
 
 from whence.hf.batches import completion_batch, pad
 from whence.hf.layers import Conv1DKind, ExpertsKind
