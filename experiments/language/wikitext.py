@@ -35,10 +35,13 @@ MLP = {"parameters": "mlp", "batch_size": 8, "progress": False}  # 8 x 64 tokens
 PER_EXAMPLE, RELATIVE = whence.Damping.per_example(), whence.Damping.relative(0.1)
 PAPER, TENFOLD = whence.Damping.of(0.011), whence.Damping.of(0.11)  # of ASTRA, table 3, and what CG can solve at
 SCHEDULE = {"batch": 16, "steps": 300, "momentum": 0.9, "decay": 0.9, "decay_every": 100}  # table 3, WikiText-2
+TO_TENTH = whence.CG(preconditioner=whence.EKFAC(), tolerance=0.1, block=True)
 ACCURATE = whence.CG(preconditioner=whence.EKFAC(), tolerance=0.1, block=True, seconds=560)
 SOLVERS: dict[str, tuple[Solver, whence.Damping]] = {
     "gradient dot": (whence.Identity(), PER_EXAMPLE),
     "EKFAC": (whence.EKFAC(), PER_EXAMPLE),
+    "CG(EKFAC) to 0.1": (TO_TENTH, PER_EXAMPLE),
+    "ASTRA": (whence.ASTRA(step=0.011, **SCHEDULE), PER_EXAMPLE),
     "EKFAC, damping 0.1 x mean": (whence.EKFAC(), RELATIVE),
     "EKFAC, damping 0.011": (whence.EKFAC(), PAPER),
     "EKFAC, damping 0.11": (whence.EKFAC(), TENFOLD),
