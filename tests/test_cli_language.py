@@ -201,7 +201,9 @@ def test_adapters_are_attributed(here, tmp_path, capsys):
 
 def test_which_parameters_count():
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, ffn_dim=8, word_embed_proj_dim=8))
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(**sizes, ffn_dim=8, word_embed_proj_dim=8, tie_word_embeddings=False)
+    )
     chosen = re.compile(language.selected(opt))
     names = [name for name, _ in opt.named_parameters() if chosen.search(name)]
     linear = ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")

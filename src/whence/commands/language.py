@@ -167,7 +167,7 @@ def selected(model: nn.Module) -> str | None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     kinds = dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in linear)
-    return rf"\.({'|'.join(kinds)})\." if kinds else None
+    return rf"(?:^|\.)({'|'.join(kinds)})\." if kinds else None
 
 
 def told(origin: str, documents: int, cut: Any, length: int, pack: bool) -> str:
