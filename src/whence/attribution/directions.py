@@ -65,10 +65,10 @@ class Pieces:
 def pieces(
     problem: Problem,
     queries: Any,
-    measurement: Measurement | None,
-    batch_size: int | None,
-    mean: bool,
-    rank: float | None,
+    measurement: Measurement | None = None,
+    batch_size: int | None = None,
+    mean: bool = False,
+    rank: float | None = None,
 ) -> Iterable[Gradients]:
     """The queries' gradients, or their mean, for `directions`: in one piece, or as many as memory asks for.
 
