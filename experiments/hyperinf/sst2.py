@@ -5,7 +5,7 @@
     selection of 5% and 20%: score after one epoch, train on with the best for five            (table 2)
 
 The setting is in `experiments.hyperinf.sst2_setting`, tables and figure are in `experiments.hyperinf.sst2_tables`.
-Each part of each rank and seed is kept in ``out`` as soon as it is done; the same command goes on from there.
+Every result is kept in ``out`` as soon as it is there; the same command goes on from there.
 
     python -m experiments.hyperinf.sst2                        # ranks 8 and 16, three seeds
     python -m experiments.hyperinf.sst2_tables
@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,43 +62,70 @@ METHODS: dict[str, Callable[[], whence.Influence]] = {
 }
 JUDGED = ("HyperINF", "DataInf", "LiSSA, 10 steps", "EKFAC", "CG, empirical Fisher", "CG, Gauss-Newton", "gradient dot")
 SWEPT = ("HyperINF", "DataInf", "EKFAC", "CG, empirical Fisher")
-SLOW = ("LiSSA", "CG")  # a solve for each example: no self-influence
+ONE = {"certify": False, "mean": True}  # the mean validation loss is one right-hand side
 
 
-def detection(case: Case, rank: int) -> dict[str, Any]:
-    """Scores and CPU seconds of every method, and how well they find the flipped labels."""
-    found: dict[str, Any] = {"base": setting.judged(case.base, case.test)}
-    with tempfile.TemporaryDirectory() as folder:
-        seed, record = run_seed(case.seed, 0, 0), Path(folder) / "run"
-        model = setting.tune(setting.adapted(case, rank), case.train, seed, record=record)
-        trajectory = whence.Trajectory.load(record)
-        found["tuned"] = setting.judged(model, case.test)
-        scores, itself, seconds, notes = {}, {}, {}, {}
-        for name, make in METHODS.items():
-            if "matrix='fim'" in repr(make) and rank > 8:  # 8 r³d³ operations
-                continue
+@dataclass
+class Kept:
+    """What one rank and seed gave, by name, in a file that is written again after each new result."""
+
+    case: Case
+    rank: int
+
+    def __post_init__(self) -> None:
+        self.file = OUT / f"sst2-{self.rank}-{self.case.seed}.json"
+        self.found: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {"CPU seconds": 0.0}
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of that name; made if it is not there yet."""
+        if name not in self.found:
             begun = time.process_time()
-            method = make().fit(model, TASK, case.train)
-            scored = method.score(case.validation, TASK.loss, certify=False, mean=True)
-            seconds[name], scores[name] = time.process_time() - begun, scored.values[0]
-            if not name.startswith(SLOW):
-                itself[name] = method.self_influence()
-            notes[name] = {k: scored.provenance[k] for k in ("steps", "passes")}
-            if name in SWEPT:
-                swept = [method.at(whence.Damping.relative(f)) for f in FACTORS]
-                each = [m.score(case.validation, TASK.loss, certify=False, mean=True).values[0] for m in swept]
-                found.setdefault("swept", {})[name] = [_curve(s, case)["auc"] for s in each]
+            value = make()
+            self.found |= {name: value, "CPU seconds": self.found["CPU seconds"] + time.process_time() - begun}
+            self.file.with_suffix(".tmp").write_text(json.dumps(self.found) + "\n")
+            self.file.with_suffix(".tmp").replace(self.file)
+            print(f"rank {self.rank}, seed {self.case.seed}: {name}", flush=True)
+        return self.found[name]
+
+
+def tuned(case: Case, rank: int) -> tuple[nn.Module, whence.Trajectory]:
+    """The attributed model, whose adapters saw all examples, and its run, kept in ``out``."""
+    kept, seed = OUT / f"sst2-run-{rank}-{case.seed}", run_seed(case.seed, 0, 0)
+    model = setting.adapted(case, rank)
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(dir=OUT) as folder:
+            setting.tune(model, case.train, seed, record=Path(folder) / "run")
+            (Path(folder) / "run").rename(kept)
+    trajectory = whence.Trajectory.load(kept)
+    model.load_state_dict(trajectory.checkpoints[-1].state)
+    return model.eval(), trajectory
+
+
+def detection(kept: Kept) -> None:
+    """Scores and CPU seconds of every method, and how well they find the flipped labels."""
+    case, (model, trajectory) = kept.case, tuned(kept.case, kept.rank)
+
+    def judge(method: Any, **options: Any) -> dict[str, Any]:
         begun = time.process_time()
-        method = whence.TracIn(trajectory, rates=False).fit(model, TASK, case.train)
-        scores["TracIn"] = method.score(case.validation, TASK.loss).values.mean(0)
-        seconds["TracIn"] = time.process_time() - begun
-        itself["TracIn"] = method.self_influence()
-    curves = {
-        name: _curve(s, case) | {"seconds": seconds[name], "notes": notes.get(name)} for name, s in scores.items()
-    }
-    own = {name: _curve(-s, case) for name, s in itself.items()}
-    kept = {name: s.tolist() for name, s in scores.items()}
-    return found | {"curves": curves, "self-influence": own, "scores": kept}
+        scored = method.fit(model, TASK, case.train).score(case.validation, TASK.loss, **options)
+        values, seconds = scored.values.mean(0), time.process_time() - begun
+        slow = isinstance(method, whence.Influence) and isinstance(method.solver, (whence.Neumann, whence.CG))
+        own = None if slow else _curve(-method.self_influence(), case)["auc"]  # slow: a solve for each example
+        return _curve(values, case) | {"seconds": seconds, "scores": values.tolist(), "self-influence": own}
+
+    def sweep(method: whence.Influence) -> list[float]:
+        method.fit(model, TASK, case.train)
+        each = [method.at(whence.Damping.relative(f)) for f in FACTORS]
+        return [_curve(m.score(case.validation, TASK.loss, **ONE).values[0], case)["auc"] for m in each]
+
+    kept.once("base", lambda: setting.judged(case.base, case.test))
+    kept.once("tuned", lambda: setting.judged(model, case.test))
+    for name, make in METHODS.items():
+        if "Fisher matrix" not in name or kept.rank == 8:  # its inverse takes (r d)³ operations
+            kept.once(f"detection|{name}", functools.partial(judge, make(), **ONE))
+        if name in SWEPT:
+            kept.once(f"swept|{name}", functools.partial(sweep, make()))
+    kept.once("detection|TracIn", functools.partial(judge, whence.TracIn(trajectory, rates=False)))
 
 
 def _curve(scores: Tensor, case: Case) -> dict[str, Any]:
@@ -106,8 +134,9 @@ def _curve(scores: Tensor, case: Case) -> dict[str, Any]:
     return {"auc": curve.auc, "detection": curve.detection.tolist(), "oracle": curve.oracle.tolist()}
 
 
-def left_out(case: Case, rank: int, scores: dict[str, Any]) -> dict[str, Any]:
+def left_out(kept: Kept) -> None:
     """LOGO: trained again without each fifth of each ranking, from the same adapters and in the same order."""
+    case, rank = kept.case, kept.rank
 
     def train(index: Tensor, seed: int) -> nn.Module:
         return setting.tune(setting.adapted(case, rank), case.train, seed, index)
@@ -115,64 +144,64 @@ def left_out(case: Case, rank: int, scores: dict[str, Any]) -> dict[str, Any]:
     def measure(model: nn.Module) -> Tensor:
         return torch.tensor([setting.judged(model, case.validation)[0]])
 
-    kept = OUT / f"sst2-logo-{rank}-{case.seed}"
-    runs = functools.partial(
-        retrain, train, measure, repeats=1, seed=case.seed, progress=False, folder=kept, paired=True
-    )
-    chance = torch.rand(len(case.flipped), generator=torch.Generator().manual_seed(case.seed))
-    found = {}
-    for name in (*JUDGED[:-1], "TracIn", "random"):
-        tau = chance if name == "random" else torch.tensor(scores[name])
+    def judge(tau: Tensor) -> dict[str, Any]:
         logo = leave_one_group_out(tau[None], runs, bootstrap=1)
         flips = [int(case.flipped[torch.as_tensor(logo.groups == g)].sum()) for g in range(5)]
-        found[name] = {"spearman": logo.spearman, "changes": logo.changes.tolist(), "flipped": flips}
-    everything = torch.ones(1, len(chance), dtype=torch.bool)
-    return found | {"noise": float(runs(everything, repeats=4).std())}
+        return {"spearman": logo.spearman, "changes": logo.changes.tolist(), "flipped": flips}
+
+    folder = OUT / f"sst2-logo-{rank}-{case.seed}"
+    runs = functools.partial(
+        retrain, train, measure, repeats=1, seed=case.seed, progress=False, folder=folder, paired=True
+    )
+    scores = {name: torch.tensor(kept.found[f"detection|{name}"]["scores"]) for name in (*JUDGED, "TracIn")}
+    scores["random"] = torch.rand(len(case.flipped), generator=torch.Generator().manual_seed(_seed(case, 0)))
+    for name, tau in scores.items():
+        kept.once(f"logo|{name}", functools.partial(judge, tau))
+    everything = torch.ones(1, len(case.flipped), dtype=torch.bool)
+    kept.once("noise", lambda: float(runs(everything, repeats=4).std()))
 
 
-def selection(case: Case, rank: int) -> dict[str, Any]:
-    """Table 2: (loss, accuracy) on the test phrases of training on from one epoch with what each method chooses."""
-    warm = setting.tune(setting.adapted(case, rank), case.train, case.seed, epochs=1)
-    N, rng = len(case.flipped), torch.Generator().manual_seed(case.seed)
+def selection(kept: Kept) -> None:
+    """Table 2: loss and accuracy on the test phrases of training on from one epoch with what each method chooses."""
+    case, N = kept.case, len(kept.case.flipped)
+    warm = setting.tune(setting.adapted(case, kept.rank), case.train, _seed(case, 1), epochs=1)
+    labels, wrong = case.train["labels"], setting.logits(warm, case.train).argmax(1) != case.train["labels"]
 
     def trained(index: Tensor | None, epochs: int = 5) -> tuple[float, float]:
-        model = setting.tune(copy.deepcopy(warm).train(), case.train, case.seed + 1, index, epochs)
+        model = setting.tune(copy.deepcopy(warm).train(), case.train, _seed(case, 2), index, epochs)
         return setting.judged(model, case.test)
 
-    def choices(scores: Any, share: float) -> dict[str, Tensor]:
-        """The best of all, and the best of each label."""
-        labels = case.train["labels"]
-        each = [(labels == y).nonzero().flatten() for y in (0, 1)]
-        best = [i[torch.as_tensor(select(scores.values[:, i], share).examples)] for i in each]
-        return {"": torch.as_tensor(select(scores, share).examples), ", each label": torch.cat(best)}
+    def scored(make: Callable[[], whence.Influence]) -> list[float]:
+        method = make().fit(warm, TASK, case.train)
+        return method.score(case.validation, TASK.loss, **ONE).values[0].tolist()
 
-    found: dict[str, Any] = {"warm": setting.judged(warm, case.test), "all, 1 epoch": trained(None, 1)}
-    scored = {}
-    for name in JUDGED:
-        method = METHODS[name]().fit(warm, TASK, case.train)
-        scored[name] = method.score(case.validation, TASK.loss, certify=False, mean=True)
-    true = (~case.flipped).nonzero().flatten()
+    def judge(chosen: Tensor) -> list[float]:
+        """Loss and accuracy, and the shares that are flipped, that the warm model gets wrong, that are positive."""
+        return [*trained(chosen), *(float(t[chosen].double().mean()) for t in (case.flipped, wrong, labels))]
+
+    def by_chance(pool: Tensor, k: int) -> list[float]:
+        rng = torch.Generator().manual_seed(_seed(case, 3))
+        draws = [pool[torch.randperm(len(pool), generator=rng)[:k]] for _ in range(DRAWS)]
+        return torch.tensor([judge(d) for d in draws], dtype=torch.float64).mean(0).tolist()
+
+    kept.once("warm", lambda: setting.judged(warm, case.test))
+    kept.once("one more epoch", lambda: trained(None, 1))
     for share in SHARES:
-        k = round(share * N)
+        for name, pool in (("random", torch.arange(N)), ("random, true labels", (~case.flipped).nonzero().flatten())):
+            kept.once(f"selection|{name}|{share}", functools.partial(by_chance, pool, round(share * N)))
         for name in JUDGED:
-            for how, chosen in choices(scored[name], share).items():
-                shares = [float(t[chosen].double().mean()) for t in (case.flipped, case.train["labels"])]
-                found[f"{name}{how}|{share}"] = [*trained(chosen), *shares]
-        for name, pool in (("random", torch.arange(N)), ("random, true labels", true)):
-            draws = [pool[torch.randperm(len(pool), generator=rng)[:k]] for _ in range(DRAWS)]
-            found[f"{name}|{share}"] = torch.tensor([trained(d) for d in draws], dtype=torch.float64).mean(0).tolist()
-    return found
+            values = torch.tensor(kept.once(f"warm scores|{name}", functools.partial(scored, METHODS[name])))[None]
+            each = [(labels == y).nonzero().flatten() for y in (0, 1)]
+            chosen = {name: torch.as_tensor(select(values, share).examples)}
+            best = [i[torch.as_tensor(select(values[:, i], share).examples)] for i in each]
+            chosen[f"{name}, each label"] = torch.cat(best)
+            for what, index in chosen.items():
+                kept.once(f"selection|{what}|{share}", functools.partial(judge, index))
 
 
-def once(part: str, rank: int, seed: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What lies in ``out``, or is made and put there, with its CPU seconds."""
-    file = OUT / f"sst2-{part}-{rank}-{seed}.json"
-    if not file.exists():
-        begun = time.process_time()
-        found = make() | {"CPU seconds": time.process_time() - begun}
-        file.write_text(json.dumps(found) + "\n")
-        print(f"rank {rank}, seed {seed}, {part}: {found['CPU seconds']:.0f} CPU s", flush=True)
-    return json.loads(file.read_text())
+def _seed(case: Case, what: int) -> int:
+    """One of its own for each purpose: the case's seed itself draws the same permutation as the flips."""
+    return run_seed(case.seed, 1, what)
 
 
 def main() -> None:
@@ -185,9 +214,9 @@ def main() -> None:
     for seed in range(args.seeds):
         case = setting.load(seed)
         for rank in args.ranks:
-            found = once("detection", rank, seed, functools.partial(detection, case, rank))
-            once("selection", rank, seed, functools.partial(selection, case, rank))
-            once("logo", rank, seed, functools.partial(left_out, case, rank, found["scores"]))
+            kept = Kept(case, rank)
+            for part in (detection, left_out, selection):
+                part(kept)
 
 
 if __name__ == "__main__":

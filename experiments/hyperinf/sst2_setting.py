@@ -117,15 +117,15 @@ def tune(
 
 
 @torch.no_grad()
+def logits(model: nn.Module, data: Batch) -> Tensor:
+    """(N, 2)."""
+    return torch.cat([TASK.outputs(model, at(data, rows)) for rows in torch.arange(len(data["labels"])).split(250)])
+
+
 def judged(model: nn.Module, data: Batch) -> tuple[float, float]:
     """Mean loss and accuracy."""
-    losses, right = [], []
-    for rows in torch.arange(len(data["labels"])).split(250):
-        some = at(data, rows)
-        outputs = TASK.outputs(model, some)
-        losses.append(TASK.loss(outputs, some))
-        right.append(outputs.argmax(1) == some["labels"])
-    return float(torch.cat(losses).mean()), float(torch.cat(right).double().mean())
+    found = logits(model, data)
+    return float(TASK.loss(found, data).mean()), float((found.argmax(1) == data["labels"]).double().mean())
 
 
 def at(data: Batch, index: Tensor) -> dict[str, Tensor]:
