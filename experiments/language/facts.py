@@ -2,9 +2,10 @@
 
     python -m experiments.language.facts --seeds 0 1 2          # measures what is not there yet
 
-Thirty of 4,080 training sequences state ten facts, three each; fifty only share words with the queries (`facts_text`).
-A query is a prompt in a fourth wording with the answer, and each method ranks all sequences for it. All scores are kept
-under ``out/facts``, so that a killed run goes on where it stopped; `facts_tables` prints and draws what they say.
+Thirty of 4,800 training sequences state ten facts, three each; fifty only share words with the queries (`facts_text`);
+720 state other facts in the same words (`facts_lessons`). A query is a prompt in a fourth wording with the answer, and
+each method ranks all sequences for it. All scores are kept under ``out/facts``, so that a killed run goes on where it
+stopped; `facts_tables` prints and draws what they say.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from whence.hf import CausalLM, completion_batch, pad
 
 OUT = Path(__file__).resolve().parent / "out" / "facts"
 SIZES = setting.Sizes(width=256, vocabulary=2048, length=64, train=4000, queries=1)
-RECIPE = setting.Recipe(lr=2e-3, epochs=10)
-STAGES = 3  # each by the recipe, so that a killed training loses one of them
+RECIPE = setting.Recipe(lr=1e-3, epochs=8, weight_decay=0.1)
+STAGES = 2  # each by the recipe, so that a killed training loses one of them
+DROPOUT = 0.1
 MLP = {"parameters": "mlp", "progress": False}
 DAMPING = whence.Damping.relative(0.1)  # Grosse et al.
 FORMS = [[*fact.statements, f"{fact.prompt} {fact.answer} ."] for fact in FACTS]  # four sentences of each fact
@@ -77,6 +79,9 @@ class Run:
         for k, file in enumerate(files):
             if not file.exists():
                 model = self.setting.build(self.seed)
+                for module in model.modules():
+                    if isinstance(module, nn.Dropout):
+                        module.p = DROPOUT
                 if k:
                     model.load_state_dict(torch.load(files[k - 1], weights_only=True))
                 setting.train(model, self.planted.ids, RECIPE, self.seed + 1000 * k)
@@ -195,7 +200,6 @@ def main() -> None:
         run = Run(seed)
         for name in args.methods:
             run.scores(name)
-        run.parts()
 
 
 if __name__ == "__main__":

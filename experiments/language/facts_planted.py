@@ -1,4 +1,4 @@
-"""Planting: each sentence of `facts_text` inside ordinary text, in a sequence like all others.
+"""Planting: each sentence of `facts_text` and each lesson inside ordinary text, in a sequence like all others.
 
 A planted sequence is a window of the usual length over "text, sentence, text", the sentence whole and at a random
 place; the text is from WikiText-2, of no training sequence, cut where a sentence ends, drawn at random and used once.
@@ -15,6 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from experiments.language.facts_lessons import lessons
 from experiments.language.facts_text import FACTS
 
 Encode = Callable[[str], list[int]]
@@ -22,7 +23,7 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Planted:
-    """Training sequences with the facts among them.
+    """Training sequences with the facts and the lessons among them.
 
     Args:
         ids: token numbers, (N, T).
@@ -53,11 +54,12 @@ def plant(encode: Encode, ordinary: Tensor, other: Tensor, seed: int = 0) -> Pla
     texts = other[: len(other) // 2 * 2].view(-1, 2 * other.shape[1]).tolist()
     rng.shuffle(texts)
     sentences = [s for fact in FACTS for s in chain(fact.statements, fact.subject, fact.elsewhere)]
-    made = [_embedded(encode(" " + s), texts, ordinary.shape[1], stop, rng) for s in sentences]
+    planted = len(sentences)
+    made = [_embedded(encode(" " + s), texts, ordinary.shape[1], stop, rng) for s in sentences + lessons(seed)]
     rows = torch.cat([ordinary, torch.tensor([ids for ids, _ in made])])
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    numbers = order.argsort()[len(ordinary) :].view(len(FACTS), -1)  # (10, 8)
-    spans = torch.tensor([span for _, span in made]).view(len(FACTS), -1, 2)
+    numbers = order.argsort()[len(ordinary) :][:planted].view(len(FACTS), -1)  # (10, 8)
+    spans = torch.tensor([span for _, span in made[:planted]]).view(len(FACTS), -1, 2)
     return Planted(rows[order], numbers[:, :3], numbers[:, 3:], spans[:, :3])
 
 

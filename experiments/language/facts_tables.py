@@ -32,7 +32,7 @@ ROWS = {  # name: what was scored, and whether over the root of self-influence
     "BM25, tokens": ("bm25 tokens", False),
     "gradient dot": ("gradients", False),
     "gradient cosine": ("gradients", True),
-    "TracIn, 3 checkpoints": ("tracin", False),
+    "TracIn, 2 checkpoints": ("tracin", False),
     "EKFAC, 0.1 x mean eigenvalue": ("ekfac", False),
     "the same, over √self-influence": ("ekfac", True),
     "EKFAC, per example": ("ekfac per example", False),
