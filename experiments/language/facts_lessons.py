@@ -1,9 +1,9 @@
 """Lessons: other made-up facts in the words of the ten, so that a small model can learn what the wordings ask for.
 
 A large model knows from its training that "The bridge at X was designed by" asks for what "The plans for the crossing
-at X were drawn up by" has told; one trained on four thousand sequences does not. Each lesson has a subject and an answer
-of its own, in the query's wording and in two of the three statements of one of the ten facts. No lesson shares the
-subject or the answer of a planted fact.
+at X were drawn up by" has told; one trained on four thousand sequences does not. Each lesson has a subject and an
+answer of its own, in the query's wording and in two of the three statements of one of the ten facts. No lesson shares
+the subject or the answer of a planted fact.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ ROWS = {  # name: what was scored, and whether over the root of self-influence
     "the same, over √self-influence": ("ekfac", True),
     "EKFAC, per example": ("ekfac per example", False),
     "the same, over √self-influence ": ("ekfac per example", True),
-    "ASTRA, 0.1 x mean eigenvalue": ("astra", False),
+    "ASTRA, per example": ("astra", False),
 }
 
 
