@@ -6,12 +6,15 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from whence import cli, loading, store
+from whence.problem import Problem
 
 MINE = """
 import functools
@@ -122,3 +125,19 @@ def whole(folder: Path) -> list[str]:
                 kind = json.loads(file.metadata()["whence"])["kind"]
             store.load(path, kind)
     return [path.relative_to(folder).as_posix() for path in found]
+
+
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[object]]:
+    """The batches whose loss gradients are taken in the block; it is interrupted when there are so many."""
+    original, passes = Problem.loss_gradients, []
+
+    def counted(self, batch):
+        if len(passes) == after:
+            raise KeyboardInterrupt
+        passes.append(batch)
+        return original(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Problem, "loss_gradients", counted)
+        yield passes

@@ -14,10 +14,9 @@ import torch
 
 import whence
 from pages import CHROMIUM, Page, browse
-from targets import placed, refused, run, table, whole
+from targets import placed, refused, run, stopped, table, whole
 from whence import cli
 from whence.commands import language
-from whence.problem import Problem
 
 transformers = pytest.importorskip("transformers")
 
@@ -296,16 +295,7 @@ def test_without_transformers_the_other_commands_work():
 def test_an_interrupted_run_goes_on(here, tmp_path, capsys, monkeypatch):
     line = f"{LINE} --batch-size 3 --no-certify"
     run(line.replace("--out r", "--out whole"), *ASK)
-    original, passes, before = Problem.loss_gradients, [], 2
-
-    def counted(self, batch):
-        if len(passes) == before:
-            raise KeyboardInterrupt
-        passes.append(batch)
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Problem, "loss_gradients", counted)
+    with stopped(monkeypatch, 2):
         run(line, *ASK, code=130)
     left = whole(tmp_path / "r")
     assert "fit.safetensors" in left and "explain.html" not in left and len([n for n in left if ".pieces" in n]) == 2
