@@ -360,6 +360,17 @@ def test_what_select_refuses():
         select(MATRIX, count=0)
 
 
+def test_of_a_shortlist_the_examples_are_numbered_as_in_training():
+    some = Scores(torch.tensor([[1.0, 3.0, 2.0]]), None, torch.ones(1, dtype=torch.bool))
+    some = dataclasses.replace(some, numbers=torch.tensor([6, 7, 5]))
+    found = select(some, count=2)
+    assert found.examples.tolist() == some.top(2).proponents[0].tolist() == [7, 5]
+    assert set(found.random) <= {5, 6, 7}
+    assert select(some, count=2, by="coverage").examples.tolist() == [7, 5]
+    with pytest.raises(InputError, match="scores must be of all training examples"):
+        clean(some)
+
+
 def test_the_table_of_a_selection():
     assert select(MATRIX, count=2, by="max").table(caption=list("wxyz")) == {
         "place": [1, 2],

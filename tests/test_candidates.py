@@ -113,7 +113,7 @@ def test_the_numbers_are_kept(tmp_path):
 def test_what_is_no_number_of_a_training_example_is_refused(index):
     p = problem("mlp")
     influence = Influence(Exact(), 0.1).fit(p.model, p.task, p.train)
-    with pytest.raises(InputError, match=r"index must be numbers of training examples, 0\.\.10"):
+    with pytest.raises(InputError, match=r"index must be numbers of train examples, 0\.\.10"):
         rescored(influence, p.queries, index)
 
 

@@ -238,6 +238,9 @@ def test_the_page_on_language_models_is_true(tmp_path, monkeypatch, capsys):
         (("--hf model", "mine:problem --hf model"), "what to look at must be .*, got mine:problem and model"),
         (("--hf model", "--hf bare"), "the tokenizer of bare must be saved with the model, got none"),
         (("--hf model", "--hf texts.jsonl"), "hf must be a language model's folder or its name on the hub"),
+        (("--hf model", "--hf headless"), "the weights in headless must be those of a causal language model, got no "),
+        (("--length 24", "--length 24 --k 0"), "k must be at least 1, got 0"),
+        (("--length 24", "--length 24 --batch-size 0"), "batch_size must be a positive integer, got 0"),
         (("--hf model", "--hf small"), "the tokenizer must be that of the model, with token numbers below 280, got "),
         (("explain", "explain --solver EKFA()"), "solver: there is no EKFA. Do you mean EKFAC"),
     ],
@@ -246,6 +249,11 @@ def test_bad_input_is_told_in_one_line(here, tmp_path, capsys, change, said):
     model, tokenizer = here
     if "bare" in change[1]:
         model.save_pretrained("bare")
+    if "headless" in change[1]:
+        transformers.GPT2ForSequenceClassification(model.config).save_pretrained("headless")
+        config = json.loads(Path("headless/config.json").read_text())
+        Path("headless/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+        tokenizer.save_pretrained("headless")
     if "small" in change[1]:
         config = transformers.GPT2Config(**{**model.config.to_diff_dict(), "vocab_size": 280})
         transformers.GPT2LMHeadModel(config).save_pretrained("small")
@@ -257,7 +265,10 @@ def test_bad_input_is_told_in_one_line(here, tmp_path, capsys, change, said):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (("--prompt", "the", "--completion", ""), "a prompt and its completion must be at least one token each"),
+        (
+            ("--prompt", "the", "--completion", ""),
+            "prompt and completion 0 must be at least one token each, got 1 and 0",
+        ),
         (("--prompt", "the", "of", "--completion", " is"), "completions must be one for each of the 2 prompts, got 1"),
         (("--prompt", "the"), "completions must be one for each of the 1 prompts, got 0"),
         (("--completion", " is"), "completions must be one for each of the 0 prompts, got 1"),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -509,7 +510,7 @@ def test_float32_models_with_their_usual_kernels_are_as_good_as_float32_can_be()
 
 def test_a_model_without_logits_is_refused():
     c = case("llama")
-    with pytest.raises(InputError, match="to return logits"):
+    with pytest.raises(InputError, match="one that returns logits"):
         Problem(c.model.model, c.task, c.train).loss_gradients(c.train)
 
 
@@ -599,6 +600,78 @@ def test_padding_examples_of_a_data_set():
     assert batch["labels"].tolist() == [[3, 4, 5], [6, IGNORE, IGNORE]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["n"].tolist() == [1, 2] and "text" not in batch
+
+
+def test_padding_makes_whole_numbers_int64_and_keeps_empty_sequences():
+    narrow = [{"input_ids": np.array([3, 4], dtype=t), "x": [0.5, 1.5]} for t in ("uint16", "int32")]
+    batch = pad([*narrow, {"input_ids": [], "x": [2.5]}])
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+    assert batch["input_ids"].tolist() == [[3, 4], [3, 4], [0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 1], [0, 0]]
+    assert batch["x"].tolist() == [[0.5, 1.5], [0.5, 1.5], [2.5, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("examples", "said"),
+    [
+        ([], "examples must be dicts with 'input_ids', got none"),
+        (["a text"], "examples must be dicts with 'input_ids', got str"),
+        ([{"labels": [1]}], "examples must be dicts with 'input_ids', got one without"),
+        (
+            [{"input_ids": [1], "labels": [1]}, {"input_ids": [2]}],
+            "field 'labels' must be in every .*none in example 1",
+        ),
+        ([{"input_ids": [1]}, {"input_ids": [2], "attention_mask": [1]}], "field 'attention_mask' .*none in example 0"),
+        ([{"input_ids": [1], "n": None}], "field 'n' must be numbers or sequences of numbers, got None"),
+        ([{"input_ids": [[1], [2, 3]]}], "field 'input_ids' must be numbers or sequences of numbers"),
+    ],
+)
+def test_what_cannot_be_padded_is_refused(examples, said):
+    with pytest.raises(InputError, match=said):
+        pad(examples)
+
+
+def test_what_a_tokenizer_gives_is_taken():
+    c = case("gpt2")
+    given = transformers.BatchEncoding(c.train)
+    assert not isinstance(given, dict)
+    a, b = (Problem(c.model, c.task, t, progress=False) for t in (given, c.train))
+    assert a.fingerprint() == b.fingerprint()
+
+
+def test_columns_that_are_no_tensors_are_named():
+    c = case("gpt2")
+    with pytest.raises(InputError, match="train must be tensors or arrays by name .*'input_ids': 'list'"):
+        Problem(c.model, c.task, {"input_ids": [[1, 2], [3]]})
+    ragged = [{"input_ids": torch.tensor(ids)} for ids in ([1, 2], [3])]
+    with pytest.raises(InputError, match="train examples must fit into one batch.*such as whence.hf.pad"):
+        next(iter(Problem(c.model, c.task, ragged).batches()))
+    with pytest.raises(InputError, match="a batch must be made of tensors, got list without any"):
+        Problem(c.model, c.task, ["a text"]).layout  # noqa: B018
+    with pytest.raises(InputError, match="a batch must be a dict of tensors such as whence.hf.pad makes, got tuple"):
+        Problem(c.model, c.task, (torch.ones(2, 3, dtype=torch.int64),)).layout  # noqa: B018
+    with pytest.raises(InputError, match="a batch must be one with 'labels'"):
+        Problem(c.model, SequenceClassification(), {"input_ids": torch.ones(2, 3, dtype=torch.int64)}).layout  # noqa: B018
+
+
+def test_masks_of_pairs_of_tokens_are_the_models_own_affair():
+    """A causal mask written out says what no mask says."""
+    c = case("llama")
+    ids = torch.randint(3, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+    causal = torch.full((6, 6), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1).expand(3, 1, 6, 6)
+    plain, masked = (
+        whence.Influence(whence.EKFAC(labels="true"), 0.1, progress=False).fit(c.model, c.task, batch)
+        for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": causal})
+    )
+    query = {"input_ids": ids[:2]}
+    torch.testing.assert_close(masked.score(query).values, plain.score(query).values, rtol=1e-9, atol=1e-12)
+
+
+def test_merged_adapters_have_no_gradient_and_a_warning_says_so():
+    c = case("gpt2+lora")
+    c.model.merge_adapter()
+    with pytest.warns(WhenceWarning, match="none of the selected parameters acts on the loss .* merged"):
+        assert not float(c.problem().loss_gradients(c.train).square_norms().sum())
 
 
 # --- layers ---

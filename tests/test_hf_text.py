@@ -166,6 +166,25 @@ def test_sequences_need_two_tokens():
                 sequences(letters, texts, 4, pack)
 
 
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.txt"])
+def test_only_line_ends_end_a_line_and_a_byte_order_mark_is_no_text(tmp_path, name):
+    texts = ["a\u2028b", "c\x85d\x0ce", "f"]
+    rows = [json.dumps(text, ensure_ascii=False) for text in texts]
+    forms = {"t.jsonl": "\n".join(rows), "t.json": f"[{', '.join(rows)}]", "t.txt": "\r\n".join(texts)}
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + forms[name].encode())
+    assert documents(tmp_path / name).texts == texts
+
+
+def test_a_cell_of_a_csv_may_be_a_book(tmp_path):
+    book = "all work and no play\n" * 200_000
+    assert documents(written(tmp_path, "t.csv", [book, "b"])).texts == [book, "b"]
+
+
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(InputError, match="texts must be a list of documents, got one text"):
+        sequences(letters, "a single text", 4)
+
+
 # --- pieces ---------------------------------------------------------------------------------------------------------
 
 

@@ -445,6 +445,34 @@ def test_a_fit_made_for_something_else_is_refused_by_name(tmp_path):
         load(Influence(EKFAC(), 0.1, curvature=EmpiricalFisher))
     with pytest.raises(ArtefactError, match="was made for another task"):
         load(task=Duck())
+    with pytest.raises(ArtefactError, match="was made for another first losses"):
+        load(task=Scaled(2.0))
+    load(task=Scaled(1 + 1e-5))  # as another machine may compute it
+
+
+class Scaled(Classification):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def loss(self, outputs, batch):
+        return self.factor * super().loss(outputs, batch)
+
+    def name(self):
+        return "Classification"
+
+
+def test_scores_of_another_loss_by_the_same_name_are_refused(tmp_path):
+    p = problem("mlp")
+    plain = lambda outputs, batch: Classification().loss(outputs, batch)  # noqa: E731
+    first, other = (Influence(Identity(), 0.1).fit(p.model, Scaled(f), p.train) for f in (1.0, -3.0))
+    first.score(p.queries, plain, folder=tmp_path)
+    with pytest.raises(ArtefactError, match="was made for another first losses"):
+        other.score(p.queries, plain, folder=tmp_path)
+    store = whence.GradientStore.build(first, tmp_path / "store", size=32)
+    assert store.influence is first
+    with pytest.raises(ArtefactError, match="was made for another first losses"):
+        whence.GradientStore.build(other, tmp_path / "store", size=32)
 
 
 def test_texts_that_a_loader_turns_into_tensors_count_as_data(tmp_path):

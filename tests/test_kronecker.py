@@ -450,3 +450,33 @@ def test_labels_follow_the_curvature_unless_they_are_given(solver):
 def test_unknown_labels_are_refused():
     with pytest.raises(InputError, match="labels must be 'sampled' or 'true', got 'fake'"):
         EKFAC(labels="fake").fit(GGN(library(problem("mlp"))), 0.1)  # type: ignore[arg-type]
+
+
+class Rare(nn.Module):
+    """A layer for the examples that ask for it, which is called only if the batch has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.rare, self.never = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.always(x).tanh()
+        asks = x[:, :1] > 0
+        return h + self.rare(h) * asks if bool(asks.any()) else h
+
+
+def test_a_layer_that_some_batches_do_not_use():
+    """The first batches do not use it: that must not make a table of it, whose one side has no covariance."""
+    torch.manual_seed(0)
+    model, x, y = Rare().double(), torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    x[:, 0] = torch.tensor([-1.0, -1, 1, 1, 1, -1])
+    lib = Problem(model, Classification(), (x, y), batch_size=1, progress=False)
+    found = kronecker.fit(lib, "true")
+    g = lib.loss_gradients((x[2:5], y[2:5])).rows["rare"]
+    cotangents, inputs = g.g[0, :, 0, 0], g.a[0, :, 0]
+    A, S = inputs.T @ inputs / 3, cotangents.T @ cotangents / 3
+    wanted = torch.kron(S, A) * 3 / 6  # of three of the six examples
+    block = found["rare"]
+    Q = basis(block)
+    close((Q * block.kfac.flatten()) @ Q.T, wanted)
+    assert not found["never"].ekfac.any() and not found["never"].kfac.any()

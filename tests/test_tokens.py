@@ -291,6 +291,38 @@ def test_tasks_without_positions_are_refused():
         influence.by_query_token((x, y), [0])
 
 
+@pytest.mark.parametrize("index", [[], [5], [-1], 3, [0.5], [[0, 1]]])
+def test_what_is_no_number_of_a_training_example_is_refused(index):
+    c = case("gpt2")
+    influence = fitted(c)
+    for ask in (influence.by_token, influence.by_block, influence.by_query_token):
+        with pytest.raises(InputError, match=r"index must be numbers of train examples, 0\.\.4, got"):
+            ask(QUERIES, index)
+
+
+def test_parts_that_the_outputs_do_not_move_are_refused():
+    with pytest.raises(InputError, match="the parts of a measurement must be computed from the outputs"):
+        fitted(case("gpt2")).by_query_token(QUERIES, [0], lambda outputs, _: torch.ones(outputs.shape[:2]))
+
+
+def test_a_head_as_wide_as_the_sequence_is_long_is_no_sequence():
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).double().eval()
+    train = {"input_ids": torch.randint(9, (4, 16)), "labels": torch.tensor([0, 2, 1, 1])}
+    influence = whence.Influence(whence.Identity(), progress=False).fit(model, SequenceClassification(), train)
+    with pytest.warns(WhenceWarning, match="sees one vector of each sequence"):
+        parts = influence.by_token(train, [0, 1, 2])
+    wanted = influence.score(train).values[:, :3]
+    torch.testing.assert_close(parts.sum(2), wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta+lora"])
 def test_a_head_on_one_vector_of_each_sequence_stands_at_the_first_position(name):
     c = case(name)

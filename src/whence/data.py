@@ -39,7 +39,8 @@ class Examples:
         self._checksums: dict[tuple[int, int], int] = {}
         collate: Callable[[list[Any]], Batch] = default_collate
         if isinstance(data, DataLoader):
-            collate, batch_size, data = data.collate_fn, batch_size or data.batch_size, data.dataset
+            batch_size = data.batch_size if batch_size is None else batch_size
+            collate, data = data.collate_fn, data.dataset
         if batch_size is not None and batch_size < 1:
             raise expected("batch_size", "a positive integer", batch_size)
         columns = _columns(data)
@@ -47,6 +48,9 @@ class Examples:
             self._length = _common_length(columns, name)
             self._fetch = lambda index: map_tensors(lambda t: t[index], columns)
         else:
+            if isinstance(data, Mapping):
+                wrong = {name: type(v).__name__ for name, v in data.items() if not isinstance(v, (Tensor, np.ndarray))}
+                raise expected(name, "tensors or arrays by name where it is a dict", wrong, "Convert these columns.")
             if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
                 raise InputError(
                     f"{name} must be a tuple of tensors, a map-style Dataset or a DataLoader over one, got "
@@ -54,7 +58,7 @@ class Examples:
                     "Dataset first."
                 )
             self._length = len(data)
-            self._fetch = lambda index: collate([data[int(i)] for i in index])
+            self._fetch = lambda index: self._collated([data[int(i)] for i in index])
         self._collate = collate
         self.data = columns if columns is not None else data
         if not self._length:
@@ -63,6 +67,29 @@ class Examples:
 
     def __len__(self) -> int:
         return self._length
+
+    def chosen(self, numbers: Any) -> Tensor:
+        """Numbers of examples as a tensor, (m,) int64 on the CPU.
+
+        Raises:
+            InputError: if there are none, or they are not whole numbers from 0 to N - 1 in one list.
+        """
+        found = torch.as_tensor(numbers).cpu()
+        whole = not found.is_floating_point() and found.dtype != torch.bool
+        if not whole or found.ndim != 1 or not len(found) or not ((found >= 0) & (found < len(self))).all():
+            raise expected("index", f"numbers of {self.name} examples, 0..{len(self) - 1}", numbers)
+        return found.long()
+
+    def _collated(self, examples: list[Any]) -> Batch:
+        try:
+            return self._collate(examples)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{self.name} examples must fit into one batch, but their collate function failed: {error}. Pass a "
+                "DataLoader with a collate_fn that pads them, such as whence.hf.pad."
+            ) from error
 
     def subset(self, index: Tensor) -> Examples:
         """Some of the examples, by number, in that order."""
@@ -129,8 +156,15 @@ def _tokens(batch: Batch) -> int:
 
 
 def batch_length(batch: Batch) -> int:
-    """Number of examples in a batch: the leading axis of its first tensor."""
-    return next(iter(tensors(batch))).shape[0]
+    """Number of examples in a batch: the leading axis of its first tensor.
+
+    Raises:
+        InputError: if it has none.
+    """
+    first = next(iter(tensors(batch)), None)
+    if first is None:
+        raise expected("a batch", "made of tensors", f"{type(batch).__name__} without any")
+    return first.shape[0]
 
 
 def tensors(batch: Batch) -> Iterator[Tensor]:
@@ -164,7 +198,7 @@ def _columns(data: Any) -> Batch | None:
     """The data as nested columns if every leaf is a tensor or an array, else None."""
     if isinstance(data, (Tensor, np.ndarray)):
         return (torch.as_tensor(data),)
-    values = list(data.values()) if isinstance(data, dict) else data
+    values = list(data.values()) if isinstance(data, Mapping) else data
     if isinstance(values, (tuple, list)) and values and all(isinstance(v, (Tensor, np.ndarray)) for v in values):
         if isinstance(data, list) and len({len(v) if v.ndim else 0 for v in values}) != 1:
             return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def checked(rank: float) -> float:
     Raises:
         InputError: if it is neither a positive integer nor a share of the energy between 0 and 1.
     """
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    whole = isinstance(rank, (int, np.integer)) and not isinstance(rank, bool)
     if not (rank >= 1 if whole else isinstance(rank, float) and 0 < rank < 1):
         raise expected("rank", "a positive integer, or a share of the energy between 0 and 1", repr(rank))
     return rank

@@ -95,6 +95,13 @@ class Problem:
         """How each parameter's gradient is found; each layer's factoring is verified on a few examples first."""
         first = self.batch([i % len(self.train) for i in range(3)])
         layout = self._verified(plan(self.model, self.parameters), first)
+        if self._unseen == {b.name for b in layout.blocks}:
+            warnings.warn(
+                "none of the selected parameters acts on the loss of the first training examples. Unmerge adapters "
+                "that were merged into the weights.",
+                WhenceWarning,
+                stacklevel=2,
+            )
         if layout.slow:
             names = [p for b in layout.slow for p in b.shapes]
             warnings.warn(
@@ -145,10 +152,11 @@ class Problem:
             return batches
         return track(batches, what, total=-(-len(examples) // examples.batch_size), enabled=self.progress)
 
-    def fingerprint(self) -> dict[str, str]:
-        """Hashes of the model's parameters and buffers, of the selection and of the training data."""
+    def fingerprint(self) -> dict[str, Any]:
+        """Hashes of the model, the selection and the training data; the task's name and first losses."""
         return {
             "task": self.task.name(),
+            "first losses": self._first_losses(),
             "model": fingerprint(self.model),
             "parameters": ", ".join(self.parameters),
             "train": self.train.fingerprint(),
@@ -222,8 +230,7 @@ class Problem:
             )
         return value
 
-    def first_losses(self) -> list[float]:
-        """The losses of the first few training examples: they tell one task from another."""
+    def _first_losses(self) -> list[float]:
         batch = self.batch(range(min(8, len(self.train))))
         with self.observed() as model, torch.no_grad():
             return self.task.loss(self.outputs(model, batch), batch).tolist()
@@ -236,7 +243,7 @@ class Problem:
         """The task's outputs, with a clear error where the model rejects the batch."""
         try:
             outputs = self.task.outputs(model, batch)
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, (InputError, NotImplementedError)):
                 raise
             shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]

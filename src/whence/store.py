@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from whence.data import digest
 from whence.errors import ArtefactError
 
 VERSION = 1
+SHOWN = 200  # characters of a value in a message
 
 
 def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -149,15 +151,31 @@ class Shards:
 def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse an artefact made for something else, by name of what differs.
 
+    Lists of floats are computed from the rest, perhaps by another machine: they may differ by a thousandth, and are
+    named only if all else is the same.
+
     Raises:
         ArtefactError: naming each entry that differs, with both values.
     """
-    differing = [key for key in {**current, **saved} if saved.get(key) != current.get(key)]
-    if differing:
-        details = "; ".join(f"{key}: file {saved.get(key)!r}, now {current.get(key)!r}" for key in differing)
+    keys = list({**current, **saved})
+    computed = [key for key in keys if _computed(saved.get(key)) and _computed(current.get(key))]
+    differing = [key for key in keys if key not in computed and saved.get(key) != current.get(key)]
+    if differing := differing or [key for key in computed if not _close(saved[key], current[key])]:
+        details = "; ".join(
+            f"{key}: file {repr(saved.get(key))[:SHOWN]}, now {repr(current.get(key))[:SHOWN]}" for key in differing
+        )
         raise ArtefactError(
             f"{path} was made for another {', '.join(differing)} ({details}). Fit again, or pass what it was made with."
         )
+
+
+def _computed(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(x, float) for x in value)
+
+
+def _close(a: list[float], b: list[float]) -> bool:
+    near = (math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-6) for x, y in zip(a, b, strict=False))
+    return len(a) == len(b) and all(near)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -184,7 +184,7 @@ def _rows(layer: nn.Module, call: _Call, g: Tensor, use: Use, n: int, S: int) ->
     """The rows of one call; for S > 1, n S of them: a position is then treated as an example of its own."""
     if S == 1 or call.shape[0] % (n * S) == 0:
         return _found(layer, call.x, call.arguments, g, use, n * S)
-    if call.x.shape[:2] == call.shape[:2] == (n, S) and not isinstance(layer, CHANNELS_FIRST):
+    if call.x.shape[:2] == call.shape[:2] == (n, S) and len(call.shape) > 2 and not isinstance(layer, CHANNELS_FIRST):
 
         def flat(t: Any) -> Any:
             whole = isinstance(t, Tensor) and t.shape[:2] in ((1, S), (n, S))

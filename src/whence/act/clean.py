@@ -131,10 +131,12 @@ def clean(
         seed: of the draw of training examples to trust.
 
     Raises:
-        InputError: if scores are not finite or not of the examples of ``influence``, the size is out of range, trusted
-            is given without influence, or labels are not one whole number per example.
+        InputError: if scores are not finite, of a shortlist or not of the examples of ``influence``, the size is out of
+            range, trusted is given without influence, or labels are not one whole number per example.
     """
     values = float_array(scores, "scores", (1, 2))
+    if getattr(scores, "numbers", None) is not None:
+        raise expected("scores", "of all training examples, of which outliers are sought", "those of a shortlist")
     by, suspicion = ("self-influence", values) if values.ndim == 1 else ("harm", -values.mean(0))
     ranking, (distances, fence) = ranked(suspicion), _fence(suspicion)
     if share is None and count is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from whence.act.ranking import ranked
+from whence.act.ranking import example_numbers, ranked
 from whence.errors import expected
 from whence.evaluate.arrays import float_array
 from whence.tables import Table, as_table, joined
@@ -38,8 +38,7 @@ def explain(scores: object, k: int = 5, examples: Columns | None = None, queries
     if k < 1:
         raise expected("k", "at least 1", k)
     n = getattr(scores, "provenance", {}).get("examples", values.shape[1])  # scored candidates may be fewer
-    numbers = getattr(scores, "numbers", None)
-    numbers = range(values.shape[1]) if numbers is None else numbers.tolist()
+    numbers = example_numbers(scores, values.shape[1]).tolist()
     residual, converged = (_each(scores, what, len(values)) for what in ("residual", "converged"))
     rows = []
     for q, row in enumerate(values):

@@ -11,6 +11,12 @@ from whence.evaluate.arrays import Floats
 Numbers = NDArray[np.int64]
 
 
+def example_numbers(scores: object, columns: int) -> Numbers:
+    """Which example each column of the scores is of: all in order, unless they are `Scores` of some."""
+    numbers = getattr(scores, "numbers", None)
+    return np.arange(columns) if numbers is None else np.asarray(numbers.cpu())
+
+
 def ranked(values: Floats) -> Numbers:
     """Example numbers, largest value first, ties by example number: (N,) of (N,)."""
     return np.argsort(-values, kind="stable")

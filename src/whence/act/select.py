@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from whence.act.coverage import greedy
-from whence.act.ranking import Numbers, how_many, ranked
+from whence.act.ranking import Numbers, example_numbers, how_many, ranked
 from whence.errors import expected
 from whence.evaluate.arrays import Floats, float_array
 from whence.tables import Table, as_table, joined
@@ -97,6 +97,7 @@ def select(
             do not fit.
     """
     rows = _grouped(float_array(scores, "scores", (2,)), groups)  # (G, N)
+    numbers = example_numbers(scores, rows.shape[1])
     n = rows.shape[1]
     k = how_many(n, share, count)
     if by == "coverage":
@@ -108,7 +109,7 @@ def select(
         raise expected("by", f"one of {', '.join([*RULES, 'coverage'])}", by)
     random = np.random.default_rng(seed).choice(n, k, replace=False)
     served, other = rows[:, chosen].sum(1), rows[:, random].sum(1)
-    return Selection(chosen, values[chosen], random, served, other, by, n, seed)
+    return Selection(numbers[chosen], values[chosen], numbers[random], served, other, by, n, seed)
 
 
 def cleanest(self_influence: object, share: float | None = None, count: int | None = None, seed: int = 0) -> Selection:

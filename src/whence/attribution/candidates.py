@@ -14,12 +14,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from whence.attribution.influence import Influence
 from whence.attribution.scores import Scores
-from whence.errors import expected
 
 
 def shortlist(scores: Scores, k: int) -> Tensor:
@@ -48,9 +46,8 @@ def rescored(influence: Influence, queries: Any, index: Tensor | Sequence[int], 
     Raises:
         InputError: if there is none, or a number is not one of 0..N-1; and see `Influence.score`.
     """
-    train, numbers = influence.problem.train, torch.as_tensor(index)
-    if numbers.ndim != 1 or numbers.dtype != torch.int64 or not ((numbers >= 0) & (numbers < len(train))).all():
-        raise expected("index", f"numbers of training examples, 0..{len(train) - 1}", index)
+    train = influence.problem.train
+    numbers = train.chosen(index)
     scores = influence.score(queries, candidates=train.subset(numbers), **options)
     return dataclasses.replace(scores, numbers=numbers)
 

@@ -155,7 +155,7 @@ class GradientStore:
         values = torch.cat([products(asked, piece["signs"]) for piece in self.pieces], 1) * sizes
         spent = {"queries": asking - start, "scores": time.perf_counter() - asking}
         noise = asked.square().sum(1) * sizes.square().mean() / values.var(1)
-        measured = {"sketch noise": float(noise.median())}
+        measured = {"sketch noise": float(noise.nanmedian())}
         about = {"bits": self.sketch.size, "seconds": spent, "measured": measured}
         return Scores(values, None, converged, provenance=self.influence.provenance() | about)
 

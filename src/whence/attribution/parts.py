@@ -96,7 +96,8 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
 
 
 def _batches(problem: Problem, examples: Sequence[int]) -> Iterator[Batch]:
-    return (problem.batch(some) for some in torch.as_tensor(examples).split(problem.train.batch_size))
+    train = problem.train
+    return (problem.batch(some) for some in train.chosen(examples).split(train.batch_size))
 
 
 def _slopes(parts: Measurement, outputs: Tensor, batch: Batch) -> tuple[int, Callable[[int], Tensor]]:
@@ -107,4 +108,6 @@ def _slopes(parts: Measurement, outputs: Tensor, batch: Batch) -> tuple[int, Cal
     if value.ndim != 2 or len(value) != 1 or not value.isfinite().all():
         got = f"{tuple(value.shape)}" + ("" if value.isfinite().all() else " with NaN or infinity")
         raise expected("the parts of a measurement", f"finite numbers of shape ({len(h)}, T)", got)
+    if not value.requires_grad:
+        raise expected("the parts of a measurement", "computed from the outputs", "numbers that do not depend on them")
     return value.shape[1], lambda t: torch.autograd.grad(value[0, t], h, retain_graph=True)[0]

@@ -72,6 +72,8 @@ def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = N
             TF-IDF, if they are shown as texts.
         certify: measure the residual of each query's solve, one more pass over the training data.
     """
+    if k < 1:
+        raise expected("k", "at least 1", k)
     run = Run("explain", options)
     train, queries = run.target.shown("train"), run.target.shown("queries")
     scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)

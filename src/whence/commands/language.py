@@ -66,7 +66,7 @@ class Language:
             raise expected("completions", f"one for each of the {len(prompts)} prompts", len(completions))
         found = documents(self.dataset, self.split, self.column)
         model, tokenizer = loaded(str(self.hf))
-        limit = getattr(model.config, "max_position_embeddings", None) or self.length or LONGEST
+        limit = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         length = min(limit, LONGEST) if self.length is None else self.length
         if length > limit:
             raise expected("length", f"at most the {limit} tokens that the model takes", length)
@@ -114,7 +114,7 @@ def loaded(name: str) -> tuple[Any, Any]:
     """A causal language model in float32, on the GPU if there is one, and its tokenizer.
 
     Raises:
-        InputError: if there is no such model, or no tokenizer with it.
+        InputError: if there is no such model, some of its weights are missing, or there is no tokenizer with it.
         MissingExtraError: if it has adapters and peft is not installed.
     """
     import transformers
@@ -129,7 +129,10 @@ def loaded(name: str) -> tuple[Any, Any]:
     base = None
     try:
         if find_adapter_config_file(name) is None:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name)
+            kind: Any = transformers.AutoModelForCausalLM
+            model, loading = kind.from_pretrained(name, output_loading_info=True)
+            if missing := sorted(loading["missing_keys"]):
+                raise expected(f"the weights in {name}", "those of a causal language model", f"no {missing[0]}")
         else:
             _needs("peft")
             import peft

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from whence.curvature.eigenbasis import Basis, KroneckerBlock
 from whence.errors import expected
-from whence.factored import Factored, slices
+from whence.factored import Factored, Written, slices
 from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.rows import Lookup, Routed, Rows
@@ -65,15 +65,21 @@ def fit(
     kept: list[Gradients] = []
     free = problem.memory / 2 if labels == "true" else 0.0
     sides: dict[str, tuple[_Side, _Side]] = {}
+    shapes = {b.name: b.sides for b in problem.blocks}
     for rows, real in _passes(problems, labels, rng):
         free -= rows.numbers() * problem.dtype.itemsize
         if free > 0:
             kept.append(rows)
         for name, r in rows.rows.items():
+            if isinstance(r, Written) and r.sides[2] > 1 and not r.rows.any():
+                continue  # a layer that this batch does not use
             if name not in sides:
-                sides[name] = _sides(r, next(b.sides for b in problem.blocks if b.name == name), limit, problem.device)
+                sides[name] = _sides(r, shapes[name], limit, problem.device)
             _accumulate(*sides[name], r, real, len(rows))
         rows = r = None  # before the next ones are made
+    for name in shapes.keys() - sides.keys():
+        G, O, I = shapes[name]
+        sides[name] = _Side(G, O, 0, problem.device), _Side(G, I, 0, problem.device)
     n = sum(len(p.train) for p in problems)
     bases = {name: (left.eigen(problem.dtype), right.eigen(problem.dtype)) for name, (left, right) in sides.items()}
     blocks, sums = {}, {}

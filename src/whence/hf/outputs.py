@@ -39,7 +39,9 @@ def logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     found = found.get("logits") if isinstance(found, Mapping) else found
     found = found[0] if isinstance(found, tuple) else found
     if not isinstance(found, Tensor):
-        raise expected("the model", "to return logits", type(found).__name__, "Load it with its head, AutoModelFor...")
+        raise expected(
+            "the model", "one that returns logits", type(found).__name__, "Load it with its head, AutoModelFor..."
+        )
     return found
 
 

@@ -7,10 +7,13 @@ batch is padded, and on which side, changes nothing: the model always gets it pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from whence.errors import expected
 from whence.hf.outputs import logits
 from whence.task import Batch, Classification, Task
 
@@ -29,7 +32,10 @@ class _Labelled(Task):
 
     def labels(self, batch: Batch) -> Tensor:
         """The label of each vector of logits, -100 for none: (B,) or (B, S)."""
-        return aligned(batch)["labels"]
+        batch = aligned(batch)
+        if "labels" not in batch:
+            raise expected("a batch", "one with 'labels'", sorted(batch))
+        return batch["labels"].long()
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy in nats, summed over an example's labelled positions: (B,)."""
@@ -85,7 +91,7 @@ class CausalLM(_Labelled):
         """Labels at the positions that predict them: (B, S), the last without any."""
         batch = aligned(batch)
         own = batch["labels"] if "labels" in batch else batch["input_ids"].where(_real(batch), IGNORE)
-        return torch.cat([own[:, 1:], own.new_full((len(own), 1), IGNORE)], 1)
+        return torch.cat([own[:, 1:], own.new_full((len(own), 1), IGNORE)], 1).long()
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy in nats per labelled token: (B,)."""
@@ -114,8 +120,14 @@ class CausalLM(_Labelled):
 def aligned(batch: Batch) -> Batch:
     """The batch with every sequence moved to the left, so that its padding is on the right.
 
-    Models number positions from the left, and some read the first token for the whole sequence.
+    Models number positions from the left, and some read the first token for the whole sequence. A mask of more axes,
+    of sequences packed into one, stays as it is: all tokens count as real.
+
+    Raises:
+        InputError: if the batch is not a dict.
     """
+    if not isinstance(batch, Mapping):
+        raise expected("a batch", "a dict of tensors such as whence.hf.pad makes", type(batch).__name__)
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return dict(batch)
@@ -133,4 +145,6 @@ def aligned(batch: Batch) -> Batch:
 def _real(batch: Batch) -> Tensor:
     """(B, S): True at real tokens."""
     mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None or mask.ndim != 2:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return mask.bool()

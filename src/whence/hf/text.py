@@ -40,7 +40,8 @@ def documents(source: str | Path, split: str | None = None, column: str | None =
 
     Args:
         source: the file, folder or name.
-        split: of a data set, such as "train" or "train[:1000]"; it may be left out where there is only one.
+        split: of a data set, such as "train", on the hub also "train[:1000]"; it may be left out where there is only
+            one.
         column: the one with the texts; without it "text", or the only column with texts.
 
     Raises:
@@ -61,7 +62,7 @@ def _text(path: Path, column: str | None) -> Documents:
         raise expected("column", "left out for a .txt", column)
     text = _read(path).strip()
     blank = re.search(r"\n[^\S\n]*\n", text) is not None
-    texts = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.splitlines()
+    texts = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.split("\n")
     return _some([text for text in texts if text], f"{path}, separated by {'blank lines' if blank else 'line ends'}")
 
 
@@ -81,7 +82,8 @@ def _file(path: Path, column: str | None) -> Documents:
         if path.suffix == ".parquet":
             table: Any = parquet.read_table(path)
         else:
-            table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+            whole = csv.ReadOptions(block_size=min(max(path.stat().st_size, 2**20), 2**31 - 1))  # a cell must fit
+            table = csv.read_csv(path, whole, csv.ParseOptions(newlines_in_values=True))
     except (pa.ArrowInvalid, OSError) as error:
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
     return _column(str(path), table.column_names, lambda name: table[name].to_pylist(), column)
@@ -91,7 +93,7 @@ def _json(path: Path) -> list[Any]:
     text = _read(path)
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
@@ -100,7 +102,7 @@ def _json(path: Path) -> list[Any]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise expected(str(path), "in UTF-8", f"this: {error}") from error
 
@@ -193,8 +195,10 @@ def sequences(tokenizer: Callable[..., Any], texts: Sequence[str], length: int, 
         pack: let sequences run over the ends of documents.
 
     Raises:
-        InputError: a length below 2, or no sequence at all.
+        InputError: a length below 2, one text where a list is due, or no sequence at all.
     """
+    if isinstance(texts, str):
+        raise expected("texts", "a list of documents", "one text", "Put it into a list.")
     if length < 2:
         raise expected("length", "at least 2 tokens", length)
     documents = {i: numbers(tokenizer, text, True) for i, text in enumerate(texts) if text.strip()}

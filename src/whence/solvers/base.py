@@ -255,7 +255,7 @@ class Solver(ABC):
             raise UnsupportedError(
                 f"{type(self).__name__} needs {self.needs.value}, which {type(curvature).__name__} cannot give "
                 "(it offers "
-                f"{', '.join(sorted(n.value for n in curvature.offers))}). Take GGN or EmpiricalFisher, or CG."
+                f"{', '.join(sorted(n.value for n in curvature.offers))}). Take another curvature, or CG."
             )
 
 
