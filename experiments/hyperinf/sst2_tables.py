@@ -62,15 +62,16 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def detection(runs: list[dict[str, Any]]) -> str:
-    """AUC, rt(20%), rt(40%), the AUC of self-influence, and seconds; AUC against the damping."""
-    rows = []
+    """AUC, and less that of HyperINF; rt(20%), rt(40%); AUC of self-influence; seconds; AUC against the damping."""
+    rows, first = [], [r["detection|HyperINF"]["auc"] for r in runs]
     for name, found in each(runs, "detection").items():
         own = [f["self-influence"] for f in found]
         cells = [cell([f["auc"] for f in found], 100)]
+        cells += [cell([f["auc"] - h for f, h in zip(found, first, strict=True)], 100, sign=True)]
         cells += [cell([f["detection"][p] for f in found], 100) for p in (20, 40)]
         cells += ["" if None in own else cell(own, 100), f"{np.mean([f['seconds'] for f in found]):.1f}"]
         rows.append([name, *cells])
-    heads = ["method", "AUC", "rt(20%)", "rt(40%)", "AUC, self-influence", "CPU s"]
+    heads = ["method", "AUC", "less HyperINF's", "rt(20%)", "rt(40%)", "AUC, self-influence", "CPU s"]
     swept = [[name, *(cell(list(v), 100) for v in zip(*f, strict=True))] for name, f in each(runs, "swept").items()]
     said = table(["AUC at damping", *(f"{f:g}" for f in FACTORS)], swept)
     judged = [f"{what} {cell([r[what][1] for r in runs], 100)}" for what in ("base", "tuned")]
