@@ -118,7 +118,7 @@ def _ranks(count: int, queries: int) -> None:
             print(f"| {kind} | {rank} | {ours} | {s[1, i].mean():.4f} | {e[1, i].mean():.3f} |", flush=True)
 
 
-def _costs(count: int, cases: Sequence[tuple[int, int | None]], repeats: int) -> None:
+def _costs(count: int, cases: Sequence[tuple[int, int | None]], repeats: int, one: float = 0.0) -> float:
     print("| queries | rank | solve, CPU s | pass, CPU s | both | x one query, full | peak MB |")
     print("|---|---|---|---|---|---|---|")
     runs: dict[Any, list[Any]] = {case: [] for case in cases}
@@ -126,13 +126,13 @@ def _costs(count: int, cases: Sequence[tuple[int, int | None]], repeats: int) ->
         for queries, rank in cases:
             job = {"count": count, "queries": queries, "rank": rank}
             runs[queries, rank].append(run("benchmarks.lowrank_queries:cost", job))
-    one = 0.0
     for (queries, rank), repeated in runs.items():
         solve, through = (float(np.median([r.phases[k]["cpu_s"] for r in repeated])) for k in ("solve", "pass"))
         both, peak = solve + through, max(r.peak_mb for r in repeated)
         one = one or both
         spent = f"{solve:.1f} | {through:.1f} | {both:.1f} | {both / one:.2f}"
         print(f"| {queries} | {rank or 'full'} | {spent} | {peak:.0f} |", flush=True)
+    return one
 
 
 def main() -> None:
@@ -143,8 +143,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of each cost; the median is shown")
     options = parser.parse_args()
     print(machine())
-    _costs(options.sequences, [(1, None), (1, 32), (100, None), (100, 32)], options.repeats)
-    _costs(options.sequences, [(1000, 32)], 1)
+    one = _costs(options.sequences, [(1, None), (1, 32), (100, None), (100, 32)], options.repeats)
+    _costs(options.sequences, [(1000, 32)], 1, one)
     _ranks(options.sequences, options.queries)
 
 

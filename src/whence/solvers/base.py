@@ -252,10 +252,11 @@ class Solver(ABC):
     def check(self, curvature: Curvature) -> None:
         """Raise UnsupportedError, before any pass over the data, if the curvature cannot give what the solver needs."""
         if self.needs not in curvature.offers:
+            kind = type(curvature).__name__
+            others = " or ".join(name for name in ("GGN", "EmpiricalFisher") if name != kind)
             raise UnsupportedError(
-                f"{type(self).__name__} needs {self.needs.value}, which {type(curvature).__name__} cannot give "
-                "(it offers "
-                f"{', '.join(sorted(n.value for n in curvature.offers))}). Take another curvature, or CG."
+                f"{type(self).__name__} needs {self.needs.value}, which {kind} cannot give "
+                f"(it offers {', '.join(sorted(n.value for n in curvature.offers))}). Take {others}, or CG."
             )
 
 
