@@ -24,7 +24,7 @@ from benchmarks.harness import CACHE, RESULTS, Run, machine, phase, run
 WIDTH, LAYERS, VOCABULARY, LENGTH, POSITIONS = 256, 4, 4096, 128, 1024
 QUERIES = 50
 STEPS, BATCH, RATE = 120, 16, 1e-3  # of the training
-MEMORY = 1.5 * 2**30  # bytes that whence may cache: its peak is then below that of the others
+MEMORY = 1.5 * 2**30  # bytes that whence may cache
 AMPLE = 14 * 2**30  # bytes with which all of its rows are kept
 
 

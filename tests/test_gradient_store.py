@@ -301,6 +301,8 @@ def test_the_best_by_the_store_are_rescored_in_a_language_model(tmp_path):
     store = GradientStore.build(influence, tmp_path, size=1024)
     index = shortlist(store.score(queries), 4)
     assert {5, 11} <= set(index.tolist())
+    asked = {**queries, "labels": queries["labels"].index_fill(0, torch.tensor([0]), -100)}  # nothing is asked
+    assert 0 < store.score(asked).provenance["measured"]["sketch noise"] < 1
     full = influence.score(queries).values
     found = rescored(influence, queries, index)
     torch.testing.assert_close(found.values, full[:, index], rtol=1e-10, atol=1e-12)

@@ -590,6 +590,20 @@ def test_what_is_no_query_is_refused(tokenizer, prompt, completion, message):
         completion_batch(tokenizer, prompt, completion)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, lambda rows: [np.array(row) for row in rows]])
+def test_numbers_of_queries_may_be_tensors_and_arrays(kind):
+    wanted = completion_batch(None, [[1, 2], [3, 4]], [[5], [6]])
+    found = completion_batch(None, kind([[1, 2], [3, 4]]), kind([[5], [6]]))
+    single = completion_batch(None, kind([[1, 2]])[0], kind([[5]])[0])
+    for name, t in wanted.items():
+        assert torch.equal(found[name], t) and torch.equal(single[name], t[:1])
+
+
+def test_a_tokenizer_without_numbers_for_a_word_is_named():
+    with pytest.raises(InputError, match="tokens must be whole numbers, got .*None.* may not know a word"):
+        completion_batch(lambda text: [None], "a", "b")
+
+
 def test_padding_examples_of_a_data_set():
     examples = [
         {"input_ids": [3, 4, 5], "labels": [3, 4, 5], "text": "x", "n": 1},

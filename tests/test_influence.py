@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import whence
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
+from targets import stopped
 from whence import (
     CG,
     EKFAC,
@@ -775,27 +776,13 @@ def test_scores_by_block_sum_to_the_scores(solver):
             torch.testing.assert_close(parts[b.name], expected, rtol=1e-7, atol=1e-9)
 
 
-def stopped_after(passes):
-    """Problem.loss_gradients, that is interrupted at the call after so many."""
-    original, seen = Problem.loss_gradients, []
-
-    def gradients(self, batch):
-        if len(seen) == passes:
-            raise KeyboardInterrupt
-        seen.append(batch)
-        return original(self, batch)
-
-    return gradients
-
-
 def test_scores_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     p = problem("mlp")
     solver = whence.CG(tolerance=1e-10, steps=500)
     influence = whence.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
     whole = influence.score(p.queries)
     original, passes = Problem.loss_gradients, []
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Problem, "loss_gradients", stopped_after(2))
+    with stopped(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         influence.score(p.queries, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 3  # the solution and two batches
     products = []
@@ -828,8 +815,7 @@ def test_self_influence_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch
     influence = whence.Influence(whence.CG(tolerance=1e-9, steps=500), 0.05, batch_size=3).fit(p.model, p.task, p.train)
     whole = influence.self_influence()
     original, passes = Problem.loss_gradients, []
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Problem, "loss_gradients", stopped_after(2))
+    with stopped(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
         influence.self_influence(folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(Problem, "loss_gradients", lambda self, batch: passes.append(batch) or original(self, batch))

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,12 @@ def test_a_bad_rank_is_an_error_before_anything_is_computed(monkeypatch):
     for bad in (0, -3, True, 1.0, 1.5, 0.0, -0.5, float("nan"), "32"):
         with pytest.raises(InputError, match="rank must be a positive integer, or a share of the energy"):
             influence.score(p.queries, rank=bad)
+
+
+def test_a_rank_may_be_an_integer_of_numpy():
+    influence, p = fitted("mlp", EKFAC())
+    found, wanted = (influence.score(p.queries, certify=False, rank=r).values for r in (np.int64(2), 2))
+    assert torch.equal(found, wanted)
 
 
 # --- scores ---

@@ -25,6 +25,7 @@ from whence.layers import Unfactorable
 from whence.layout import Layout, plan
 from whence.models import Select, chosen, fingerprint, observed, ready
 from whence.progress import track
+from whence.store import COMPUTED
 from whence.task import Task, as_task
 from whence.trace import Seeds, trace
 from whence.vectors import Vectors
@@ -156,7 +157,7 @@ class Problem:
         """Hashes of the model, the selection and the training data; the task's name and first losses."""
         return {
             "task": self.task.name(),
-            "first losses": self._first_losses(),
+            COMPUTED: self._first_losses(),
             "model": fingerprint(self.model),
             "parameters": ", ".join(self.parameters),
             "train": self.train.fingerprint(),

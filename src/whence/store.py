@@ -19,6 +19,7 @@ from whence.errors import ArtefactError
 
 VERSION = 1
 SHOWN = 200  # characters of a value in a message
+COMPUTED = "first losses"  # the entry of a header that another machine computes a little differently
 
 
 def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -151,26 +152,21 @@ class Shards:
 def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Refuse an artefact made for something else, by name of what differs.
 
-    Lists of floats are computed from the rest, perhaps by another machine: they may differ by a thousandth, and are
-    named only if all else is the same.
+    The first losses may differ by a thousandth, and are named only if all else is the same.
 
     Raises:
         ArtefactError: naming each entry that differs, with both values.
     """
-    keys = list({**current, **saved})
-    computed = [key for key in keys if _computed(saved.get(key)) and _computed(current.get(key))]
-    differing = [key for key in keys if key not in computed and saved.get(key) != current.get(key)]
-    if differing := differing or [key for key in computed if not _close(saved[key], current[key])]:
+    differing = [key for key in {**current, **saved} if key != COMPUTED and saved.get(key) != current.get(key)]
+    if not differing and not _close(saved.get(COMPUTED, []), current.get(COMPUTED, [])):
+        differing = [COMPUTED]
+    if differing:
         details = "; ".join(
             f"{key}: file {repr(saved.get(key))[:SHOWN]}, now {repr(current.get(key))[:SHOWN]}" for key in differing
         )
         raise ArtefactError(
             f"{path} was made for another {', '.join(differing)} ({details}). Fit again, or pass what it was made with."
         )
-
-
-def _computed(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, float) for x in value)
 
 
 def _close(a: list[float], b: list[float]) -> bool:

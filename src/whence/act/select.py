@@ -97,7 +97,6 @@ def select(
             do not fit.
     """
     rows = _grouped(float_array(scores, "scores", (2,)), groups)  # (G, N)
-    numbers = example_numbers(scores, rows.shape[1])
     n = rows.shape[1]
     k = how_many(n, share, count)
     if by == "coverage":
@@ -109,6 +108,7 @@ def select(
         raise expected("by", f"one of {', '.join([*RULES, 'coverage'])}", by)
     random = np.random.default_rng(seed).choice(n, k, replace=False)
     served, other = rows[:, chosen].sum(1), rows[:, random].sum(1)
+    numbers = example_numbers(scores, n)
     return Selection(numbers[chosen], values[chosen], numbers[random], served, other, by, n, seed)
 
 

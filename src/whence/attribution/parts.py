@@ -23,23 +23,29 @@ from whence.gradients import Gradients, concatenate
 from whence.problem import Problem
 from whence.solvers.base import Inverse
 
+Indices = Sequence[int] | Tensor
 
-def by_block(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> dict[str, Tensor]:
+
+def by_block(inverse: Inverse, rows: Gradients, examples: Indices) -> dict[str, Tensor]:
     """Scores of n training examples on Q queries' gradients by block of parameters: block name to (Q, n)."""
-    pairing, problem = directions(inverse, [rows], certify=False)[0], inverse.curvature.problem
-    parts = [pairing.by_block(problem.loss_gradients(batch)) for batch in _batches(problem, examples)]
+    problem = inverse.curvature.problem
+    batches = _batches(problem, examples)
+    pairing = directions(inverse, [rows], certify=False)[0]
+    parts = [pairing.by_block(problem.loss_gradients(batch)) for batch in batches]
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
-def by_token(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> Tensor:
+def by_token(inverse: Inverse, rows: Gradients, examples: Indices) -> Tensor:
     """Scores of n training examples on Q queries' gradients by position: (Q, n, T).
 
     Raises:
         UnsupportedError: if the task has no positions, or a block's gradient cannot be told apart by them.
     """
-    pairing, problem = directions(inverse, [rows], certify=False)[0], inverse.curvature.problem
+    problem = inverse.curvature.problem
+    batches = _batches(problem, examples)
+    pairing = directions(inverse, [rows], certify=False)[0]
     parts = []
-    for batch in _batches(problem, examples):
+    for batch in batches:
         real = problem.task.padding(batch)
         if real is None:
             raise UnsupportedError(
@@ -52,7 +58,7 @@ def by_token(inverse: Inverse, rows: Gradients, examples: Sequence[int]) -> Tens
     return torch.cat([F.pad(part, (0, T - part.shape[2])) for part in parts], 1)
 
 
-def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], parts: Measurement | None = None) -> Tensor:
+def by_query_token(inverse: Inverse, queries: Any, examples: Indices, parts: Measurement | None = None) -> Tensor:
     """Scores of n training examples by token of the query: (Q, T, n); each token is a right-hand side of its own.
 
     As many are solved together as the problem's memory holds.
@@ -61,6 +67,7 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
         UnsupportedError: if the task does not split its measurement and no parts are given.
     """
     problem, given = inverse.curvature.problem, Examples(queries, "queries", 1)
+    examples = problem.train.chosen(examples)  # before anything is solved
     held: list[Gradients] = []
     where: list[tuple[int, int]] = []
     found: list[Tensor] = []
@@ -95,9 +102,10 @@ def by_query_token(inverse: Inverse, queries: Any, examples: Sequence[int], part
     return values
 
 
-def _batches(problem: Problem, examples: Sequence[int]) -> Iterator[Batch]:
-    train = problem.train
-    return (problem.batch(some) for some in train.chosen(examples).split(train.batch_size))
+def _batches(problem: Problem, examples: Indices) -> Iterator[Batch]:
+    """Batches of some training examples; the numbers are checked at once."""
+    index = problem.train.chosen(examples)
+    return (problem.batch(some) for some in index.split(problem.train.batch_size))
 
 
 def _slopes(parts: Measurement, outputs: Tensor, batch: Batch) -> tuple[int, Callable[[int], Tensor]]:
