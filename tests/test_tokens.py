@@ -14,6 +14,7 @@ peft = pytest.importorskip("peft")
 
 import whence  # noqa: E402
 from test_hf_models import IGNORE, Case, case, double, padded  # noqa: E402
+from whence.attribution import parts  # noqa: E402
 from whence.errors import InputError, UnsupportedError, WhenceWarning  # noqa: E402
 from whence.hf import CausalLM, SequenceClassification, completion_batch, pad  # noqa: E402
 
@@ -292,9 +293,9 @@ def test_tasks_without_positions_are_refused():
 
 
 @pytest.mark.parametrize("index", [[], [5], [-1], 3, [0.5], [[0, 1]]])
-def test_what_is_no_number_of_a_training_example_is_refused(index):
-    c = case("gpt2")
-    influence = fitted(c)
+def test_what_is_no_number_of_a_training_example_is_refused_before_anything_is_solved(index, monkeypatch):
+    influence = fitted(case("gpt2"))
+    monkeypatch.setattr(parts, "directions", None)
     for ask in (influence.by_token, influence.by_block, influence.by_query_token):
         with pytest.raises(InputError, match=r"index must be numbers of train examples, 0\.\.4, got"):
             ask(QUERIES, index)
