@@ -194,6 +194,11 @@ def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return batch
 
 
+def take(batch: Batch, index: Tensor) -> Batch:
+    """Some examples of a batch, by their place in it."""
+    return map_tensors(lambda t: t[index.to(t.device)], batch)
+
+
 def _columns(data: Any) -> Batch | None:
     """The data as nested columns if every leaf is a tensor or an array, else None."""
     if isinstance(data, (Tensor, np.ndarray)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -22,15 +22,35 @@ class Use:
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks, and where the rows of each come from."""
+    """The blocks, and where the rows of each come from.
+
+    Args:
+        blocks: the blocks.
+        uses: block name to the modules that use it; none: the slow path.
+        alone: blocks whose rows are made one example at a time, as their layers do not see a batch example by example.
+        shared: modules that are called with one row for the whole batch, such as a table of positions.
+        looped: make the rows of the slow path by a backward pass for each, as vmap gives others than autograd.
+    """
 
     blocks: tuple[Block, ...]
-    uses: dict[str, tuple[Use, ...]]  # block name -> modules; empty: the slow path
+    uses: dict[str, tuple[Use, ...]]
+    alone: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    looped: bool = False
 
     @property
     def slow(self) -> tuple[Block, ...]:
         """The blocks that no layer entry covers."""
         return tuple(b for b in self.blocks if not self.uses[b.name])
+
+    def using(self, module: str) -> frozenset[str]:
+        """The names of the blocks that a module's calls give rows to."""
+        return frozenset(name for name, uses in self.uses.items() if any(use.module == module for use in uses))
+
+    def only(self, names: frozenset[str]) -> Layout:
+        """The layout of these blocks, from a batch that holds one example."""
+        blocks = tuple(b for b in self.blocks if b.name in names)
+        return replace(self, blocks=blocks, uses={b.name: self.uses[b.name] for b in blocks}, alone=frozenset())
 
 
 def plan(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Layout:
@@ -78,4 +98,4 @@ def demoted(layout: Layout, wrong: set[str]) -> Layout:
         for piece in [Block(p, {p: s}, None) for p, s in b.shapes.items()] if slow else [b]:
             blocks.append(piece)
             uses[piece.name] = () if slow else layout.uses[b.name]
-    return Layout(tuple(blocks), uses)
+    return replace(layout, blocks=tuple(blocks), uses=uses)

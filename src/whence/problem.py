@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from whence.models import Select, chosen, fingerprint, observed, ready
 from whence.progress import track
 from whence.store import COMPUTED
 from whence.task import Task, as_task
-from whence.trace import Seeds, trace
+from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors
-from whence.verify import truth, verified
+from whence.verify import TOLERANCE, RowCheck, examine, find_shared, row_errors
 
 
 class Problem:
@@ -80,6 +80,9 @@ class Problem:
             )
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
+        self.row_check = RowCheck()
+        self._layout: Layout | None = None
+        self._unseen: set[str] = set()  # blocks without a gradient so far
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -91,11 +94,26 @@ class Problem:
         """The blocks of the layout."""
         return self.layout.blocks
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
-        """How each parameter's gradient is found; each layer's factoring is verified on a few examples first."""
-        first = self.batch([i % len(self.train) for i in range(3)])
-        layout = self._verified(plan(self.model, self.parameters), first)
+        """How each parameter's gradient is found; it is tried on a few examples first."""
+        if self._layout is None:
+            self._layout = self._examined_layout()
+        return self._layout
+
+    def _examined_layout(self) -> Layout:
+        """Plan the layout and hold it against autograd; name what takes the slow path or has no gradient."""
+        batch = self.batch([i % len(self.train) for i in range(3)])
+        layout = plan(self.model, self.parameters)
+        with self.observed() as model:
+            forward = self._forward(model)
+            plain = forward(batch).detach()
+            layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)
+            trace_rows = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
+            layout, unseen = examine(
+                layout, batch, self._with_gradients(model), self.task.loss, self.parameters, trace_rows, self.dtype
+            )
+        self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
         if self._unseen == {b.name for b in layout.blocks}:
             warnings.warn(
                 "none of the selected parameters acts on the loss of the first training examples. Unmerge adapters "
@@ -105,9 +123,10 @@ class Problem:
             )
         if layout.slow:
             names = [p for b in layout.slow for p in b.shapes]
+            how = ", by a backward pass for each as vmap gives other numbers" if layout.looped else ""
             warnings.warn(
                 f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one gradient "
-                f"per example): {_some(names)}. Leave them out with parameters=..., or register a LayerKind.",
+                f"per example{how}): {_some(names)}. Leave them out with parameters=..., or register a LayerKind.",
                 WhenceWarning,
                 stacklevel=2,
             )
@@ -166,11 +185,21 @@ class Problem:
     def gradients(self, batch: Batch, seeds: Seeds, positions: int | None = None) -> Gradients:
         """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs; ``positions`` as for `trace`."""
         layout = self.layout
-        with self.observed() as model:
-            found = self._trace(model, batch, seeds, layout, positions)
-        if self._unseen:
-            self._check_unseen(found, batch)
-        return found
+        while True:
+            with self.observed() as model:
+                try:
+                    traced = self._trace(model, batch, seeds, layout, positions)
+                except Unfactorable as error:
+                    if positions:
+                        raise
+                    layout = self._fall_back(layout.using(error.module), error)
+                    continue
+                wrong = self._check_rows(model, traced, batch)
+            if not wrong:
+                return traced.gradients
+            worst = max(wrong, key=lambda name: wrong[name])
+            error = Unfactorable(worst, f"has rows that differ from autograd by {wrong[worst]:.1e} of their size")
+            layout = self._fall_back(frozenset(b.name for b in layout.blocks if wrong.keys() & b.shapes), error)
 
     def loss_gradients(self, batch: Batch) -> Gradients:
         """Gradients of each example's training loss, R = 1."""
@@ -268,37 +297,81 @@ class Problem:
 
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
-    def _verified(self, layout: Layout, batch: Batch) -> Layout:
-        """The layout without the blocks that differ from autograd on a few examples."""
-        parameters = {p: self.parameters[p] for b in layout.blocks for p in b.shapes}
-        with self.observed() as model:
-            for p in parameters.values():
-                p.requires_grad_()
-            known = truth(batch, lambda single: self.outputs(model, single), self.task.loss, parameters)
-        with self.observed() as model:
-            traced = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
-            layout = verified(layout, known, traced, self.dtype)
-        unseen = {p for p, rows in known[1].items() if not rows.any()}
-        self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
-        return layout
-
-    def _check_unseen(self, found: Gradients, batch: Batch) -> None:
-        """Verify blocks that had no gradient on the first examples on the first batch where they have one.
+    def _check_rows(self, model: nn.Module, traced: Traced, batch: Batch) -> dict[str, float]:
+        """Compare some of a batch's rows with autograd, if a check is due: relative errors of parameters that differ.
 
         Raises:
-            UnsupportedError: if one is not what its entry says.
+            InputError: if there is no per-example gradient.
         """
-        for block in [b for b in found.blocks if b.name in self._unseen]:
-            if found.rows[block.name].square_norms().any():
-                rest = self._unseen - {block.name}
-                if self._verified(Layout((block,), {block.name: self.layout.uses[block.name]}), batch).slow:
-                    raise Unfactorable(block.name, "differs from autograd on examples that use it")
-                self._unseen = rest
+        used, first_users = self._first_users(traced)
+        index = self.row_check.draw(traced, first_users)
+        if index is None:
+            return {}
+        weights = self.row_check.weights(len(index), len(traced.cotangents))
+        errors = row_errors(traced, batch, index, weights, self._with_gradients(model), self.parameters)
+        wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[self.dtype]}
+        if not wrong:
+            self.row_check.note(errors, len(index))
+            self._unseen -= used
+        return wrong
+
+    def _first_users(self, traced: Traced) -> tuple[set[str], Tensor | None]:
+        """Blocks that had no gradient before this batch, and which of its examples (n,) use one; None for no such."""
+        users, used = None, set()
+        for name in self._unseen:
+            norms = traced.gradients.rows[name].square_norms()
+            if norms.any():
+                used.add(name)
+                mine = norms.reshape(len(traced.outputs), -1).any(1)
+                users = mine if users is None else users | mine
+        return used, users
+
+    def _fall_back(self, names: frozenset[str], error: Unfactorable) -> Layout:
+        """Make the rows of some blocks one example at a time from now on, and say so.
+
+        Blocks keep their shape, so that what was made of earlier batches, which were right, goes together with it.
+
+        Raises:
+            UnsupportedError: if they are made so already.
+        """
+        layout = self.layout
+        fast = {name for name in names if layout.uses[name]} - layout.alone
+        slow = any(not layout.uses[name] for name in names)
+        if fast:
+            layout = replace(layout, alone=layout.alone | fast)
+        elif slow and not layout.looped:
+            layout = replace(layout, looped=True)
+        else:
+            raise error
+        self._layout = layout
+        warnings.warn(
+            f"{_some(sorted(names))}: {error.why}. From here on these gradients are computed one example at a time, "
+            "which is exact and slow.",
+            WhenceWarning,
+            stacklevel=3,
+        )
+        return layout
 
     def _trace(
         self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout, positions: int | None = None
-    ) -> Gradients:
-        return trace(lambda: self.outputs(model, batch), model, batch, seeds, layout, self.functional, positions)
+    ) -> Traced:
+        for p in self.parameters.values():  # a check may have asked for gradients
+            p.requires_grad_(False)
+        return trace(self._forward(model), model, batch, seeds, layout, self.functional, positions)
+
+    def _forward(self, model: nn.Module) -> Callable[[Batch], Tensor]:
+        """The outputs of the model on a batch."""
+        return lambda batch: self.outputs(model, batch)
+
+    def _with_gradients(self, model: nn.Module) -> Callable[[Batch], Tensor]:
+        """The same, differentiable in the attributed parameters."""
+
+        def outputs(batch: Batch) -> Tensor:
+            for p in self.parameters.values():
+                p.requires_grad_()
+            return self.outputs(model, batch)
+
+        return outputs
 
 
 class _Bound(nn.Module):

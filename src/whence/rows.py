@@ -259,6 +259,42 @@ def concatenate(batches: list[Rows]) -> Rows:
     return Factored(join([b.a for b in factored], 1), join([b.g for b in factored], 1))
 
 
+def gather(examples: Sequence[Rows]) -> Rows:
+    """The rows of a batch from those of its examples, which may see different numbers of positions, or none.
+
+    Which positions are real is kept, so that no mean over positions counts the padding between examples.
+    """
+    used = [r for r in examples if not _vanishes(r)]
+    if not used:
+        return concatenate(list(examples))
+    if not all(isinstance(r, Factored) for r in used):
+        blank = used[0]
+        empty = Written(torch.zeros_like(blank.written().rows), blank.written().sides)
+        return concatenate([empty if _vanishes(r) else r for r in examples])
+    template = next(r for r in used if isinstance(r, Factored))
+    blank = Routed(
+        torch.zeros_like(template.a[:, :, :1]),
+        torch.zeros_like(template.g[:, :, :, :1]),
+        torch.full((template.a.shape[0], 1, 1), -1, device=template.a.device),
+    )
+    routed = [_routed(r) if isinstance(r, Factored) and not _vanishes(r) else blank for r in examples]
+    positions = join([r.positions + 1 for r in routed], 1) - 1  # padding becomes -1
+    return Routed(join([r.a for r in routed], 1), join([r.g for r in routed], 1), positions)
+
+
+def _vanishes(rows: Rows) -> bool:
+    """Whether these are the zeros of a layer that was not called."""
+    return isinstance(rows, Written) and rows.sides[2] > 1 and not rows.rows.any()
+
+
+def _routed(rows: Factored) -> Routed:
+    """Factored rows with the numbers of their positions."""
+    if isinstance(rows, Routed):
+        return rows
+    G, n, T, _ = rows.a.shape
+    return Routed(rows.a, rows.g, torch.arange(T, device=rows.a.device).expand(G, n, T))
+
+
 def join(parts: Sequence[Tensor], along: int) -> Tensor:
     """Concatenate along one axis; every other axis is padded with zeros to the longest."""
     shape = [max(sizes) for sizes in zip(*(t.shape for t in parts), strict=True)]

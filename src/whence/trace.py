@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
-from whence.data import Batch, batch_length, map_tensors, tensors
+from whence.data import Batch, batch_length, map_tensors, take, tensors
 from whence.errors import InputError, WhenceWarning
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
-from whence.layers import CHANNELS_FIRST, Arguments, Unfactorable, inside, kind_of, registered
+from whence.layers import CHANNELS_FIRST, Arguments, Unfactorable, inside, kind_of
 from whence.layout import Layout, Use
 from whence.rows import Lookup, Rows, Scattered
 from whence.vectors import Vectors
@@ -39,21 +40,41 @@ class _Call:
         self.shape = output.shape
 
 
+@dataclass(frozen=True)
+class Traced:
+    """What one pass found.
+
+    Args:
+        gradients: the rows of all blocks.
+        outputs: of the model, (n, ...), detached.
+        cotangents: at the outputs, (R, n, ...).
+        signature: the shapes that the layers saw.
+        merged: whether a layer saw the rows of all examples on one axis, and not a token of each batch entry for each:
+            whose they are is then a guess.
+    """
+
+    gradients: Gradients
+    outputs: Tensor
+    cotangents: Tensor
+    signature: tuple[Any, ...]
+    merged: bool
+
+
 def trace(
-    forward: Callable[[], Tensor],
+    forward: Callable[[Batch], Tensor],
     model: nn.Module,
     batch: Batch,
     seeds: Seeds,
     layout: Layout,
     functional: Functional,
     positions: int | None = None,
-) -> Gradients:
+) -> Traced:
     """Rows J_n^T s_{n,r} of all blocks.
 
     Args:
-        forward: computes the outputs (n, ...) with the hooked model.
+        forward: computes the outputs (n, ...) of a batch with the hooked model.
         model: the model, in eval mode, no parameter requiring a gradient.
-        batch: the batch that ``forward`` runs on.
+        batch: n examples.
         seeds: makes the cotangents from the outputs.
         layout: the blocks.
         functional: the outputs on a batch as a function of parameters, for blocks on the slow path.
@@ -65,27 +86,94 @@ def trace(
     if positions and layout.slow:
         raise Unfactorable(layout.slow[0].name, "takes the slow path, where its gradient has no positions")
     with _hooked(model, layout, batch_length(batch)) as calls:
-        outputs = forward()
+        outputs = forward(batch)
         cotangents = seeds(outputs, batch)
         g = _backward(outputs, cotangents, calls)  # hooked, for checkpoints that run parts of the model again
-    n = len(outputs) * (positions or 1)
+    n, S, R = len(outputs), positions or 1, len(cotangents)
     rows: dict[str, Rows] = {}
     for block in layout.blocks:
-        if uses := layout.uses[block.name]:
-            parts = [
-                _rows(model.get_submodule(use.module), call, g[call], use, len(outputs), positions or 1)
-                for use in uses
-                for call in calls[use.module]
-                if call in g
-            ]
-            rows[block.name] = (
-                forms.total(parts) if parts else Written(outputs.new_zeros(n, len(cotangents), block.size), block.sides)
-            )
+        uses = layout.uses[block.name]
+        if not uses or block.name in layout.alone:
+            continue
+        parts = [
+            _rows(model.get_submodule(use.module), call, g[call], use, n, S)
+            for use in uses
+            for call in calls[use.module]
+            if call in g
+        ]
+        unused = Written(outputs.new_zeros(n * S, R, block.size), block.sides)
+        rows[block.name] = forms.total(parts) if parts else unused
+    if layout.alone:
+        rows |= _alone(forward, model, batch, cotangents, layout, functional, positions)
     if layout.slow:
         for name, dense in _slow(batch, cotangents, layout, functional).items():
             rows[name] = Written(dense.flatten(2), (1, dense[0, 0].numel(), 1))
-    weights = outputs.new_ones(n, len(cotangents), dtype=torch.float64)
-    return Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
+    weights = outputs.new_ones(n * S, R, dtype=torch.float64)
+    gradients = Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
+    seen = tuple((path, tuple(c.x.shape), tuple(c.shape)) for path, called in calls.items() for c in called)
+    signature = (tuple(outputs.shape), R, S, seen)
+    return Traced(gradients, outputs.detach(), cotangents.detach(), signature, _merged(batch, n, calls))
+
+
+def watch_layers(
+    forward: Callable[[Batch], Tensor], model: nn.Module, batch: Batch, layout: Layout
+) -> tuple[Tensor, list[str]]:
+    """Run a batch with the layers of a layout observed, which must not change its outputs.
+
+    Returns:
+        The outputs (n, ...), and the modules that were called with a single row.
+    """
+    with _hooked(model, layout, batch_length(batch)) as calls:
+        outputs = forward(batch).detach()
+    return outputs, [path for path, called in calls.items() if any(c.x.shape[0] == 1 for c in called)]
+
+
+def _merged(batch: Batch, n: int, calls: Mapping[str, Sequence[_Call]]) -> bool:
+    """Whether a layer's rows are some multiple of n that is no length of the batch's own."""
+    lengths = {1, *(t.shape[1] for t in tensors(batch) if t.ndim > 1)}
+    leading = {c.shape[0] for called in calls.values() for c in called}
+    return n > 1 and any(size % n or size // n not in lengths for size in leading)
+
+
+def _alone(
+    forward: Callable[[Batch], Tensor],
+    model: nn.Module,
+    batch: Batch,
+    cotangents: Tensor,
+    layout: Layout,
+    functional: Functional,
+    positions: int | None,
+) -> dict[str, Rows]:
+    """Rows of the blocks that are traced one example at a time: whatever a layer then sees is this example's."""
+    some = layout.only(layout.alone)
+    found = []
+    for i in range(cotangents.shape[1]):
+        own = cotangents[:, i : i + 1]
+        single = take(batch, torch.tensor([i]))
+        seeds = lambda outputs, _, own=own: fit_to(own, outputs)  # noqa: E731
+        found.append(trace(forward, model, single, seeds, some, functional, positions).gradients.rows)
+    return {b.name: forms.gather([rows[b.name] for rows in found]) for b in some.blocks}
+
+
+def fit_to(cotangents: Tensor, outputs: Tensor) -> Tensor:
+    """Cotangents (R, n, ...) cut to the shape of outputs (n, ...) that a model made shorter for fewer examples.
+
+    Raises:
+        InputError: if something else than zeros would be cut off.
+    """
+    shape = outputs.shape[1:]
+    if cotangents.shape[2:] == shape:
+        return cotangents
+    if cotangents.ndim == outputs.ndim + 1 and all(a >= b for a, b in zip(cotangents.shape[2:], shape, strict=True)):
+        kept = cotangents[(slice(None), slice(None), *map(slice, shape))]
+        if kept.count_nonzero() == cotangents.count_nonzero():
+            return kept
+    raise InputError(
+        "An example's output must not depend on the other examples of its batch, but its shape does: "
+        f"{tuple(shape)} alone or in a smaller batch, {tuple(cotangents.shape[2:])} in the batch. A loss over all "
+        "pairs of a batch, as in contrastive learning, has no per-example gradient: write a task whose outputs are "
+        "those of one example, such as its own embedding against fixed others."
+    )
 
 
 @contextmanager
@@ -97,7 +185,7 @@ def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list
         x = next(iter((*arguments[0], *arguments[1].values())), None)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             raise Unfactorable(path, "does not map one tensor to one tensor")
-        if x.shape[0] == 1 and n > 1 and registered(modules[path]):  # one position table for the whole batch
+        if x.shape[0] == 1 and n > 1 and path in layout.shared:  # so that each example has a row of its own
             x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
         if not output.requires_grad:  # the first layers: the graph begins here
             output = output.detach().requires_grad_().clone()
@@ -143,7 +231,7 @@ class _Watch(TorchFunctionMode):
         return output
 
 
-class _Pull(torch.autograd.Function):
+class InjectCotangent(torch.autograd.Function):
     """A scalar whose gradient by the outputs is a given cotangent; its value is of no use."""
 
     @staticmethod
@@ -166,7 +254,9 @@ def _backward(outputs: Tensor, cotangents: Tensor, calls: Mapping[str, Sequence[
         return stacks
     R = len(cotangents)
     for r, cotangent in enumerate(cotangents):
-        pulled = _Pull.apply(outputs, cotangent)  # a scalar: passing grad_outputs would import sympy, half a second
+        pulled = InjectCotangent.apply(
+            outputs, cotangent
+        )  # a scalar: passing grad_outputs would import sympy, half a second
         grads = torch.autograd.grad(pulled, [c.edge for c in flat], retain_graph=r + 1 < R, allow_unused=True)
         for call, grad in zip(flat, grads, strict=True):
             if grad is None:
@@ -238,6 +328,8 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
     By vmap over the examples; for a model that vmap does not take, such as one that looks at its data, one by one.
     """
     names = [p for b in layout.slow for p in b.shapes]
+    if layout.looped:
+        return _one_by_one(batch, cotangents, names, functional)
     leaves = list(tensors(batch))
 
     def one(example: list[Tensor], seeds: Tensor) -> Vectors:  # tensors without the example axis; (R, ...)
@@ -251,21 +343,28 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
     size = sum(b.size for b in layout.slow) * len(cotangents)
     try:
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.vmap(one, in_dims=(0, 1), chunk_size=max(1, 2**24 // size))(leaves, cotangents.detach())
+            rows = torch.func.vmap(one, in_dims=(0, 1), chunk_size=max(1, 2**24 // size))(leaves, cotangents.detach())
     except (RuntimeError, InputError):
         return _one_by_one(batch, cotangents, names, functional)
+    leading = cotangents.shape[1], cotangents.shape[0]
+    right = all(rows[p].shape == (*leading, *shape) for b in layout.slow for p, shape in b.shapes.items())
+    return rows if right else _one_by_one(batch, cotangents, names, functional)  # some batching rules lose axes
 
 
 def _one_by_one(batch: Batch, cotangents: Tensor, names: list[str], functional: Functional) -> Vectors:
     """The same by plain backward passes."""
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for i in range(cotangents.shape[1]):
-        outputs, parameters = functional(map_tensors(lambda t, i=i: t[i : i + 1], batch))
+        outputs, parameters = functional(take(batch, torch.tensor([i])))
         held = {name: parameters[name].detach().requires_grad_() for name in names}
         h, leaves = outputs(parameters | held), list(held.values())
-        for cotangent in cotangents[:, i : i + 1].detach():
-            pulled = (h * cotangent).sum()
-            grads = torch.autograd.grad(pulled, leaves, retain_graph=True, materialize_grads=True, allow_unused=True)
+        for cotangent in fit_to(cotangents[:, i : i + 1].detach(), h):  # (1, ...)
+            grads = [torch.zeros_like(p) for p in leaves]
+            if h.requires_grad:
+                pulled = (h * cotangent).sum()
+                grads = torch.autograd.grad(
+                    pulled, leaves, retain_graph=True, materialize_grads=True, allow_unused=True
+                )
             for name, grad in zip(names, grads, strict=True):
                 rows[name].append(grad)
     R = len(cotangents)
