@@ -379,7 +379,7 @@ def test_scores_say_where_they_come_from():
     json.dumps(found)
     assert "EKFAC(labels=None, seed=7" in found["solver"] and found["curvature"] == "GGN"
     assert found["examples"] == p.n and set(found["damping by parameter"]) == set(p.shapes)
-    assert found["torch"] == torch.__version__ and set(found["seconds"]) == {"fit", "solve", "scores"}
+    assert found["torch"] == torch.__version__ and set(found["seconds"]) >= {"fit", "solve", "scores"}
 
 
 def test_one_seed_replaces_the_seed_of_every_nested_solver():

@@ -147,7 +147,9 @@ class Problem:
         except (RuntimeError, KeyError) as error:
             raise InputError(f"The weights must be a state_dict of the model, got: {error}") from error
         keep = set(self.parameters)
-        return Problem(model, self.task, self.train, lambda n: n in keep, None, self.memory, self.progress)
+        there = Problem(model, self.task, self.train, lambda n: n in keep, None, self.memory, self.progress)
+        there.row_check = self.row_check
+        return there
 
     def coverage(self) -> str:
         """One sentence: the share of trainable parameters attributed, and what is left out."""
@@ -172,6 +174,11 @@ class Problem:
             return batches
         return track(batches, what, total=-(-len(examples) // examples.batch_size), enabled=self.progress)
 
+    @property
+    def row_error(self) -> float | None:
+        """The largest relative difference from autograd of the rows that were checked, here and `at` other weights."""
+        return self.row_check.error if self.row_check.checked else None
+
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of the model, the selection and the training data; the task's name and first losses."""
         return {
@@ -185,10 +192,17 @@ class Problem:
     def gradients(self, batch: Batch, seeds: Seeds, positions: int | None = None) -> Gradients:
         """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs; ``positions`` as for `trace`."""
         layout = self.layout
+        made: list[Tensor] = []
+
+        def seeds_once(outputs: Tensor, batch: Batch) -> Tensor:  # what they draw or note must not be drawn twice
+            if not made:
+                made.append(seeds(outputs, batch))
+            return made[0]
+
         while True:
             with self.observed() as model:
                 try:
-                    traced = self._trace(model, batch, seeds, layout, positions)
+                    traced = self._trace(model, batch, seeds_once, layout, positions)
                 except Unfactorable as error:
                     if positions:
                         raise

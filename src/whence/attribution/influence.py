@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whence import store
+from whence.attribution import certificate
 from whence.attribution.directions import directions, fingerprint, pieces
 from whence.attribution.parts import by_block, by_query_token, by_token
 from whence.attribution.scores import Scores
@@ -102,7 +103,9 @@ class Influence:
         Args:
             queries: Q queries, in the form of the training data.
             measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
-            certify: measure each query's residual with the true operator (one more pass over the training data).
+            certify: measure each query's residual with the true operator (one more pass over the training data). For an
+                approximate inverse such as EKFAC's, compare one or two queries with accurate solutions too, all within
+                the time that the fit and the scores took: see `Scores.agreement`.
             self_influence: compute the self-influence of what is scored too.
             candidates: n examples to score in place of the training set, such as data that might be trained on: adding
                 one to the N training examples changes f by minus its score / N, to first order.
@@ -120,20 +123,28 @@ class Influence:
         """
         inverse, problem = self.inverse, self.problem
         start = time.perf_counter()
-        rows = pieces(problem, queries, measurement, self.batch_size, mean, rank)
+        make_rows = lambda: pieces(problem, queries, measurement, self.batch_size, mean, rank)  # noqa: E731
+        rows = make_rows()
         scored = self._candidates(candidates)
         shards = Shards(folder, "scores", self._made_of(rows, scored, rank)) if folder is not None else None
-        pairing, solution, truncation = directions(inverse, rows, certify, shards, rank)
+        pairing, solution, more = directions(inverse, rows, certify and not inverse.approximate, shards, rank)
         del rows  # nearly as large as the directions
         solving = time.perf_counter()
         values = streamed(problem, pairing, scored, shards=shards)
         seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
+        residual, passes = solution.residual, solution.passes
+        if certify and inverse.approximate:
+            spent, scoring = sum(seconds.values()), seconds["scores"]
+            found = certificate.check(inverse, make_rows, values, scored, spent, scoring)
+            residual, passes = found.residual, found.passes
+            seconds["certificate"] = found.seconds
+            more["agreement"] = found.agreement
         return Scores(
             values,
-            solution.residual,
+            residual,
             solution.converged,
             solution.history,
-            self.provenance() | {"seconds": seconds, "passes": solution.passes, "steps": solution.steps} | truncation,
+            self.provenance() | {"seconds": seconds, "passes": passes, "steps": solution.steps} | more,
             self.self_influence(scored) if self_influence else None,
         )
 
@@ -266,6 +277,7 @@ class Influence:
                 "tolerance": self.inverse.tolerance,
                 "torch": torch.__version__,
                 "examples": len(self.problem.train),
+                "row error": self.problem.row_error,
             }
         )
 

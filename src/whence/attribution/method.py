@@ -75,6 +75,7 @@ class Method(ABC):
             "coverage": problem.coverage(),
             "torch": torch.__version__,
             "examples": len(problem.train),
+            "row error": problem.row_error,
             "seconds": seconds,
         }
         return Scores(values, residual, converged, provenance=provenance)

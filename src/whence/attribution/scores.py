@@ -69,6 +69,25 @@ class Scores:
             )
         return self.self_values
 
+    @property
+    def row_error(self) -> float | None:
+        """The largest relative difference of the per-example gradients that were used from autograd's.
+
+        It is measured on a drawn part of the batches while they stream (`whence.verify`); None if no gradients of
+        examples were used, or all scores came from the disk. What differs by more than rounding is refused.
+        """
+        return self.provenance.get("row error")
+
+    @property
+    def agreement(self) -> dict[str, Any] | None:
+        """How the scores of an approximate inverse agree with accurate ones on a few queries; None for other methods.
+
+        Either ``queries`` (their numbers), ``rank correlation`` and ``shared`` (the worst of them: Spearman's, and how
+        many of the ``top`` strongest proponents are the same) and the ``tolerance`` of the accurate solve; or ``not
+        checked``, the reason.
+        """
+        return self.provenance.get("agreement")
+
     def top(self, k: int = 5) -> Top:
         """The k strongest proponents (largest scores) and opponents (smallest), ties in the order of the columns."""
         if not 1 <= k <= self.values.shape[1]:
@@ -108,14 +127,20 @@ class Scores:
     def __str__(self) -> str:
         """A line on the whole."""
         q, n = self.values.shape
-        worst = "residual not measured" if self.residual is None else f"worst residual {float(self.residual.max()):.1e}"
+        if self.agreement is not None:  # the residual of an approximate method says little
+            certified = agreement_in_words(self.agreement)
+        elif self.residual is None:
+            certified = "residual not measured"
+        else:
+            certified = f"worst residual {float(self.residual.max()):.1e}"
         solved = f", {int(self.converged.sum())} of {q} converged" if len(self.history) else ""
         measured = "".join(f", {name} {value:.2g}" for name, value in self.provenance.get("measured", {}).items())
         lost = ""
         if cut := self.provenance.get("truncation"):
             how = f"rank {cut['rank']}" if cut["rank"] >= 1 else f"{cut['rank']:.4g} of their energy"
             lost = f", queries cut to {how} (error at most {cut['error']:.2g})"
-        return f"scores of {n} training examples on {q} queries, {worst}{solved}{measured}{lost}"
+        checked = "" if self.row_error is None else f", row error {self.row_error:.1e}"
+        return f"scores of {n} training examples on {q} queries, {certified}{checked}{solved}{measured}{lost}"
 
     def save(self, path: str | Path) -> None:
         """Write to a file, complete or not at all."""
@@ -134,6 +159,16 @@ class Scores:
         """
         t, provenance = store.load(path, "scores")
         return cls(provenance=provenance, **{"residual": None} | t)  # pyright: ignore[reportArgumentType]
+
+
+def agreement_in_words(agreement: dict[str, Any]) -> str:
+    """Say how the scores of an approximate method agree with accurate ones."""
+    if "not checked" in agreement:
+        return "not checked against accurate scores"
+    return (
+        f"ranks as the accurate answer does: {agreement['rank correlation']:.2f} "
+        f"({agreement['shared']} of the {agreement['top']} strongest shared)"
+    )
 
 
 def unsolved(values: Tensor, **provenance: Any) -> Scores:
@@ -163,6 +198,8 @@ def ensemble(scores: Sequence[Scores]) -> Scores:
     residuals = [s.residual for s in scores if s.residual is not None]
     own = [s.self_values for s in scores if s.self_values is not None]
     shared = {k: v for k, v in first.provenance.items() if all(s.provenance.get(k) == v for s in others)}
+    if checked := [s.row_error for s in scores if s.row_error is not None]:
+        shared["row error"] = max(checked)
     return Scores(
         torch.stack([s.values for s in scores]).mean(0),
         torch.stack(residuals).amax(0) if len(residuals) == len(scores) else None,

@@ -90,6 +90,8 @@ class TRAK(Method):
             Problem(model, first.task, first.train, self.parameters, None, self.memory, self.progress)
             for model in self._models[1:]
         ]
+        for problem in more:
+            problem.row_check = first.row_check
         self._members = [self._member(problem, self.seed + m) for m, problem in enumerate([first, *more])]
 
     def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -84,6 +84,8 @@ def certificate(scores: Scores, i: int) -> dict[str, object]:
 
 def standing(scores: Scores) -> str:
     """What may be said of queries that were not found wanting: some methods have no tolerance that could be missed."""
+    if scores.agreement is not None:
+        return "approximate"
     if not scores.history.numel():
         return "direct method"
     return "no tolerance" if scores.provenance.get("tolerance") is None else "converged"
@@ -133,12 +135,39 @@ def _verdict(scores: Scores) -> str:
     goal = scores.provenance.get("tolerance")
     said = {
         "direct method": "A direct method: it takes no steps, so its residual is all there is to judge it by.",
+        "approximate": _agreement_sentence(scores),
         "no tolerance": "No tolerance was set, so the residuals are all there is to judge by.",
         "converged": f"All queries met the tolerance, {goal}.",
     }[standing(scores)]
     if late:
         said = f"{late} of {q} queries did not converge" + ("." if goal is None else f" to the tolerance, {goal}.")
     return f"{said} {size}"
+
+
+def _agreement_sentence(scores: Scores) -> str:
+    """How the scores of a method for an approximate C agree with accurate ones."""
+    found = scores.agreement or {}
+    said = "The method answers for an approximation of the curvature."
+    if "not checked" in found:
+        return f"{said} Its scores were not checked against accurate ones: {found['not checked']}."
+    if not found:
+        return said
+    return (
+        f"{said} On {_count(len(found['queries']))}, drawn at random and solved accurately, it ranks as the accurate "
+        f"answer does: {found['rank correlation']:.2f} (rank correlation, 1 is the same order), and shares "
+        f"{found['shared']} of the {found['top']} strongest proponents."
+    )
+
+
+def _count(queries: int) -> str:
+    return "one query" if queries == 1 else f"{queries} queries, the worse of them"
+
+
+def _checked_queries(agreement: Mapping[str, Any]) -> str:
+    """The numbers of the queries that were solved accurately, and to which residual."""
+    if "not checked" in agreement:
+        return "none"
+    return f"{', '.join(map(str, agreement['queries']))} (to a residual of {agreement['tolerance']:g})"
 
 
 def _facts(scores: Scores) -> list[tuple[str, str, bool]]:
@@ -165,6 +194,10 @@ def _facts(scores: Scores) -> list[tuple[str, str, bool]]:
         ("passes over the data", _plain(provenance.get("passes")), False),
         ("seconds", ", ".join(f"{part} {value:.2f}" for part, value in seconds.items()) or None, False),
     ]
+    if scores.agreement is not None:
+        rows.append(("checked queries", _checked_queries(scores.agreement), False))
+    if scores.row_error is not None:
+        rows.append(("row error", short(scores.row_error), False))
     if scores.residual is not None:
         at = int(scores.residual.nan_to_num(torch.inf).argmax())
         rows.append(("median residual", short(float(scores.residual.median())), False))

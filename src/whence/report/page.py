@@ -137,6 +137,7 @@ def render(
         "q": q,
         "k": k,
         "coverage": scores.provenance.get("coverage"),
+        "row_error": scores.row_error,
         "late": [{"number": i, "caption": query_examples[i].caption, "shown": i in shown} for i in late],
         "tiles": _tiles(scores, detection, lds or {}),
         "queries": _cards(scores, shown, min(k, n), total, train_examples, query_examples, split),
@@ -220,7 +221,9 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     good = int(scores.converged.sum())
     asked, of = (f"{q:,} × ", "queries × ") if q else ("", "")
     tiles = [{"value": f"{asked}{n:,}", "name": f"{of}training examples"}]
-    if scores.residual is not None and q:
+    if scores.agreement is not None and q:
+        tiles.append(_agreement_tile(scores.agreement))
+    elif scores.residual is not None and q:
         status = standing(scores)
         status = f"{good} of {q} converged" if good < q or status == "converged" else status
         tiles.append({"value": short(float(scores.residual.max())), "name": f"worst residual; {status}"})
@@ -238,12 +241,23 @@ def _tiles(scores: Scores, detection: MislabeledCurve | None, lds: Mapping[str, 
     return tiles
 
 
+def _agreement_tile(agreement: Mapping[str, Any]) -> dict[str, str]:
+    """How an approximate method ranks beside accurate scores, in a number and words."""
+    if "not checked" in agreement:
+        return {"value": "–", "name": "not checked against accurate scores"}
+    words = f"ranks as the accurate answer does; {agreement['shared']} of the {agreement['top']} strongest shared"
+    return {"value": f"{agreement['rank correlation']:.2f}", "name": words}
+
+
 def _configuration(provenance: Mapping[str, Any], queries: int) -> dict[str, str]:
     """The provenance as rows of words; what has a section of its own is left out."""
-    elsewhere = ("seconds", *(("solver", "chosen", "tolerance", "steps", "passes", "coverage") if queries else ()))
+    elsewhere = (
+        "seconds",
+        *(("solver", "chosen", "tolerance", "steps", "passes", "coverage", "agreement") if queries else ()),
+    )
     rows: dict[str, str] = {}
     for name, value in provenance.items():
-        if name in elsewhere:
+        if name in elsewhere or value is None:
             continue
         if isinstance(value, Mapping):
             value = _agree(value)

@@ -157,6 +157,7 @@ class Inverse(ABC):
     """(C + damping I)^-1, or an approximation of it, ready for any right-hand side."""
 
     tolerance: float | None = None
+    approximate: bool = False  # whether it answers for an approximation of C, so that its residual says little
 
     def __init__(self, curvature: Curvature, shift: Shift):
         self.curvature, self.shift = curvature, shift

@@ -31,6 +31,8 @@ from whence.vectors import Vectors
 class MeanInverse(Inverse):
     """The mean over examples of (B_n^T B_n + lambda)^-1, where B_n are the weighted rows of an example in a block."""
 
+    approximate = True
+
     def apply(self, b: Vectors) -> Vectors:
         """One pass over the rows: (b - mean_n B_n^T (lambda + B_n B_n^T)^-1 B_n b) / lambda."""
         blocks, N = self.curvature.problem.blocks, len(self.curvature.problem.train)

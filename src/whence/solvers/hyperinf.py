@@ -47,6 +47,8 @@ class SideInverse(Inverse):
         steps: the most iterations that one took.
     """
 
+    approximate = True
+
     def __init__(
         self,
         curvature: Curvature,

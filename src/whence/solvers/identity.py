@@ -20,6 +20,8 @@ from whence.vectors import Vectors
 class Unit(Inverse):
     """The identity."""
 
+    approximate = True
+
     def apply(self, b: Vectors) -> Vectors:
         """B itself."""
         return b

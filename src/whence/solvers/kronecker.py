@@ -27,6 +27,8 @@ from whence.vectors import Vectors
 class EigenInverse(Inverse):
     """Divides by eigenvalues + damping in the eigenbasis of each block."""
 
+    approximate = True
+
     def __init__(self, curvature: Curvature, shift: Shift, factors: Mapping[str, KroneckerBlock], corrected: bool):
         super().__init__(curvature, shift)
         self.factors, self.corrected = factors, corrected

@@ -33,6 +33,8 @@ class LowRankInverse(Inverse):
         values, directions: (r,) float64 and orthonormal rows (r, D).
     """
 
+    approximate = True
+
     def __init__(self, curvature: Curvature, shift: Shift, values: Tensor, directions: Tensor):
         super().__init__(curvature, shift)
         self.values, self.directions = values, directions

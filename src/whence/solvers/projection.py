@@ -31,6 +31,8 @@ class ProjectedInverse(Inverse):
         weights: w, (p,).
     """
 
+    approximate = True
+
     def __init__(self, curvature: Curvature, shift: Shift, directions: Vectors, weights: Tensor):
         super().__init__(curvature, shift)
         self.directions, self.weights = directions, weights
@@ -104,6 +106,8 @@ class RandProj(Solver):
 
 class SelectedInverse(Inverse):
     """Keeps some coordinates, scaled, and drops the others."""
+
+    approximate = True
 
     def __init__(self, curvature: Curvature, shift: Shift, mask: Vectors):
         super().__init__(curvature, shift)
