@@ -97,6 +97,14 @@ class Problem:
     @property
     def layout(self) -> Layout:
         """How each parameter's gradient is found; it is tried on a few examples first."""
+        return self._layout or self.examine()
+
+    def examine(self) -> Layout:
+        """Try the model on a few examples, once: the layout, checked against autograd.
+
+        Raises:
+            InputError: if the model has no per-example gradients.
+        """
         if self._layout is None:
             self._layout = self._examined_layout()
         return self._layout

@@ -75,7 +75,11 @@ class GGN(RowCurvature):
         held: dict[str, Tensor] = {}
 
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            held["weights"], u = self._spectrum(outputs, batch)
+            values, u = self._spectrum(outputs, batch)
+            held["weights"] = values
+            # Directions without curvature are left out, above all those at padding, where outputs may be anything.
+            flat = values.abs() <= 1e-14 * values.abs().amax(1, keepdim=True)  # (n, K)
+            u = u.masked_fill(flat.T.unsqueeze(2), 0.0)
             return u.reshape(len(u), *outputs.shape).to(outputs.dtype)
 
         found = self.problem.gradients(batch, seeds)
@@ -159,6 +163,7 @@ class GGN(RowCurvature):
     def _outputs(self) -> int:
         """Numbers in the outputs of one example."""
         if not hasattr(self, "_size"):
+            self.problem.examine()  # what is wrong with the model is told there
             with self.problem.observed() as model, torch.no_grad():
                 self._size = self.problem.outputs(model, self.problem.batch([0])).numel()
         return self._size
