@@ -171,9 +171,10 @@ def _time_products(inverse: Inverse, b: Vectors, allowed: float) -> Costs:
         inverse.curvature.product(v, torch.arange(size))
         return (time.perf_counter() - start) * N / size
 
-    first = seconds(one)  # this one fills caches too
-    if first > allowed:
-        return Costs(first, first)
-    single, double = seconds(one), seconds(vectors.concatenate([one, one]))
+    inverse.curvature.product(one, torch.arange(1))  # the first in a process loads what PyTorch has for forward mode
+    single = seconds(one)
+    if single > allowed:
+        return Costs(single, single)
+    double = seconds(vectors.concatenate([one, one]))
     each = min(single, max(0.0, double - single))
     return Costs(single - each, each)
