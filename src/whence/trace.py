@@ -101,8 +101,10 @@ def trace(
             for call in calls[use.module]
             if call in g
         ]
-        unused = Written(outputs.new_zeros(n * S, R, block.size), block.sides)
-        rows[block.name] = forms.total(parts) if parts else unused
+        if parts:
+            rows[block.name] = forms.total(parts)
+        else:  # the batch does not use this layer
+            rows[block.name] = Written(outputs.new_zeros(n * S, R, block.size), block.sides)
     if layout.alone:
         rows |= _alone(forward, model, batch, cotangents, layout, functional, positions)
     if layout.slow:
