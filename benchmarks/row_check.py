@@ -75,11 +75,11 @@ def measure(name: str) -> str:
     parameters = "mlp" if name == "gpt2" else None
     problem = whence.Problem(model, task, train, parameters, batch_size, progress=False)
     problem.examine()
-    checked = 0
+    checked, size = 0, sum(p.numel() for p in problem.parameters.values())
 
     def rows(check: bool) -> None:
         nonlocal checked
-        problem.row_check = RowCheck() if check else _no_check()
+        problem.row_check = RowCheck(size) if check else _no_check()
         for _, batch in problem.batches():
             problem.loss_gradients(batch)
         checked = problem.row_check.checked or checked
@@ -114,7 +114,7 @@ def _no_check() -> Any:
         def draw(self, *_: Any, **__: Any) -> None:
             return None
 
-    return Never()
+    return Never(0)
 
 
 def main() -> None:

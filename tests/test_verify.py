@@ -22,6 +22,7 @@ from whence import (
     WhenceWarning,
     attribute,
     layers,
+    verify,
 )
 
 DAMPING = 0.05
@@ -75,13 +76,14 @@ def test_the_row_error_of_a_right_model_is_rounding(name):
     assert f"row error {single.row_error:.1e}" in str(single)
 
 
-def test_every_batch_shape_and_a_share_of_the_rest_is_checked():
-    x, y = classes(4, n=200)
+def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
+    monkeypatch.setattr(verify, "FREE", 0)
+    x, y = classes(4, n=2000)
     lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
     for _, batch in lib.batches():
         lib.loss_gradients(batch)
     first = lib.row_check.checked
-    assert 4 <= first < 20  # the first four batches of the one shape, and some of the sixteen others
+    assert 4 <= first <= 20  # one, and about eight of the others
     lib.loss_gradients((x[:7], y[:7]))
     assert lib.row_check.checked == first + 1
 

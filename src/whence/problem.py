@@ -80,7 +80,7 @@ class Problem:
             )
         first = next(iter(self.parameters.values()))
         self.device, self.dtype = first.device, first.dtype
-        self.row_check = RowCheck()
+        self.row_check = RowCheck(sum(p.numel() for p in self.parameters.values()))
         self._layout: Layout | None = None
         self._unseen: set[str] = set()  # blocks without a gradient so far
 

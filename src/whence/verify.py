@@ -11,7 +11,6 @@ outputs are compared too: those of an example alone are those in its batch, or i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -29,26 +28,32 @@ Parameters = Mapping[str, nn.Parameter]
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}  # rounding stays well below, a wrong row is far above
 FLOOR = 1e-2  # a parameter's gradient is measured against at least this share of all parameters'
-FIRST = 4  # batches of one shape that are always checked
-SHARE = 1 / 16  # of the further ones
+SHAPES = 4  # new shapes that are always checked; of further ones as many as the budget allows
+BUDGET = 0.04  # of a pass, for the checks of new shapes
+SHARE = 1 / 24  # of the batches whose shapes were checked before
+FREE = 2**20  # parameters times examples up to which a check costs nothing to speak of
 
 
 @dataclass
 class RowCheck:
     """Which examples' rows are compared with autograd, and the largest difference so far.
 
-    The first batches of every shape that the layers see are checked, a drawn share of the others, and every batch in
-    which a layer does not see the examples on an axis of their own. A check takes a small part of the batch, so that
-    all of them together cost about a twentieth of a pass.
+    The first batch of every shape that the layers see is checked, a drawn share of the others, and every batch in which
+    a layer does not see the examples on an axis of their own. A check takes a small part of the batch, so that all of
+    them together cost less than a twentieth of a pass. A small model is checked more often.
+
+    Args:
+        size: the number D of parameters.
 
     Attributes:
         error: the largest relative difference of a parameter's sum of rows from autograd's, 0 before the first check.
         checked: how many examples were compared.
     """
 
+    size: int
     error: float = 0.0
     checked: int = 0
-    _seen: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    _seen: set[tuple[object, ...]] = field(default_factory=set)
     _rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def draw(self, traced: Traced, interesting: Tensor | None = None) -> Tensor | None:
@@ -59,17 +64,23 @@ class RowCheck:
             interesting: (n,) bool, examples that use a block which no example before used: a check is due.
         """
         n = len(traced.outputs)
-        self._seen[traced.signature] += 1
-        new = self._seen[traced.signature] <= FIRST or interesting is not None
+        new = traced.signature not in self._seen
+        self._seen.add(traced.signature)
         chance = float(torch.rand((), generator=self._rng))
-        if not (new or traced.merged or chance < SHARE):
+        free = self.size * self.checked < FREE
+        if interesting is not None or traced.merged or free:
+            count = max(2, n // 16)
+        elif new and (len(self._seen) <= SHAPES or chance < BUDGET * min(n, 32)):
+            count = max(1, n // 32)
+        elif not new and chance < SHARE:
+            count = max(1, n // 64)
+        else:
             return None
         # Without a cotangent every row of an example is 0, and comparing it would say nothing.
         active = traced.cotangents.reshape(len(traced.cotangents), n, -1).any(2).any(0).cpu()
         if interesting is not None:
             active = active & interesting.cpu()
         candidates = active.nonzero()[:, 0]
-        count = max(2, n // 16) if traced.merged else max(1, n // 32)
         count = min(count, max(1, n - 1))  # not the whole batch: what depends on the rest of it must show
         order = torch.randperm(len(candidates), generator=self._rng)
         return candidates[order[:count]] if len(candidates) else None
@@ -139,10 +150,10 @@ def examine(
         InputError: if an example's outputs depend on the others, or are random.
         UnsupportedError: if rows differ from autograd on the slow path too.
     """
-    check, n = RowCheck(), batch_length(batch)
+    n = batch_length(batch)
     together = outputs(batch).detach()
     cotangents = _random_cotangents(together, loss, batch)
-    weights = check.weights(n, len(cotangents))
+    weights = RowCheck(0).weights(n, len(cotangents))
     singles = [(take(batch, i), together[i], cotangents[:, i], weights[i]) for i in torch.arange(n).split(1)]
     sums = _autograd_sums(singles, outputs, parameters, batch)
     unseen = frozenset(name for name, t in sums.items() if not t.any())
@@ -235,7 +246,7 @@ def _autograd_sums(
     pieces: Iterable[Piece], outputs: Outputs, parameters: Parameters, whole: Batch
 ) -> dict[str, Tensor]:
     """Weighted sums of gradients by plain autograd, a backward pass for each piece of the batch."""
-    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    sums: dict[str, Tensor] = {}
     for few, together, cotangents, weights in pieces:
         alone = _run_alone(few, outputs)
         own = fit_to(cotangents, alone)  # (R, m, ...)
@@ -245,9 +256,9 @@ def _autograd_sums(
         signed = weights.T.to(own).reshape(*own.shape[:2], *[1] * (own.ndim - 2)) * own
         pulled = InjectCotangent.apply(alone, signed.sum(0))
         grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        for total, grad in zip(sums.values(), grads, strict=True):
-            total += grad
-    return sums
+        for name, grad in zip(parameters, grads, strict=True):
+            sums[name] = sums[name] + grad if name in sums else grad
+    return sums or {name: torch.zeros_like(p) for name, p in parameters.items()}
 
 
 def _run_alone(few: Batch, outputs: Outputs) -> Tensor:
