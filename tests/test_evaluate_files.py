@@ -161,7 +161,7 @@ def test_bad_files(tmp_path):
         (tmp_path / "other.safetensors", "kind 'scores'"),
         (written("cut.npz", good[:-50]), "zip"),
         (written("cut.npy", b"\x93NUMPY"), "must hold a score matrix"),
-        (written("empty.npy", b""), "No data left"),
+        (written("empty.npy", b""), "must hold a score matrix"),
         (written("cut.safetensors", b"123"), "must hold a score matrix"),
         (written("single.npz", (tmp_path / "flat.npy").read_bytes()), "not an .npz"),
         (written("empty.csv", b""), "an empty file"),

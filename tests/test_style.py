@@ -14,17 +14,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_LINES = 500
+MAX_LINES = 400
 
 # An import may only point to a room further up this list. "" is whence/__init__.py: what stands above it is the
 # library, what stands below uses it as a user would.
 ROOMS = (
     "errors",
+    "version",
     "vectors",
     "parallel",
     "progress",
+    "disk",
     "data",
     "store",
+    "tables",
     "models",
     "trajectory",
     "task",
@@ -42,7 +45,6 @@ ROOMS = (
     "solvers",
     "attribution",
     "evaluate",
-    "tables",
     "act",
     "report",
     "hf",

@@ -63,8 +63,7 @@ from whence.solvers import (
 from whence.task import Classification, Regression, Task
 from whence.trajectory import Recorder, Trajectory
 from whence.vectors import Vectors
-
-__version__ = "0.1.0"
+from whence.version import __version__ as __version__
 
 __all__ = [
     "ASTRA",

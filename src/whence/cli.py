@@ -6,24 +6,29 @@ A command is a function of ``whence.commands``: its arguments are the options, i
 2   bad input, told in one line
 3   done or given up, but a solve did not converge
 130 interrupted
+143 terminated
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
+import os
+import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import whence
 from whence import loading
 from whence.errors import DivergenceError, WhenceError
 
-OK, BAD_INPUT, NO_CONVERGENCE, INTERRUPTED = 0, 2, 3, 130
+OK, BAD_INPUT, NO_CONVERGENCE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 DESCRIPTION = """\
 Whence did a trained model learn this? Training-data attribution for PyTorch.
@@ -33,7 +38,7 @@ Whence did a trained model learn this? Training-data attribution for PyTorch.
   whence COMMAND --help          options and an example
   whence --version               the version
 
-Exit codes: 0 done, 2 bad input, 3 a solve did not converge, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 a solve did not converge, 130 interrupted, 143 terminated.
 """
 
 
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"whence {whence.__version__}", flush=True)
         return OK
     try:
-        from whence.commands import COMMANDS, heard
+        from whence.commands import COMMANDS, heard, releasing
     except ImportError as error:
         if error.name not in ("tyro", "tomli"):
             raise
@@ -62,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: complain(f"warning: {message}", OK) and None
         try:
             command = _parsed(COMMANDS, arguments or ["--help"])
-            with loading.from_here(), heard() as late:
+            with _terminable(), _path_of(command, arguments), releasing(), heard() as late:
                 command()
             return NO_CONVERGENCE if late else OK
         except SystemExit as stop:  # --help, or arguments that do not parse
@@ -70,12 +75,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DivergenceError as error:
             return complain(error, NO_CONVERGENCE)
         except (WhenceError, OSError) as error:
+            _drop_unwritten()
             return complain(error, BAD_INPUT)
+        except Terminated:
+            return complain("terminated", TERMINATED)
         except KeyboardInterrupt:
             return complain("interrupted", INTERRUPTED)
 
 
-def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> Callable[[], None]:
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM: it ends a command as Ctrl-C does, so that what it holds is put back and what is done is kept."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a SIGTERM raise `Terminated` in the block, unless the process has other plans for it."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _path_of(command: functools.partial[None], arguments: Sequence[str]) -> Iterator[None]:
+    """Let the modules of the current directory be imported in the block if the command's target is to be."""
+    from whence.commands.config import check_target, check_values
+
+    given = [*command.args, *command.keywords.values()]
+    for value in given:
+        check_values(value)
+    records = [command.keywords, *(vars(value) for value in given if dataclasses.is_dataclass(value))]
+    target, config = (next((r[name] for r in records if r.get(name)), None) for name in ("target", "config"))
+    if target is None:
+        yield
+        return
+    with loading.from_here():
+        typed = any(text == target or text.endswith(f"={target}") for text in arguments)
+        if config is not None and not typed:
+            check_target(config, target)
+        yield
+
+
+def _drop_unwritten() -> None:
+    """Forget what standard output does not take, on a full disk or in a broken pipe: Python would fail on it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> functools.partial[None]:
     """The command that the arguments ask for, ready to be called; what is wrong with them is told in one line."""
     import tyro
 
@@ -100,11 +158,11 @@ def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str
             complain(" ".join(text.split()), BAD_INPUT)
 
 
-def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def _later(command: Callable[..., None]) -> Callable[..., functools.partial[None]]:
     """The same arguments, and nothing done yet."""
 
     @functools.wraps(command)
-    def call(*arguments: Any, **keywords: Any) -> Callable[[], None]:
+    def call(*arguments: Any, **keywords: Any) -> functools.partial[None]:
         return functools.partial(command, *arguments, **keywords)
 
     return call

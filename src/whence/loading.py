@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from typing import Any, overload
 
@@ -134,15 +136,20 @@ def _plain(data: Any, number: int) -> str:
 
 @contextmanager
 def from_here() -> Iterator[None]:
-    """Let the modules of the current directory be imported, as ``python -m`` does, until the block ends."""
+    """Let the modules of the current directory be imported until the block ends.
+
+    They come after all that is installed: a file json.py or torch.py that happens to lie there is not taken for these.
+    """
     here = os.getcwd()
-    sys.path.insert(0, here)
+    sys.path.append(here)
     importlib.invalidate_caches()  # a module may be younger than the last look at its folder
     try:
         yield
     finally:
-        if here in sys.path:
-            sys.path.remove(here)
+        for at in reversed(range(len(sys.path))):  # the last one, which is ours
+            if sys.path[at] == here:
+                del sys.path[at]
+                break
 
 
 def load(target: str) -> Target:
@@ -156,11 +163,7 @@ def load(target: str) -> Target:
             arguments, or it returns anything but a `Target`, (model, task, train) or (model, task, train, queries).
             What the function itself raises comes through.
     """
-    form = re.fullmatch(r"(\w+(?:\.\w+)*):(\w+)", target)
-    if form is None:
-        advice = "The module is written as in an import. For example: whence.demo:problem."
-        raise expected("the target", "module:function", repr(target), advice)
-    made = _function(form[1], form[2])()
+    made = _function(*parts(target))()
     if isinstance(made, Target):
         return made
     if not isinstance(made, (tuple, list)) or len(made) not in (3, 4):
@@ -172,7 +175,50 @@ def load(target: str) -> Target:
     return Target(*made)
 
 
+def parts(target: str) -> tuple[str, str]:
+    """The module and the function that a target names.
+
+    Raises:
+        InputError: if it has another form.
+    """
+    form = re.fullmatch(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)", target)
+    if form is None:
+        advice = "The module is written as in an import. For example: whence.demo:problem."
+        raise expected("the target", "module:function", repr(target), advice)
+    return form[1], form[2]
+
+
+def says_target(target: str) -> bool:
+    """Whether the definition of a function says ``-> Target``, read from its source: nothing is imported or called."""
+    module, name = parts(target)
+    try:
+        spec = PathFinder.find_spec(module.partition(".")[0])
+        for inner in module.split(".")[1:]:
+            if spec is None or spec.submodule_search_locations is None:
+                return False
+            spec = PathFinder.find_spec(f"{spec.name}.{inner}", list(spec.submodule_search_locations))
+        if spec is None or not isinstance(spec.loader, SourceFileLoader):
+            return False
+        tree = ast.parse(spec.loader.get_data(spec.loader.get_filename(spec.name)))
+    except (ImportError, OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    returns = [ast.unparse(node.returns).strip("'\"") for node in functions if node.returns is not None]
+    return any(text.rpartition(".")[2] == "Target" for text in returns)
+
+
+def is_own(module: str) -> bool:
+    """Whether a module lies in the current directory or below, and not among installed packages."""
+    spec = PathFinder.find_spec(module.partition(".")[0])
+    origin = None if spec is None else next(iter(spec.submodule_search_locations or [spec.origin or ""]), None)
+    if not origin or "-packages" in origin:
+        return False
+    return Path(origin).resolve().is_relative_to(Path.cwd())
+
+
 def _function(module: str, name: str) -> Callable[[], Any]:
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise expected("the target", "a function of yours", f"one of Python's own module {module}", "Rename the file.")
     try:
         found = importlib.import_module(module)
     except (ImportError, SyntaxError) as error:
@@ -183,10 +229,15 @@ def _function(module: str, name: str) -> Callable[[], Any]:
             advice = f'python -c "import {module}" shows where.'
         raise InputError(f"{module} cannot be imported. {type(error).__name__}: {error}. {advice}") from error
     function = getattr(found, name, None)
-    if not callable(function):
+    # What was imported there from Python's own modules, such as an exit, gives no target, and is not called.
+    origin = str(getattr(function, "__module__", None)).partition(".")[0]
+    if not callable(function) or isinstance(function, type) or origin in sys.stdlib_module_names:
         own = [n for n, f in vars(found).items() if inspect.isfunction(f) and f.__module__ == found.__name__]
         there = ", ".join(n for n in own if not n.startswith("_")) or "none"
-        raise expected("the target", f"a function of {module}", repr(name), f"The functions there: {there}.")
+        advice = f"The functions there: {there}."
+        if Path(f"{module.partition('.')[0]}.py").exists() and not is_own(module):
+            advice = f"{found.__file__} was imported, an installed package of the same name. Rename your file."
+        raise expected("the target", f"a function of {module}", repr(name), advice)
     signature = inspect.signature(function)
     if any(
         p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()

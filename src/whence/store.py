@@ -1,28 +1,42 @@
-"""Artefacts on disk: safetensors with a JSON header, written atomically, checked when read."""
+"""Artefacts on disk: safetensors with a JSON header, written atomically, checked when read.
+
+The first entry of the header is a checksum of every other byte of the file: of names, shapes and types, of settings and
+of the framing as much as of the numbers. What is read is also looked at: a file that is whole may still hold what makes
+no sense, if another program wrote it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from whence.data import digest
-from whence.errors import ArtefactError
+from whence.disk import whole as whole
+from whence.errors import ArtefactError, WhenceWarning, expected
+from whence.version import __version__
 
-VERSION = 1
+VERSION = 2
 SHOWN = 200  # characters of a value in a message
 COMPUTED = "first losses"  # the entry of a header that another machine computes a little differently
+BEGIN = b'{"__metadata__":{"whence":"{\\"checksum\\": \\"'  # how the header of a file of ours begins, after its length
+NONE = "0" * 32  # the checksum while it is computed
+CHUNK = 2**24  # bytes that are hashed at once
+LONGEST = 10**8  # bytes of a header; safetensors takes no longer one
 
 
-def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any], sweep: bool = True) -> None:
     """Write an artefact, complete or not at all.
 
     Args:
@@ -30,24 +44,27 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[s
         kind: what it holds, such as "influence" or "scores".
         tensors: name to tensor.
         header: anything JSON can hold.
+        sweep: remove what killed processes left in the folder first.
+
+    Raises:
+        ArtefactError: if it cannot be written.
+        InputError: if a name is no text that a file can hold.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    meta = {"kind": kind, "version": VERSION, "checksum": _checksum(tensors), "header": header}
-    with whole(path) as temporary:
-        save_file(tensors, temporary, {"whence": json.dumps(meta)})
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to, which becomes ``path`` if nothing fails; folders are made if need be."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.part"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    versions = {"whence": __version__, "torch": str(torch.__version__)}
+    meta = {"checksum": NONE, "kind": kind, "version": VERSION, "versions": versions, "header": header}
+    with whole(path, sweep) as temporary:
+        try:
+            save_file(tensors, temporary, {"whence": json.dumps(meta)})
+        except SafetensorError as error:  # it has the system's errors in words
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise expected("tensors", "such as a file can hold", f"this: {error}") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        with open(temporary, "r+b") as file:
+            checksum = _checksum(file)
+            file.seek(8 + len(BEGIN))
+            file.write(checksum.encode())
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,25 +76,96 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         ArtefactError: if it is missing, truncated, damaged, of another kind or of another version.
     """
+    meta = _verified(path, kind)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, meta["header"]
+    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _verified(path: str | Path, kind: str) -> dict[str, Any]:
+    """What the header says besides the tensors, after every byte of the file was checked."""
     if not Path(path).is_file():
         raise ArtefactError(f"{path} must be a file written by whence, got nothing there. Check the path.")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("whence")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged or cut short ({error}). Write it again.") from error
-    if text is None:
+        with open(path, "rb") as file:
+            meta = _metadata(path, _header(file, path))
+            for what, wanted in (("version", VERSION), ("kind", kind)):
+                if meta.get(what) != wanted:
+                    raise ArtefactError(
+                        f"{path} must have {what} {wanted!r}, got {_short(meta.get(what))}{_writer(meta)}. "
+                        "Write it again with this version."
+                    )
+            if meta["checksum"] != _checksum(file):
+                raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
+    except OSError as error:
+        raise _damaged(path, error) from error
+    if not (isinstance(meta.get("header"), dict) and isinstance(meta.get("versions"), dict)):
+        raise ArtefactError(f"{path} must have a header with names and values, got another. Write it again.")
+    _compare_versions(path, meta["versions"])
+    return meta
+
+
+def _header(file: Any, path: str | Path) -> bytes:
+    """The JSON text in front of the tensors. It is read only as far as the file goes, whatever length it claims."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, LONGEST):
+        raise _damaged(path, "its header is longer than the file, or than any of ours")
+    return file.read(length)
+
+
+def _metadata(path: str | Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        ours = header.get("__metadata__", {}).get("whence")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise _damaged(path, f"its header is no JSON: {_short(error)}") from error
+    if ours is None:
         raise ArtefactError(f"{path} was not written by whence: it has no header of ours. Check the path.")
-    meta = json.loads(text)
-    for what, wanted in (("version", VERSION), ("kind", kind)):
-        if meta.get(what) != wanted:
-            raise ArtefactError(
-                f"{path} must have {what} {wanted!r}, got {meta.get(what)!r}. Write it again with this version."
-            )
-    if meta["checksum"] != _checksum(tensors):
-        raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
-    return tensors, meta["header"]
+    try:
+        meta = json.loads(ours)
+        if not isinstance(meta, dict):
+            raise ValueError(f"a {type(meta).__name__} in place of an object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"its header is no JSON: {_short(error)}") from error
+    if meta.get("version") == VERSION and not text.startswith(BEGIN):
+        raise _damaged(path, "its header does not begin with a checksum")
+    return meta
+
+
+def _checksum(file: Any) -> str:
+    """A hash of every byte of a file but those of the checksum itself."""
+    file.seek(0)
+    found = hashlib.blake2b(file.read(8 + len(BEGIN)), digest_size=16)
+    file.read(len(NONE))
+    while chunk := file.read(CHUNK):
+        found.update(chunk)
+    return found.hexdigest()
+
+
+def _compare_versions(path: str | Path, versions: Mapping[str, Any]) -> None:
+    """Warn of files from another major version of the library or of torch, once for each folder."""
+    for name, now in (("whence", __version__), ("torch", str(torch.__version__))):
+        then = str(versions.get(name))[:SHOWN]
+        if then.partition(".")[0] != now.partition(".")[0]:
+            message = f"Files in {Path(path).parent} were written with {name} {then}, this is {name} {now}."
+            warnings.warn(f"{message} If results differ, write them again.", WhenceWarning, stacklevel=5)
+
+
+def _writer(meta: Mapping[str, Any]) -> str:
+    versions = meta.get("versions")
+    return f" (by whence {_short(versions.get('whence'))}, this is {__version__})" if isinstance(versions, dict) else ""
+
+
+def _damaged(path: str | Path, why: object) -> ArtefactError:
+    return ArtefactError(f"{path} is damaged or cut short ({why}). Write it again.")
+
+
+def _short(value: object) -> str:
+    text = str(value) if isinstance(value, BaseException) else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 class Stored(Mapping[str, Tensor]):
@@ -86,12 +174,20 @@ class Stored(Mapping[str, Tensor]):
     Args:
         path, kind: as for `load`, which checks the artefact once.
 
+    Attributes:
+        shapes: of the tensors, by name.
+        diverged: the names of those with numbers that are not finite.
+
     Raises:
         ArtefactError: as `load`.
     """
 
     def __init__(self, path: str | Path, kind: str):
-        self.path, self.names = path, tuple(load(path, kind)[0])
+        tensors, self.header = load(path, kind)
+        self.path, self.names = path, tuple(tensors)
+        self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        numbers = {name: t for name, t in tensors.items() if t.is_floating_point()}
+        self.diverged = {name for name, t in numbers.items() if not bool(t.isfinite().all())}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
@@ -117,14 +213,21 @@ class Shards:
 
     def __init__(self, folder: str | Path, kind: str, header: dict[str, Any]):
         self.folder, self.kind, self.header = Path(folder), kind, json.loads(json.dumps(header))
+        self._swept = False
 
     def path(self, name: str | int) -> Path:
         """The file of a piece."""
         label = f"{name:08d}" if isinstance(name, int) else name
         return self.folder / f"{self.kind}-{label}.safetensors"
 
-    def get(self, name: str | int) -> dict[str, Tensor] | None:
+    def get(
+        self, name: str | int, shapes: Shapes | None = None, optional: Sequence[str] = ()
+    ) -> dict[str, Tensor] | None:
         """A piece, or None if it is not there yet.
+
+        Args:
+            name: of the piece.
+            shapes, optional: what it must and may hold, see `check_tensors`.
 
         Raises:
             ArtefactError: if it is damaged, or made of something else, by name of what differs.
@@ -134,19 +237,94 @@ class Shards:
             return None
         tensors, header = load(path, self.kind)
         same(path, header, self.header)
+        if shapes is not None:
+            check_tensors(path, tensors, shapes, optional)
         return tensors
 
     def put(self, name: str | int, tensors: dict[str, Tensor]) -> None:
         """Keep a piece."""
-        save(self.path(name), self.kind, tensors, self.header)
+        save(self.path(name), self.kind, tensors, self.header, sweep=not self._swept)
+        self._swept = True  # once for all pieces: there may be many
 
-    def made(self, name: str | int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def made(
+        self, name: str | int, make: Callable[[], dict[str, Tensor]], shapes: Shapes | None = None
+    ) -> dict[str, Tensor]:
         """A piece from the disk, or from ``make``, and then kept."""
-        found = self.get(name)
+        found = self.get(name, shapes)
         if found is None:
             found = make()
             self.put(name, found)
         return found
+
+
+Shapes = Mapping[str, Sequence[int | None]]
+
+
+def check_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    shapes: Shapes,
+    optional: Sequence[str] = (),
+    finite: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Refuse an artefact that lacks a tensor, holds others, or holds shapes or numbers that make no sense.
+
+    Args:
+        path: of the artefact, for messages.
+        tensors: what it holds.
+        shapes: name to shape; None stands for any size.
+        optional: names that may be missing.
+        finite: those whose numbers must be finite; None: all.
+
+    Raises:
+        ArtefactError: naming the first tensor that is wrong.
+    """
+    missing = [name for name in shapes if name not in tensors and name not in optional]
+    others = [name for name in tensors if name not in shapes]
+    if missing or others:
+        got = f"no {missing[0]}" if missing else f"also {_short(others[0])}"
+        raise wrong(path, f"the tensors {_short(', '.join(shapes))}", got)
+    for name, t in tensors.items():
+        wanted = shapes[name]
+        fits = len(wanted) == t.ndim and all(w in (None, d) for w, d in zip(wanted, t.shape, strict=False))
+        if not fits:
+            sizes = ", ".join("any" if w is None else str(w) for w in wanted)
+            raise wrong(path, f"{name} of shape ({sizes})", tuple(t.shape))
+    check_finite(path, tensors if finite is None else finite)
+
+
+def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an artefact with a number that is NaN or infinite.
+
+    Raises:
+        ArtefactError: naming the first tensor that has one.
+    """
+    for name, t in tensors.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise wrong(path, f"finite numbers in {name}", f"{int((~t.isfinite()).sum())} that are not")
+
+
+def wrong(path: str | Path, wanted: str, got: object) -> ArtefactError:
+    """The error of an artefact that is whole and holds what it should not; the caller raises it."""
+    return ArtefactError(
+        f"{path} must hold {wanted}, got {_short(got) if not isinstance(got, str) else got}. Write it again."
+    )
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Errors over what an artefact holds, where it is taken apart, as errors of that artefact.
+
+    Raises:
+        ArtefactError: for whatever the contents caused.
+    """
+    try:
+        yield
+    except ArtefactError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {_short(error)}" if type(error).__module__ == "builtins" else str(error)
+        raise ArtefactError(f"{path} does not hold what it should ({what}). Write it again.") from error
 
 
 def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -157,6 +335,8 @@ def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> No
     Raises:
         ArtefactError: naming each entry that differs, with both values.
     """
+    if not isinstance(saved, dict):
+        raise wrong(path, "what it was made of, by name", saved)
     differing = [key for key in {**current, **saved} if key != COMPUTED and saved.get(key) != current.get(key)]
     if not differing and not _close(saved.get(COMPUTED, []), current.get(COMPUTED, [])):
         differing = [COMPUTED]
@@ -169,10 +349,7 @@ def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> No
         )
 
 
-def _close(a: list[float], b: list[float]) -> bool:
-    near = (math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-6) for x, y in zip(a, b, strict=False))
-    return len(a) == len(b) and all(near)
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    return digest(dict(sorted(tensors.items())))
+def _close(a: Any, b: list[float]) -> bool:
+    if not isinstance(a, list) or len(a) != len(b) or not all(isinstance(x, (int, float)) for x in a):
+        return False
+    return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-6) for x, y in zip(a, b, strict=True))

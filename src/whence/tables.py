@@ -8,6 +8,8 @@ numbers comes back as numbers, and an empty word as a gap.
 from __future__ import annotations
 
 import csv
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,10 @@ from torch import Tensor
 
 from whence import store
 from whence.errors import ArtefactError, MissingExtraError, expected
+
+CHECKSUM = b"whence.checksum"  # of the cells, in a .parquet file of ours
+CELLS = 10_000_000  # that a table may have however small its file is,
+PER_BYTE = 1_000  # and more for each byte of it: equal cells take next to nothing
 
 Cell = bool | int | float | str | None
 Data = Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]]
@@ -85,6 +91,10 @@ def write_table(path: str | Path, data: Data) -> None:
     """
     write = _by_suffix(path, {".csv": _write_csv, ".parquet": _write_parquet})
     table = as_table(data)
+    for name, cells in table.items():
+        if bad := next((cell for cell in (name, *cells) if isinstance(cell, str) and not _is_unicode(cell)), None):
+            advice = "A broken JSON has such; text.encode(errors='replace').decode() mends it."
+            raise expected(f"the column {name!r}", "of Unicode text", repr(bad)[: store.SHOWN], advice)
     with store.whole(path) as temporary:
         write(temporary, table)
 
@@ -100,8 +110,11 @@ def read_table(path: str | Path) -> Table:
     read = _by_suffix(path, {".csv": _read_csv, ".parquet": _read_parquet})
     try:
         return as_table(read(Path(path)))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ArtefactError(f"{path} must be a table of named columns, got: {error}") from error
+    except ArtefactError:
+        raise
+    except (OSError, ValueError, ArithmeticError, csv.Error) as error:
+        said = str(error)[: store.SHOWN]
+        raise ArtefactError(f"{path} must be a table of named columns, got: {said}") from error
 
 
 def _by_suffix(path: str | Path, formats: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -123,12 +136,28 @@ def _plain(cell: Any) -> Any:
 def _one_kind(name: object, cells: list[Any]) -> list[Cell]:
     kinds = {type(cell) for cell in cells if cell is not None}
     if kinds == {int, float}:
-        return [None if cell is None else float(cell) for cell in cells]
+        return [None if cell is None else _float_of(name, cell) for cell in cells]
     if len(kinds) > 1 or not kinds <= {bool, int, float, str}:
         raise expected(
             f"the column {name!r}", "of bool, int, float or str, and None", sorted(kind.__name__ for kind in kinds)
         )
     return cells
+
+
+def _float_of(name: object, cell: float) -> float:
+    """A number among floats; a whole one that no float is exactly would come back as another."""
+    exact = isinstance(cell, float) or (abs(cell) < 2**1023 and int(float(cell)) == cell)
+    if not exact:
+        advice = "Write them as text."
+        raise expected(
+            f"the column {name!r}", "of floats, or of whole numbers", "a large whole number among floats", advice
+        )
+    return float(cell)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: half of a character of UTF-16 cannot."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _write_csv(path: Path, table: Table) -> None:
@@ -140,7 +169,7 @@ def _write_csv(path: Path, table: Table) -> None:
 
 def _read_csv(path: Path) -> Table:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        names, *rows = [row for row in csv.reader(file) if row] or [[]]
+        names, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
     if len(set(names)) != len(names):
         raise expected("the first row", "column names, each once", names)
     for number, row in enumerate(rows, 1):
@@ -175,20 +204,61 @@ def _float(text: str) -> float:
     digits = text.lstrip("+-")
     if (digits[:1] == "0" and digits[1:2].isdigit()) or "_" in text or text != text.strip():  # 007 is a name
         raise ValueError(text)
-    return float(text)
+    number = float(text)
+    if math.isinf(number) and text.lstrip("+-").lower() not in ("inf", "infinity"):  # too large for a float
+        raise ValueError(text)
+    return number
 
 
 def _write_parquet(path: Path, table: Table) -> None:
     arrow, parquet = _arrow()
-    parquet.write_table(arrow.table({name: arrow.array(cells) for name, cells in table.items()}), path)
+    for name, cells in table.items():
+        if large := next((c for c in cells if type(c) is int and not -(2**63) <= c < 2**63), None):
+            advice = "Write them as text, or the table as .csv."
+            raise expected(
+                f"the column {name!r}", "of whole numbers in 64 bits", f"one of {large.bit_length()} bits", advice
+            )
+    columns = {name: arrow.array(cells) for name, cells in table.items()}
+    found = arrow.table(columns).replace_schema_metadata({CHECKSUM: _checksum(table)})
+    parquet.write_table(found, path, write_page_checksum=True)
 
 
 def _read_parquet(path: Path) -> Table:
-    _, parquet = _arrow()
-    table = parquet.read_table(path)
+    table = read_arrow(path)
     if len(set(table.column_names)) != len(table.column_names):
         raise expected("columns", "named, each once", table.column_names)
-    return table.to_pydict()
+    found = table.to_pydict()
+    checksum = (table.schema.metadata or {}).get(CHECKSUM)
+    if checksum is not None and checksum != _checksum(found):
+        raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
+    return found
+
+
+def read_arrow(path: Path) -> Any:
+    """A .parquet file as a `pyarrow.Table`.
+
+    Raises:
+        ArtefactError: if it is missing or damaged, or claims more than so small a file can hold.
+        MissingExtraError: if pyarrow is not installed.
+    """
+    arrow, parquet = _arrow()
+    try:
+        about = parquet.read_metadata(path)
+        most = max(CELLS, PER_BYTE * path.stat().st_size)
+        if about.num_rows * max(1, about.num_columns) > most:
+            raise ArtefactError(f"{path} claims {about.num_rows:,} rows, more than such a small file can hold.")
+        return parquet.read_table(path, page_checksum_verification=True)
+    except (arrow.ArrowException, OSError, ValueError, MemoryError) as error:
+        said = " ".join(str(error).split())[: store.SHOWN]
+        raise ArtefactError(f"{path} must be a .parquet file, got: {said}") from error
+
+
+def _checksum(table: Table) -> bytes:
+    """A hash of names, cells and their order."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, cells in table.items():
+        found.update(repr((name, cells)).encode())
+    return found.hexdigest().encode()
 
 
 def _arrow() -> tuple[ModuleType, ModuleType]:

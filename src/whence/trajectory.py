@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from whence import store
+from whence.disk import Lock
 from whence.errors import ArtefactError, InputError, expected
 
 LOG = "trajectory.safetensors"
@@ -203,11 +204,17 @@ class Trajectory:
             raise ArtefactError(
                 f"{folder} must be a folder that a Recorder wrote, got none with {LOG}. Check the path."
             )
-        found, header = store.load(Path(folder) / LOG, "trajectory")
-        kept = tuple(Checkpoint(step, store.Stored(_file(folder, step), "checkpoint")) for step in header["kept"])
-        order = found["order"].split(found["sizes"].tolist()) if "order" in found else None
-        groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
-        return cls(kept, found["rates"], header["optimiser"], groups, order)
+        path = Path(folder) / LOG
+        found, header = store.load(path, "trajectory")
+        shapes = {"rates": (None, None), "order": (None,), "sizes": (None,)}
+        store.check_tensors(path, found, shapes, ("order", "sizes"))
+        with store.reading(path):
+            kept = tuple(Checkpoint(step, _read(folder, step)) for step in header["kept"])
+            order = _order(path, found)
+            groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
+            run = cls(kept, found["rates"], str(header["optimiser"]), groups, order)
+        _check(path, run)
+        return run
 
 
 class Recorder:
@@ -220,7 +227,8 @@ class Recorder:
         every: steps between checkpoints. The model as it is now and, at `close`, as it ends are kept too.
 
     Raises:
-        InputError: if the folder holds a run, or the optimiser has parameters that are not the model's.
+        InputError: if the folder holds a run, another process records into it, or the optimiser has parameters that
+            are not the model's.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, every: int):
@@ -238,6 +246,8 @@ class Recorder:
             {"parameters": tuple(names[id(p)] for p in g["params"])} | {k: g[k] for k in KEPT if k in g}
             for g in optimiser.param_groups
         )
+        advice = "Record in one process, or give another folder."
+        self._lock = Lock(self.folder, advice)
         self._rates: list[list[float]] = []
         self._order: list[Tensor] = []
         self._seen: list[Tensor] = []
@@ -255,8 +265,7 @@ class Recorder:
 
     def close(self) -> Trajectory:
         """Keep the last weights, stop listening, and return the run; ``with Recorder(...)`` does it too."""
-        self._handle.remove()
-        self._keep()
+        self._stop()
         return Trajectory.load(self.folder)
 
     def __enter__(self) -> Recorder:
@@ -264,8 +273,14 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._handle.remove()
-        self._keep()
+        try:
+            self._keep()
+        finally:
+            self._lock.release()
 
     def _stepped(self) -> None:
         now = [{k: g[k] for k in KEPT if k in g} for g in self.optimiser.param_groups]
@@ -289,6 +304,48 @@ class Recorder:
             rates = torch.tensor(self._rates, dtype=torch.float64)
             order = tuple(self._order) or None
             _log(self.folder, rates, type(self.optimiser).__name__, self.groups, order, self._kept)
+
+
+def _read(folder: str | Path, step: int) -> store.Stored:
+    """A checkpoint, checked once."""
+    path = _file(folder, step)
+    stored = store.Stored(path, "checkpoint")
+    if stored.header.get("step") != step:
+        raise store.wrong(path, f"the checkpoint of step {step}", f"that of {stored.header.get('step')!r}")
+    return stored
+
+
+def _order(path: Path, found: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+    """The minibatches, from their numbers one after another and their sizes."""
+    if ("order" in found) != ("sizes" in found):
+        raise store.wrong(path, "order and sizes together", "one of them")
+    if "order" not in found:
+        return None
+    order, sizes = found["order"], found["sizes"]
+    whole = order.dtype == torch.int64 and sizes.dtype == torch.int64
+    if not whole or bool((order < 0).any()) or bool((sizes < 0).any()) or int(sizes.sum()) != len(order):
+        raise store.wrong(path, "the numbers of the examples of each step", "others")
+    return order.split(sizes.tolist())
+
+
+def _check(path: Path, run: Trajectory) -> None:
+    """Refuse a run whose parts do not belong together.
+
+    Raises:
+        ArtefactError: for checkpoints of several models, or a group with a parameter that they lack.
+    """
+    states = [checkpoint.state for checkpoint in run.checkpoints if isinstance(checkpoint.state, store.Stored)]
+    if any(state.shapes != states[0].shapes for state in states):
+        raise store.wrong(path, "checkpoints of one model", "tensors of several shapes")
+    parameters = {name for group in run.groups for name in group["parameters"]}
+    if lost := parameters - set(states[0]):
+        raise store.wrong(path, "parameters of its checkpoints", min(lost))
+    for state in states:
+        if bad := parameters & state.diverged:
+            raise store.wrong(state.path, "finite weights", f"others in {min(bad)}: the training diverged")
+    momenta = [float(group.get("momentum") or 0.0) for group in run.groups]
+    if any(not 0 <= m < 1 for m in momenta):
+        raise store.wrong(path, "momenta from 0 to below 1", momenta)
 
 
 def _file(folder: str | Path, step: int) -> Path:

@@ -135,8 +135,12 @@ class GradientStore:
             parts = [packed(sketch(problem.loss_gradients(batch))) for _, batch in batches]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-        starts = range(0, len(problem.train), SHARD)
-        return cls(influence, sketch, tuple(shards.made(start, lambda s=start: made(s)) for start in starts))
+        pieces: list[dict[str, Tensor]] = []
+        for start in range(0, len(problem.train), SHARD):
+            count = min(SHARD, len(problem.train) - start)
+            shapes = {"signs": (count, (size + 7) // 8), "sizes": (count,)}
+            pieces.append(shards.made(start, lambda s=start: made(s), shapes))
+        return cls(influence, sketch, tuple(pieces))
 
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
         """Approximate scores of all N training examples on Q queries; no example is looked at.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -239,11 +240,16 @@ class Influence:
         """
         problem, solver = self._problem(model, task, train), self._solver()
         tensors, header = store.load(path, "influence")
-        store.same(path, header["config"], self._config())
-        store.same(path, header["fingerprint"], problem.fingerprint())
+        store.same(path, header.get("config", {}), self._config())
+        store.same(path, header.get("fingerprint", {}), problem.fingerprint())
+        store.check_finite(path, tensors)
+        shift = _checked_damping(path, header.get("shift"), problem)
         self._curvature = self.curvature(problem)
         state = {name: t.to(problem.device) for name, t in tensors.items()}
-        self._inverse = solver.restore(self._curvature, header["shift"], state)
+        with store.reading(path):
+            self._inverse = solver.restore(self._curvature, shift, state)
+        if unknown := set(tensors) - set(self._inverse.state()):
+            raise store.wrong(path, f"what {solver!r} saves", f"also {min(unknown)}")
         self._seconds = {"fit": 0.0}
         return self
 
@@ -309,6 +315,20 @@ class Influence:
     def _candidates(self, candidates: Any) -> Examples | None:
         given = candidates is None or isinstance(candidates, Examples)
         return candidates if given else Examples(candidates, "candidates", self.batch_size)
+
+
+def _checked_damping(path: str | Path, saved: Any, problem: Problem) -> dict[str, float]:
+    """The damping of each parameter in a file.
+
+    Raises:
+        ArtefactError: if there is none, one of another parameter, or one that is not positive.
+    """
+    numbers = isinstance(saved, dict) and all(type(value) in (int, float) for value in saved.values())
+    if not numbers or set(saved) != set(problem.shapes):
+        raise store.wrong(path, "a damping for each parameter", saved)
+    if bad := [name for name, value in saved.items() if not (value > 0 and math.isfinite(value))]:
+        raise store.wrong(path, "positive finite dampings", f"{saved[bad[0]]} for {bad[0]}")
+    return {name: float(value) for name, value in saved.items()}
 
 
 def _name(curvature: Callable[[Problem], Curvature]) -> str:

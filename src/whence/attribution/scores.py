@@ -155,9 +155,10 @@ class Scores:
         """Read what `save` wrote.
 
         Raises:
-            ArtefactError: if the file is damaged or of another kind or version.
+            ArtefactError: if the file is damaged, of another kind or version, or holds no scores that make sense.
         """
         t, provenance = store.load(path, "scores")
+        _check(path, t, provenance)
         return cls(provenance=provenance, **{"residual": None} | t)  # pyright: ignore[reportArgumentType]
 
 
@@ -169,6 +170,34 @@ def agreement_in_words(agreement: dict[str, Any]) -> str:
         f"ranks as the accurate answer does: {agreement['rank correlation']:.2f} "
         f"({agreement['shared']} of the {agreement['top']} strongest shared)"
     )
+
+
+def _check(path: str | Path, t: dict[str, Tensor], provenance: dict[str, Any]) -> None:
+    """Refuse what is in a file of scores and cannot be.
+
+    Raises:
+        ArtefactError: for shapes that do not belong together, values that are not finite, numbers of no example.
+    """
+    if "values" not in t or t["values"].ndim != 2 or not t["values"].is_floating_point():
+        raise store.wrong(path, "a matrix of scores, values", f"no such one among {', '.join(t) or 'no tensors'}")
+    q, n = t["values"].shape
+    optional = {"residual": [q], "self_values": [n], "numbers": [n]}
+    history = [None, q] if t.get("history", torch.empty(0)).numel() else [0, None]
+    finite = {name: tensor for name, tensor in t.items() if name not in ("residual", "history")}
+    store.check_tensors(
+        path, t, {"values": [q, n], "converged": [q], "history": history} | optional, list(optional), finite
+    )
+    if t["converged"].dtype != torch.bool:
+        raise store.wrong(path, "true or false in converged", t["converged"].dtype)
+    if "residual" in t and not bool((t["residual"] >= 0).all()):
+        raise store.wrong(path, "residuals of 0 or more", float(t["residual"].min()))
+    examples = provenance.get("examples", n)
+    if type(examples) is not int or not 0 < examples < 2**63:
+        raise store.wrong(path, "a number of training examples", examples)
+    if (numbers := t.get("numbers")) is not None:
+        known = numbers.dtype == torch.int64 and bool(((numbers >= 0) & (numbers < examples)).all())
+        if not known or len(numbers.unique()) < n:
+            raise store.wrong(path, f"in numbers those of {n} of {examples} training examples", "others")
 
 
 def unsolved(values: Tensor, **provenance: Any) -> Scores:

@@ -48,7 +48,10 @@ def solved(
         cost = torch.tensor([found.steps, found.passes, found.seconds], dtype=torch.float64)
         return kept | {"cost": cost} | {f"x|{p}": t for p, t in found.x.items()}
 
-    if (t := shards.get(name)) is None:
+    Q = len(rows)
+    shapes = {f"x|{p}": (Q, *shape) for p, shape in inverse.curvature.problem.shapes.items()}
+    shapes |= {"residual": (Q,), "converged": (Q,), "predicted": (Q,), "history": (None, None), "cost": (3,)}
+    if (t := shards.get(name, shapes, ("residual", "predicted"))) is None:
         t = shards.made(name, make)
     elif inverse.tolerance is not None:
         warn_unconverged(t["converged"], "queries", inverse.tolerance)
@@ -92,14 +95,16 @@ def self_influence(inverse: Inverse, examples: Examples | None = None, shards: S
             values, converged = inverse.quadratic(problem.loss_gradients(batch))
             return {"values": values, "converged": converged}
 
-        parts.append(make() if shards is None else shards.made(index.start, make))
+        shapes = {"values": (len(index),), "converged": (len(index),)}
+        parts.append(make() if shards is None else shards.made(index.start, make, shapes))
     warn_unconverged(torch.cat([part["converged"] for part in parts]), "training examples", inverse.tolerance or 0.0)
     return torch.cat([part["values"] for part in parts]).to(problem.device, problem.dtype)
 
 
 def _kept(problem: Problem, index: range, batch: Batch, pairing: Pairing, shards: Shards) -> Tensor:
     make = lambda: {"values": _against(problem, batch, pairing)}  # noqa: E731
-    return shards.made(index.start, make)["values"].to(problem.device)
+    queries = len(next(iter(pairing.packed.values())) if pairing.mix is None else pairing.mix)
+    return shards.made(index.start, make, {"values": (queries, len(index))})["values"].to(problem.device)
 
 
 def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:

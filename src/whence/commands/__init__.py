@@ -2,6 +2,7 @@
 
 from whence.commands.config import configured
 from whence.commands.registry import COMMANDS
+from whence.commands.results import releasing
 from whence.commands.run import heard
 
-__all__ = ["COMMANDS", "configured", "heard"]
+__all__ = ["COMMANDS", "configured", "heard", "releasing"]

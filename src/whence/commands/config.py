@@ -5,6 +5,8 @@
     damping = 0.01
 
 One file serves several commands: each takes the options that it has. What is given on the command line goes first.
+A file is data and may come from elsewhere: solvers and methods in it are read and not run, and the function that its
+target names is called only if it is the user's own or says that it is a target.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from whence.commands.expressions import nearest
 from whence.errors import InputError, expected
-from whence.store import whole
+from whence.loading import is_own, parts, says_target
+from whence.store import SHOWN, whole
 
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 Command = Callable[..., Any]
+DEMO = "whence.demo:problem"
 RECORD = "record"  # the table of a written configuration that is no option
 
 
@@ -37,8 +41,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise expected(str(path), "a TOML file", f"this: {error}") from error
+    except (ValueError, RecursionError) as error:  # also of no UTF-8, and of numbers without end
+        raise expected(str(path), "a TOML file", f"this: {str(error)[:SHOWN]}") from error
     return {key: value for key, value in found.items() if key != RECORD}
 
 
@@ -71,8 +75,53 @@ def configured(commands: Mapping[str, Command], name: str, path: str | Path) -> 
     known.pop("config", None)
     for key in values:
         if key not in known:
-            raise InputError(f"{path}: no command has an option {key!r}.{nearest(key, known)}")
+            raise InputError(f"{path}: no command has an option {key[:SHOWN]!r}.{nearest(key, known)}")
     return _with(commands[name], dict(options(commands[name])), values, path)
+
+
+def check_target(path: str | Path, target: str) -> None:
+    """Refuse a file's target that may be any function at all, before its module is imported.
+
+    It must be of a module in the current directory, where the file lies too; or the function's definition must say that
+    it gives a target.
+
+    Args:
+        path: the configuration file.
+        target: what it names.
+
+    Raises:
+        InputError: if neither holds.
+    """
+    module, _ = parts(target)
+    near = Path(path).resolve().is_relative_to(Path.cwd())
+    if target != DEMO and not (near and is_own(module)) and not says_target(target):
+        wanted = (
+            "a function of a module in the current directory, where the file lies too, or one defined with -> Target"
+        )
+        advice = f"Give it on the command line: whence COMMAND {target} --config {path}."
+        raise expected(f"{path}: target", wanted, target, advice)
+
+
+def check_values(value: Any, name: str = "an option") -> None:
+    """Refuse options that no part of the library could take, wherever they come from.
+
+    Args:
+        value: of an option, or a record or sequence of several.
+        name: of the option.
+
+    Raises:
+        InputError: for a number beyond 64 bits, or a text with a null or half of a character.
+    """
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            check_values(getattr(value, field.name), field.name)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            check_values(part, name)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise expected(name, "a whole number of 64 bits", f"one of {value.bit_length()} bits")
+    elif isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+        raise expected(name, "text without nulls and halves of characters", repr(value)[:SHOWN])
 
 
 def _with(command: Command, taken: Mapping[str, Any], values: Mapping[str, Any], path: str | Path) -> Command:
@@ -107,8 +156,14 @@ def _of(what: str, kind: Any, value: Any) -> Any:
         options = [k for k in get_args(kind) if k is not types.NoneType]
         kind = options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
         inner = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k not in (types.NoneType, ...)]
-        raise expected(what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), repr(value))
+        raise expected(what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), _shown(value))
     return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # Python writes out no numbers of 4,300 digits
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)[:SHOWN]
 
 
 def _fits(kind: Any, value: Any) -> bool:

@@ -61,6 +61,7 @@ def evaluate(
     """
     own = {name: value for name, value in locals().items() if name != "config"}
     results = Results("evaluate", out)
+    results.lock()
     judged = named(scores)
     asked = {name: s for name, s in judged.items() if len(s.values)}  # those that are not self-influence alone
     found = loading.load(target) if target else None

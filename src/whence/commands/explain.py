@@ -51,6 +51,7 @@ def top(
         say("\n".join(tabulated(columns, rows, SOLVES)))
         return
     results = Results("top", out)
+    results.lock()
     results.table("top", columns, rows, SOLVES)
     results.done({"scores": scores, "k": k, "out": out})
 

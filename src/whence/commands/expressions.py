@@ -17,6 +17,7 @@ from typing import Any
 import whence
 from whence import attribution, solvers
 from whence.errors import InputError, expected
+from whence.store import SHOWN
 
 Names = Mapping[str, Callable[..., Any]]
 
@@ -51,7 +52,7 @@ def made(what: str, text: str, example: str, names: Names = NAMES) -> Any:
         try:
             return ast.literal_eval(node)
         except (ValueError, TypeError, SyntaxError) as error:
-            raise expected(what, "calls of the library's names and literals", ast.unparse(node)) from error
+            raise expected(what, "calls of the library's names and literals", ast.unparse(node)[:SHOWN]) from error
 
     def named(node: ast.expr) -> Callable[..., Any]:
         name = ast.unparse(node).removeprefix("whence.").removeprefix("Damping.")
@@ -70,14 +71,17 @@ def made(what: str, text: str, example: str, names: Names = NAMES) -> Any:
             return function(*arguments, **{str(k.arg): value(k.value) for k in node.keywords})
         except InputError:
             raise
-        except (TypeError, ValueError) as error:
-            raise expected(what, f"one that {name} accepts", ast.unparse(node), f"{error}.") from error
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise expected(what, f"one that {name} accepts", ast.unparse(node)[:SHOWN], f"{error}.") from error
 
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError) as error:
-        raise expected(what, f"written as in Python, such as {example}", repr(text)) from error
-    return value(tree.body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets within brackets
+        raise expected(what, f"written as in Python, such as {example}", repr(text)[:SHOWN]) from error
+    try:
+        return value(tree.body)
+    except RecursionError as error:
+        raise expected(what, "an expression of some depth", f"{len(text)} characters") from error
 
 
 def nearest(name: str | None, known: Iterable[str]) -> str:

@@ -49,7 +49,7 @@ class Subject(Language):
     def __post_init__(self) -> None:
         try:
             re.compile(self.parameters or "")
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise expected("parameters", "a regular expression", repr(self.parameters), f"{error}.") from error
 
     @property

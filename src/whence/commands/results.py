@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,30 @@ import torch
 import whence
 from whence.attribution import Scores
 from whence.commands import config
+from whence.disk import Lock, sweep_parts
 from whence.errors import expected
 from whence.report import write_report
 from whence.tables import write_table
 
+_LOCKED = ExitStack()  # the folders of the command that runs
 WIDEST = 48  # characters of a cell on the screen
 RECORDED = ("made of", "warned")  # what the commands add to the provenance in files of scores
 
 
 def say(line: str = "") -> None:
-    """Show a line at once, also into a pipe."""
-    sys.stdout.write(f"{line}\n")
+    """Show a line at once, also into a pipe; letters that the terminal has not, by their numbers."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
+
+
+@contextmanager
+def releasing() -> Iterator[None]:
+    """Let go of the folders that `Results` locked when the block ends."""
+    try:
+        yield
+    finally:
+        _LOCKED.close()
 
 
 class Results:
@@ -33,7 +46,7 @@ class Results:
 
     Args:
         command: its name.
-        folder: where; made when something is written.
+        folder: where; made when it is locked.
 
     Raises:
         InputError: if there is a file of that name.
@@ -43,6 +56,18 @@ class Results:
         self.command, self.folder, self.written = command, Path(folder), list[Path]()
         if self.folder.exists() and not self.folder.is_dir():
             raise expected("out", "a folder", f"the file {self.folder}")
+
+    def lock(self) -> None:
+        """Keep other commands from writing to the folder until this one ends; what a killed one left there is swept.
+
+        Raises:
+            InputError: if one is writing there, by the number of its process.
+        """
+        held = Lock(self.folder, "Wait for it, or give another --out.")
+        _LOCKED.callback(held.release)
+        for inner in self.folder.rglob("*"):
+            if inner.is_dir():
+                sweep_parts(inner)
 
     def path(self, name: str) -> Path:
         """The path of a file that is going to be written."""

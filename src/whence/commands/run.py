@@ -42,6 +42,7 @@ class Run(Results):
     def __init__(self, command: str, options: Attributed):
         super().__init__(command, options.out)
         options.chosen_method()  # what is wrong with it is told before anything is loaded
+        self.lock()
         self.options, self.target = options.found()
         self.method: Any = self.options.chosen_method()
         self._fits = list[Any]()

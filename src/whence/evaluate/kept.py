@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whence.errors import ArtefactError
-from whence.store import Shards
+from whence.store import Shards, wrong
 
 KIND = "runs"
 
@@ -27,10 +27,15 @@ def read(pieces: Shards) -> dict[str, Tensor]:
     done: dict[str, Tensor] = {}
     for path in sorted(pieces.folder.glob(f"{KIND}-*.safetensors")):
         try:
-            found = pieces.get(path.stem.removeprefix(f"{KIND}-")) or {}
+            found = pieces.get(path.stem.removeprefix(f"{KIND}-"), {"names": (None, 16), "targets": (None, None)})
+            if found is None:  # another process removed it since
+                continue
+            names, targets = found["names"], found["targets"]
+            if names.dtype != torch.uint8 or len(names) != len(targets):
+                raise wrong(path, "a name in bytes for each run", f"{len(names)} of {names.dtype} for {len(targets)}")
         except ArtefactError as error:
             raise ArtefactError(f"{error} Or give another folder; deleting a file only costs its runs.") from error
-        done |= {bytes(name).hex(): v for name, v in zip(found["names"].tolist(), found["targets"], strict=True)}
+        done |= {bytes(name).hex(): v for name, v in zip(names.tolist(), targets, strict=True)}
     return done
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from whence.data import raw
-from whence.errors import DivergenceError, expected
+from whence.errors import ArtefactError, DivergenceError, expected
 from whence.evaluate import kept
 from whence.evaluate.ingredients import ingredients
 from whence.evaluate.small import Data, Run, SGDRecipe, Trainer, checked_masks, checked_tensors
@@ -169,6 +169,9 @@ def _targets(
         if pieces is not None:
             kept.write(pieces, found)
         done |= found
+    sizes = sorted({len(done[name]) for name in names})
+    if len(sizes) > 1:
+        raise ArtefactError(f"The runs in {folder} have measurements of {sizes} queries. Give another folder.")
     return torch.stack([done[name] for name in names]).unflatten(0, (-1, repeats))
 
 

@@ -36,6 +36,8 @@ class RecorderCallback(TrainerCallback):
         Raises:
             InputError: if the order was asked for and cannot be noted; see `Recorder` for the others.
         """
+        if getattr(args, "process_index", 0):  # of several processes the first one records
+            return
         optimiser = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate wraps it
         self._recorder = Recorder(self.folder, given["model"], optimiser, self.every)
         if self.order:

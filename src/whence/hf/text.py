@@ -17,6 +17,7 @@ from torch import Tensor
 
 from whence.errors import InputError, expected
 from whence.hf.batches import numbers
+from whence.tables import read_arrow
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 
@@ -76,15 +77,15 @@ def _file(path: Path, column: str | None) -> Documents:
         names = list(dict.fromkeys(name for row in rows for name in row))
         return _column(str(path), names, lambda name: [row.get(name) for row in rows], column)
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import csv
 
     try:
         if path.suffix == ".parquet":
-            table: Any = parquet.read_table(path)
+            table: Any = read_arrow(path)
         else:
             whole = csv.ReadOptions(block_size=min(max(path.stat().st_size, 2**20), 2**31 - 1))  # a cell must fit
             table = csv.read_csv(path, whole, csv.ParseOptions(newlines_in_values=True))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
     return _column(str(path), table.column_names, lambda name: table[name].to_pylist(), column)
 
@@ -93,9 +94,15 @@ def _json(path: Path) -> list[Any]:
     text = _read(path)
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            found = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of characters, which should come in pairs
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = repr(error.object[error.start : error.end])
+        raise expected(f"the text in {path}", "Unicode", f"half of a character, {half}") from error
+    except (ValueError, RecursionError) as error:  # also of numbers without end, and of brackets within brackets
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
     return found if isinstance(found, list) else [found]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from whence.attribution.scores import Scores
+from whence.disk import whole
 from whence.errors import expected
 from whence.evaluate.arrays import float_array
 from whence.evaluate.lds import LDS
@@ -43,15 +42,8 @@ def write_report(path: str | Path, scores: Scores, **content: Any) -> Path:
     if path.is_dir():
         raise expected("The report's path", "a file", f"the folder {path}", f"Give {path / 'report.html'}.")
     text = render(scores, **content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -20,7 +20,7 @@ from whence.curvature.base import Curvature
 from whence.curvature.spectrum import Krylov, arnoldi
 from whence.damping import Damping, Shift
 from whence.errors import UnsupportedError, expected
-from whence.solvers.base import Inverse, Solver, positive
+from whence.solvers.base import Inverse, Solver, positive, saved_tensor
 from whence.solvers.projection import ProjectedInverse, restored
 from whence.vectors import Vectors
 
@@ -113,8 +113,9 @@ class Arnoldi(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved Ritz pairs."""
-        saved = restored(curvature, shift, state)
-        return ArnoldiInverse(curvature, shift, saved.directions, saved.weights, state["values"], state["errors"])
+        inner = restored(curvature, shift, state)
+        values, errors = (saved_tensor(state, name, len(inner.weights)) for name in ("values", "errors"))
+        return ArnoldiInverse(curvature, shift, inner.directions, inner.weights, values, errors)
 
     def _krylov(self, curvature: Curvature, roots: dict[str, float]) -> Krylov:
         problem, rng = curvature.problem, torch.Generator().manual_seed(self.seed)

@@ -24,7 +24,7 @@ from whence import vectors
 from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
 from whence.errors import DivergenceError, UnsupportedError
-from whence.solvers.base import Inverse, Solver, positive, relative
+from whence.solvers.base import Inverse, Solver, positive, relative, saved_tensor
 from whence.solvers.cg import CG
 from whence.solvers.dual import Dual
 from whence.solvers.exact import Exact, dimensions
@@ -159,7 +159,7 @@ class Auto(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the state of the first choice."""
-        first = bytes(state["auto|first"].tolist()).decode()
+        first = bytes(saved_tensor(state, "auto|first", None).tolist()).decode()
         choices = self.choices(curvature, first)
         while len(choices) > 1 and choices[0].name != first:
             del choices[0]

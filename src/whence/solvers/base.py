@@ -261,6 +261,26 @@ class Solver(ABC):
             )
 
 
+def saved_tensor(state: Mapping[str, Tensor], name: str, *shape: int | None) -> Tensor:
+    """A tensor of a saved state.
+
+    Args:
+        state: what `Inverse.state` gave.
+        name: of the tensor.
+        shape: its shape; None stands for any size.
+
+    Raises:
+        InputError: if it is missing or of another shape.
+    """
+    if name not in state:
+        raise expected("a saved fit", f"one with {name}", "none")
+    t = state[name]
+    if t.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, t.shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise expected(f"{name} of a saved fit", f"of shape ({sizes})", tuple(t.shape))
+    return t
+
+
 def warn_unconverged(converged: Tensor, what: str, tolerance: float) -> None:
     """Name what did not reach the tolerance, and the knobs to turn, in one `ConvergenceWarning`."""
     late = (~converged).nonzero().flatten().tolist()

@@ -25,10 +25,10 @@ from torch import Tensor
 from whence import gradients
 from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
-from whence.errors import UnsupportedError
+from whence.errors import UnsupportedError, expected
 from whence.gradients import Gradients
 from whence.rows import join
-from whence.solvers.base import Inverse, Solver, positive
+from whence.solvers.base import Inverse, Solver, positive, saved_tensor
 from whence.vectors import Vectors
 
 
@@ -134,7 +134,12 @@ class Dual(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved factor."""
-        return DualInverse(curvature, shift, state["kept"], state["factor"], float(state["dropped"]))
+        kept = saved_tensor(state, "kept", len(curvature.problem.train), None)
+        if kept.dtype != torch.bool:
+            raise expected("kept of a saved fit", "bool", kept.dtype)
+        size = int(kept.sum())
+        factor, dropped = saved_tensor(state, "factor", size, size), float(saved_tensor(state, "dropped"))
+        return DualInverse(curvature, shift, kept, factor, dropped)
 
 
 def block_inverses(curvature: Curvature, shift: Shift) -> dict[str, float]:

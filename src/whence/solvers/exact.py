@@ -18,7 +18,7 @@ from whence import vectors
 from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
 from whence.errors import DivergenceError, UnsupportedError, expected
-from whence.solvers.base import Inverse, Solver
+from whence.solvers.base import Inverse, Solver, saved_tensor
 from whence.solvers.dual import Dual
 from whence.vectors import Vectors
 
@@ -95,7 +95,9 @@ class Exact(Solver):
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved decomposition."""
         if "values" in state:
-            return self._primal(curvature, shift, (state["values"], state["directions"]))
+            D = sum(s.numel() for s in curvature.problem.shapes.values())
+            values, directions = saved_tensor(state, "values", D), saved_tensor(state, "directions", D, D)
+            return self._primal(curvature, shift, (values, directions))
         return self._dual().restore(curvature, shift, state)
 
     def _dual(self) -> Dual:

@@ -28,7 +28,7 @@ from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError,
 from whence.factored import Factored, slices
 from whence.gradients import Block
 from whence.rows import Lookup, Rows
-from whence.solvers.base import Inverse, Solver, positive
+from whence.solvers.base import Inverse, Solver, positive, saved_tensor
 from whence.solvers.datainf import root_weights
 from whence.solvers.schulz import Schulz, cholesky, schulz
 from whence.vectors import Vectors
@@ -145,9 +145,12 @@ class HyperINF(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved inverses."""
-        inverses = {b.name: state[f"inverse|{b.name}"] for b in curvature.problem.blocks}
-        residual, steps = state["reached"].tolist()
-        return SideInverse(curvature, shift, self._sides(curvature), inverses, residual, int(steps))
+        sides, inverses = self._sides(curvature), dict[str, Tensor]()
+        for block in curvature.problem.blocks:
+            d = width(block, sides[block.name])
+            inverses[block.name] = saved_tensor(state, f"inverse|{block.name}", groups(block, sides[block.name]), d, d)
+        residual, steps = saved_tensor(state, "reached", 2).tolist()
+        return SideInverse(curvature, shift, sides, inverses, residual, int(steps))
 
     def _inverted(self, A: Tensor, lower: float, block: Block) -> Schulz:
         try:

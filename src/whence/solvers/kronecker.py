@@ -18,9 +18,10 @@ from whence import lowrank
 from whence.curvature.base import Curvature, Need
 from whence.curvature.kronecker import Basis, KroneckerBlock, Labels, fit
 from whence.damping import Damping, Shift
+from whence.errors import expected
 from whence.factored import Factored
 from whence.gradients import Gradients, Packed
-from whence.solvers.base import Inverse, Pairing, Solver
+from whence.solvers.base import Inverse, Pairing, Solver, saved_tensor
 from whence.vectors import Vectors
 
 
@@ -139,18 +140,20 @@ class EKFAC(Solver):
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From saved bases and eigenvalues, which another damping takes as they are."""
 
-        def basis(name: str, side: str) -> Basis:
-            pieces = sorted(
-                (k for k in state if k.startswith(f"{name}|{side}|")), key=lambda k: int(k.rsplit("|", 1)[1])
-            )
-            return Basis(tuple(state[k] for k in pieces))
+        def basis(name: str, side: str, groups: int, size: int) -> Basis:
+            count = sum(key.startswith(f"{name}|{side}|") for key in state)
+            pieces = tuple(saved_tensor(state, f"{name}|{side}|{i}", None, None, None) for i in range(count))
+            shapes = [(groups, q.shape[1], q.shape[1]) if len(q) else (0, q.shape[1], 0) for q in pieces]
+            if [tuple(q.shape) for q in pieces] != shapes or sum(q.shape[1] for q in pieces) != size:
+                wanted = f"a basis of {size} dimensions for each of {groups} groups"
+                raise expected(f"{name}|{side} of a saved fit", wanted, [tuple(q.shape) for q in pieces])
+            return Basis(pieces)
 
-        factors = {
-            b.name: KroneckerBlock(
-                basis(b.name, "left"), basis(b.name, "right"), state[f"{b.name}|kfac"], state[f"{b.name}|ekfac"]
-            )
-            for b in curvature.problem.blocks
-        }
+        factors: dict[str, KroneckerBlock] = {}
+        for b in curvature.problem.blocks:
+            G, O, I = b.sides
+            eigenvalues = [saved_tensor(state, f"{b.name}|{kind}", G, O, I) for kind in ("kfac", "ekfac")]
+            factors[b.name] = KroneckerBlock(basis(b.name, "left", G, O), basis(b.name, "right", G, I), *eigenvalues)
         curvature.remember(self._kept(curvature), lambda: factors)
         return EigenInverse(curvature, shift, factors, self.corrected)
 

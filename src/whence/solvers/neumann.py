@@ -31,7 +31,7 @@ from whence.curvature.spectrum import Spectrum, arnoldi, spectrum
 from whence.damping import Damping, Shift
 from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
 from whence.progress import track
-from whence.solvers.base import Inverse, Solution, Solver, instance, positive, relative
+from whence.solvers.base import Inverse, Solution, Solver, instance, positive, relative, saved_tensor
 from whence.solvers.identity import Identity
 from whence.solvers.kronecker import EKFAC
 from whence.vectors import Vectors
@@ -236,7 +236,9 @@ class Neumann(Solver):
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """Restores the preconditioner and the plan."""
         inner = self.preconditioner.restore(curvature, shift, state)
-        step, batch, steps, nu, dimension, constant = state["neumann|plan"].tolist()
+        step, batch, steps, nu, dimension, constant = saved_tensor(state, "neumann|plan", 6).tolist()
+        if not (step > 0 and steps >= 0 and batch >= 0):
+            raise expected("the plan of a saved fit", "a step above 0 and counts", (step, batch, steps))
         plan = Plan(step, int(batch), int(steps), nu, dimension, constant)
         return StochasticNeumann(curvature, inner.shift, self, inner, plan)
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from whence import vectors
 from whence.curvature.base import Curvature
 from whence.damping import Damping, Shift
-from whence.errors import UnsupportedError
-from whence.solvers.base import Inverse, Solver, positive
+from whence.errors import UnsupportedError, expected
+from whence.solvers.base import Inverse, Solver, positive, saved_tensor
 from whence.vectors import Vectors
 
 
@@ -93,7 +93,11 @@ class Nystrom(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved eigenpairs."""
-        return LowRankInverse(curvature, shift, state["values"], state["directions"])
+        sizes = [s.numel() for s in curvature.problem.shapes.values()]
+        values = saved_tensor(state, "values", None)
+        if not len(values):
+            raise expected("a saved fit", "of one eigenvalue or more", "none")
+        return LowRankInverse(curvature, shift, values, saved_tensor(state, "directions", len(values), sum(sizes)))
 
 
 def _eigenpairs(curvature: Curvature, roots: dict[str, float], rank: int, seed: int) -> tuple[Tensor, Tensor]:

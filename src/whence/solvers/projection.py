@@ -18,7 +18,7 @@ from whence.curvature.base import Curvature
 from whence.curvature.spectrum import embedding
 from whence.damping import Damping, Shift
 from whence.gradients import Gradients
-from whence.solvers.base import Inverse, Pairing, Solver, positive
+from whence.solvers.base import Inverse, Pairing, Solver, positive, saved_tensor
 from whence.vectors import Vectors
 
 
@@ -68,8 +68,10 @@ class ProjectedInverse(Inverse):
 
 def restored(curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> ProjectedInverse:
     """From what `ProjectedInverse.state` saved."""
-    directions = {name: state[f"direction|{name}"] for name in curvature.problem.shapes}
-    return ProjectedInverse(curvature, shift, directions, state["weights"])
+    weights = saved_tensor(state, "weights", None)
+    shapes = curvature.problem.shapes.items()
+    directions = {name: saved_tensor(state, f"direction|{name}", len(weights), *shape) for name, shape in shapes}
+    return ProjectedInverse(curvature, shift, directions, weights)
 
 
 @dataclass(frozen=True)
@@ -151,4 +153,7 @@ class RandSelect(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved mask."""
-        return SelectedInverse(curvature, shift, {name: state[f"mask|{name}"] for name in curvature.problem.shapes})
+        shapes = curvature.problem.shapes.items()
+        return SelectedInverse(
+            curvature, shift, {name: saved_tensor(state, f"mask|{name}", *shape) for name, shape in shapes}
+        )
