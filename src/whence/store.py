@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from whence.data import raw
 from whence.disk import whole as whole
 from whence.errors import ArtefactError, WhenceWarning, expected
 from whence.version import __version__
@@ -32,6 +31,11 @@ SHOWN = 200  # characters of a value in a message
 COMPUTED = "first losses"  # the entry of a header that another machine computes a little differently
 BEGIN = b'{"__metadata__":{"whence":"{\\"checksum\\": \\"'  # how the header of a file of ours begins, after its length
 NONE = "0" * 32  # the checksum while it is computed
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SMALL = {torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.uint8: "U8", torch.int8: "I8"}
+WHOLE = {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.bool: "BOOL"}
+UNSIGNED = {torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16"}
+DTYPES = FLOATS | SMALL | WHOLE | UNSIGNED | {torch.complex64: "C64"}  # as safetensors calls them
 CHUNK = 2**24  # bytes that are hashed at once
 LONGEST = 10**8  # bytes of a header; safetensors takes no longer one
 
@@ -48,23 +52,40 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[s
 
     Raises:
         ArtefactError: if it cannot be written.
-        InputError: if a name is no text that a file can hold.
+        InputError: if a name is no Unicode, or a tensor is of a dtype that a file cannot hold.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     versions = {"whence": __version__, "torch": str(torch.__version__)}
     meta = {"checksum": NONE, "kind": kind, "version": VERSION, "versions": versions, "header": header}
-    with whole(path, sweep) as temporary:
-        try:
-            save_file(tensors, temporary, {"whence": json.dumps(meta)})
-        except SafetensorError as error:  # it has the system's errors in words
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise expected("tensors", "such as a file can hold", f"this: {error}") from error
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        with open(temporary, "r+b") as file:
-            checksum = _checksum(file)
-            file.seek(8 + len(BEGIN))
-            file.write(checksum.encode())
+    # By alignment, as safetensors sorts them, so that every tensor can be mapped into memory where it lies.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    with whole(path, sweep) as temporary, open(temporary, "wb") as file:
+        text = _framing(ordered, meta)
+        start = len(text).to_bytes(8, "little") + BEGIN
+        rest = text[len(BEGIN) + len(NONE) :]
+        found = hashlib.blake2b(start + rest, digest_size=16)
+        file.write(start + NONE.encode() + rest)
+        for t in ordered.values():
+            content = raw(t)
+            found.update(content)
+            file.write(content)
+        file.seek(len(start))
+        file.write(found.hexdigest().encode())
+
+
+def _framing(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file: our metadata, and where each tensor lies."""
+    header: dict[str, Any] = {"__metadata__": {"whence": json.dumps(meta)}}
+    at = 0
+    for name, t in tensors.items():
+        name.encode()  # half of a character could be written, and not be read
+        if t.dtype not in DTYPES or name in header:
+            names = ", ".join(str(dtype) for dtype in DTYPES)
+            raise expected(f"the tensor {name!r}", f"of {names}", t.dtype)
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text.ljust(-(-len(text) // 8) * 8)
 
 
 def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,9 +107,9 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def _verified(path: str | Path, kind: str) -> dict[str, Any]:
     """What the header says besides the tensors, after every byte of the file was checked."""
-    if not Path(path).is_file():
-        raise ArtefactError(f"{path} must be a file written by whence, got nothing there. Check the path.")
     try:
+        if not Path(path).is_file():
+            raise ArtefactError(f"{path} must be a file written by whence, got nothing there. Check the path.")
         with open(path, "rb") as file:
             meta = _metadata(path, _header(file, path))
             for what, wanted in (("version", VERSION), ("kind", kind)):
@@ -98,7 +119,7 @@ def _verified(path: str | Path, kind: str) -> dict[str, Any]:
                         "Write it again with this version."
                     )
             if meta["checksum"] != _checksum(file):
-                raise ArtefactError(f"{path} is damaged: its checksum differs. Write it again.")
+                raise _damaged(path, "its checksum differs")
     except OSError as error:
         raise _damaged(path, error) from error
     if not (isinstance(meta.get("header"), dict) and isinstance(meta.get("versions"), dict)):
@@ -221,13 +242,17 @@ class Shards:
         return self.folder / f"{self.kind}-{label}.safetensors"
 
     def get(
-        self, name: str | int, shapes: Shapes | None = None, optional: Sequence[str] = ()
+        self,
+        name: str | int,
+        shapes: Shapes | None = None,
+        optional: Sequence[str] = (),
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> dict[str, Tensor] | None:
         """A piece, or None if it is not there yet.
 
         Args:
             name: of the piece.
-            shapes, optional: what it must and may hold, see `check_tensors`.
+            shapes, optional, dtypes: what it must and may hold, see `check_tensors`.
 
         Raises:
             ArtefactError: if it is damaged, or made of something else, by name of what differs.
@@ -238,7 +263,7 @@ class Shards:
         tensors, header = load(path, self.kind)
         same(path, header, self.header)
         if shapes is not None:
-            check_tensors(path, tensors, shapes, optional)
+            check_tensors(path, tensors, shapes, optional, dtypes)
         return tensors
 
     def put(self, name: str | int, tensors: dict[str, Tensor]) -> None:
@@ -247,10 +272,14 @@ class Shards:
         self._swept = True  # once for all pieces: there may be many
 
     def made(
-        self, name: str | int, make: Callable[[], dict[str, Tensor]], shapes: Shapes | None = None
+        self,
+        name: str | int,
+        make: Callable[[], dict[str, Tensor]],
+        shapes: Shapes | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> dict[str, Tensor]:
         """A piece from the disk, or from ``make``, and then kept."""
-        found = self.get(name, shapes)
+        found = self.get(name, shapes, dtypes=dtypes)
         if found is None:
             found = make()
             self.put(name, found)
@@ -265,7 +294,8 @@ def check_tensors(
     tensors: Mapping[str, Tensor],
     shapes: Shapes,
     optional: Sequence[str] = (),
-    finite: Mapping[str, Tensor] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    unbounded: Sequence[str] = (),
 ) -> None:
     """Refuse an artefact that lacks a tensor, holds others, or holds shapes or numbers that make no sense.
 
@@ -274,7 +304,8 @@ def check_tensors(
         tensors: what it holds.
         shapes: name to shape; None stands for any size.
         optional: names that may be missing.
-        finite: those whose numbers must be finite; None: all.
+        dtypes: of those that are not of floats.
+        unbounded: names of those whose numbers need not be finite.
 
     Raises:
         ArtefactError: naming the first tensor that is wrong.
@@ -290,7 +321,10 @@ def check_tensors(
         if not fits:
             sizes = ", ".join("any" if w is None else str(w) for w in wanted)
             raise wrong(path, f"{name} of shape ({sizes})", tuple(t.shape))
-    check_finite(path, tensors if finite is None else finite)
+        dtype = (dtypes or {}).get(name)
+        if t.dtype != dtype if dtype is not None else not t.is_floating_point():
+            raise wrong(path, f"{name} of {dtype or 'floats'}", t.dtype)
+    check_finite(path, {name: t for name, t in tensors.items() if name not in unbounded})
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

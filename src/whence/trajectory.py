@@ -207,8 +207,10 @@ class Trajectory:
         path = Path(folder) / LOG
         found, header = store.load(path, "trajectory")
         shapes = {"rates": (None, None), "order": (None,), "sizes": (None,)}
-        store.check_tensors(path, found, shapes, ("order", "sizes"))
+        whole = {"order": torch.int64, "sizes": torch.int64}
+        store.check_tensors(path, found, shapes, ("order", "sizes"), whole)
         with store.reading(path):
+            _check_header(header)
             kept = tuple(Checkpoint(step, _read(folder, step)) for step in header["kept"])
             order = _order(path, found)
             groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
@@ -315,6 +317,25 @@ def _read(folder: str | Path, step: int) -> store.Stored:
     return stored
 
 
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse what no recorder notes.
+
+    Raises:
+        InputError: for steps, or settings of the optimiser, that are none. LookupError, TypeError: if any is missing.
+    """
+    if bad := [step for step in header["kept"] if type(step) is not int or not 0 <= step < 2**53]:
+        raise expected("the steps of checkpoints", "whole numbers", repr(bad[0])[: store.SHOWN])
+    for group in header["groups"]:
+        if not all(isinstance(name, str) for name in group["parameters"]):
+            raise expected("the parameters of a group", "names", "others")
+        for name in KEPT:
+            value = group.get(name, 0.0)
+            parts = value if name == "betas" and isinstance(value, list) else [value]
+            highest = 1.0 if name in ("momentum", "betas") else float("inf")  # exclusive
+            if not all(isinstance(part, (int, float)) and 0 <= part < highest for part in parts):
+                raise expected(f"{name} of the optimiser", f"a number from 0 to below {highest}", repr(value)[:40])
+
+
 def _order(path: Path, found: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
     """The minibatches, from their numbers one after another and their sizes."""
     if ("order" in found) != ("sizes" in found):
@@ -322,8 +343,7 @@ def _order(path: Path, found: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None
     if "order" not in found:
         return None
     order, sizes = found["order"], found["sizes"]
-    whole = order.dtype == torch.int64 and sizes.dtype == torch.int64
-    if not whole or bool((order < 0).any()) or bool((sizes < 0).any()) or int(sizes.sum()) != len(order):
+    if bool((order < 0).any()) or bool((sizes < 0).any()) or int(sizes.sum()) != len(order):
         raise store.wrong(path, "the numbers of the examples of each step", "others")
     return order.split(sizes.tolist())
 
@@ -343,9 +363,6 @@ def _check(path: Path, run: Trajectory) -> None:
     for state in states:
         if bad := parameters & state.diverged:
             raise store.wrong(state.path, "finite weights", f"others in {min(bad)}: the training diverged")
-    momenta = [float(group.get("momentum") or 0.0) for group in run.groups]
-    if any(not 0 <= m < 1 for m in momenta):
-        raise store.wrong(path, "momenta from 0 to below 1", momenta)
 
 
 def _file(folder: str | Path, step: int) -> Path:

@@ -139,7 +139,7 @@ class GradientStore:
         for start in range(0, len(problem.train), SHARD):
             count = min(SHARD, len(problem.train) - start)
             shapes = {"signs": (count, (size + 7) // 8), "sizes": (count,)}
-            pieces.append(shards.made(start, lambda s=start: made(s), shapes))
+            pieces.append(shards.made(start, lambda s=start: made(s), shapes, {"signs": torch.uint8}))
         return cls(influence, sketch, tuple(pieces))
 
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:

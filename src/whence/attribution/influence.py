@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -326,7 +326,7 @@ def _checked_damping(path: str | Path, saved: Any, problem: Problem) -> dict[str
     numbers = isinstance(saved, dict) and all(type(value) in (int, float) for value in saved.values())
     if not numbers or set(saved) != set(problem.shapes):
         raise store.wrong(path, "a damping for each parameter", saved)
-    if bad := [name for name, value in saved.items() if not (value > 0 and math.isfinite(value))]:
+    if bad := [name for name, value in saved.items() if not 0 < value <= sys.float_info.max]:
         raise store.wrong(path, "positive finite dampings", f"{saved[bad[0]]} for {bad[0]}")
     return {name: float(value) for name, value in saved.items()}
 

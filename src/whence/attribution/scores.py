@@ -183,19 +183,16 @@ def _check(path: str | Path, t: dict[str, Tensor], provenance: dict[str, Any]) -
     q, n = t["values"].shape
     optional = {"residual": [q], "self_values": [n], "numbers": [n]}
     history = [None, q] if t.get("history", torch.empty(0)).numel() else [0, None]
-    finite = {name: tensor for name, tensor in t.items() if name not in ("residual", "history")}
-    store.check_tensors(
-        path, t, {"values": [q, n], "converged": [q], "history": history} | optional, list(optional), finite
-    )
-    if t["converged"].dtype != torch.bool:
-        raise store.wrong(path, "true or false in converged", t["converged"].dtype)
+    shapes = {"values": [q, n], "converged": [q], "history": history} | optional
+    dtypes = {"converged": torch.bool, "numbers": torch.int64}
+    store.check_tensors(path, t, shapes, list(optional), dtypes, unbounded=("residual", "history"))
     if "residual" in t and not bool((t["residual"] >= 0).all()):
         raise store.wrong(path, "residuals of 0 or more", float(t["residual"].min()))
     examples = provenance.get("examples", n)
     if type(examples) is not int or not 0 < examples < 2**63:
         raise store.wrong(path, "a number of training examples", examples)
     if (numbers := t.get("numbers")) is not None:
-        known = numbers.dtype == torch.int64 and bool(((numbers >= 0) & (numbers < examples)).all())
+        known = bool(((numbers >= 0) & (numbers < examples)).all())
         if not known or len(numbers.unique()) < n:
             raise store.wrong(path, f"in numbers those of {n} of {examples} training examples", "others")
 

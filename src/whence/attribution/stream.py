@@ -51,7 +51,7 @@ def solved(
     Q = len(rows)
     shapes = {f"x|{p}": (Q, *shape) for p, shape in inverse.curvature.problem.shapes.items()}
     shapes |= {"residual": (Q,), "converged": (Q,), "predicted": (Q,), "history": (None, None), "cost": (3,)}
-    if (t := shards.get(name, shapes, ("residual", "predicted"))) is None:
+    if (t := shards.get(name, shapes, ("residual", "predicted"), {"converged": torch.bool})) is None:
         t = shards.made(name, make)
     elif inverse.tolerance is not None:
         warn_unconverged(t["converged"], "queries", inverse.tolerance)
@@ -96,7 +96,7 @@ def self_influence(inverse: Inverse, examples: Examples | None = None, shards: S
             return {"values": values, "converged": converged}
 
         shapes = {"values": (len(index),), "converged": (len(index),)}
-        parts.append(make() if shards is None else shards.made(index.start, make, shapes))
+        parts.append(make() if shards is None else shards.made(index.start, make, shapes, {"converged": torch.bool}))
     warn_unconverged(torch.cat([part["converged"] for part in parts]), "training examples", inverse.tolerance or 0.0)
     return torch.cat([part["values"] for part in parts]).to(problem.device, problem.dtype)
 

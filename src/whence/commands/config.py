@@ -43,7 +43,10 @@ def read(path: str | Path) -> dict[str, Any]:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also of no UTF-8, and of numbers without end
         raise expected(str(path), "a TOML file", f"this: {str(error)[:SHOWN]}") from error
-    return {key: value for key, value in found.items() if key != RECORD}
+    values = {key: value for key, value in found.items() if key != RECORD}
+    for key, value in values.items():
+        check_values(value, f"{path}: {key[:SHOWN]}")
+    return values
 
 
 def write(path: Path, options: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -115,6 +118,9 @@ def check_values(value: Any, name: str = "an option") -> None:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             check_values(getattr(value, field.name), field.name)
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            check_values(part, f"{name}.{key[:SHOWN]}")
     elif isinstance(value, (tuple, list)):
         for part in value:
             check_values(part, name)
@@ -156,14 +162,10 @@ def _of(what: str, kind: Any, value: Any) -> Any:
         options = [k for k in get_args(kind) if k is not types.NoneType]
         kind = options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
         inner = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k not in (types.NoneType, ...)]
-        raise expected(what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), _shown(value))
+        raise expected(
+            what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), repr(value)[:SHOWN]
+        )
     return tuple(value) if isinstance(value, list) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:  # Python writes out no numbers of 4,300 digits
-        return f"a number of {value.bit_length()} bits"
-    return repr(value)[:SHOWN]
 
 
 def _fits(kind: Any, value: Any) -> bool:

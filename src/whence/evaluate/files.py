@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ BROKEN = (
     ArithmeticError,
     LookupError,
     RuntimeError,  # also NotImplementedError, of zip files with what Python does not read
-    SyntaxError,  # of the header of an array
+    SyntaxError,  # of the header of an array, as the next
+    tokenize.TokenError,
     MemoryError,
     RecursionError,
     csv.Error,

@@ -27,12 +27,13 @@ def read(pieces: Shards) -> dict[str, Tensor]:
     done: dict[str, Tensor] = {}
     for path in sorted(pieces.folder.glob(f"{KIND}-*.safetensors")):
         try:
-            found = pieces.get(path.stem.removeprefix(f"{KIND}-"), {"names": (None, 16), "targets": (None, None)})
+            shapes = {"names": (None, 16), "targets": (None, None)}
+            found = pieces.get(path.stem.removeprefix(f"{KIND}-"), shapes, dtypes={"names": torch.uint8})
             if found is None:  # another process removed it since
                 continue
             names, targets = found["names"], found["targets"]
-            if names.dtype != torch.uint8 or len(names) != len(targets):
-                raise wrong(path, "a name in bytes for each run", f"{len(names)} of {names.dtype} for {len(targets)}")
+            if len(names) != len(targets):
+                raise wrong(path, "a name for each run", f"{len(names)} for {len(targets)}")
         except ArtefactError as error:
             raise ArtefactError(f"{error} Or give another folder; deleting a file only costs its runs.") from error
         done |= {bytes(name).hex(): v for name, v in zip(names.tolist(), targets, strict=True)}

@@ -85,9 +85,17 @@ def _file(path: Path, column: str | None) -> Documents:
         else:
             whole = csv.ReadOptions(block_size=min(max(path.stat().st_size, 2**20), 2**31 - 1))  # a cell must fit
             table = csv.read_csv(path, whole, csv.ParseOptions(newlines_in_values=True))
+        names = table.column_names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
-    return _column(str(path), table.column_names, lambda name: table[name].to_pylist(), column)
+
+    def cells(name: str) -> list[Any]:
+        try:
+            return table[name].to_pylist()
+        except (ValueError, ArithmeticError, pa.ArrowException) as error:  # of a text that is no UTF-8, of odd dates
+            raise expected(str(path), f"a {path.suffix[1:]} file", f"in column {name!r}: {error}") from error
+
+    return _column(str(path), names, cells, column)
 
 
 def _json(path: Path) -> list[Any]:

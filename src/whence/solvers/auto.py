@@ -159,7 +159,7 @@ class Auto(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the state of the first choice."""
-        first = bytes(saved_tensor(state, "auto|first", None).tolist()).decode()
+        first = bytes(saved_tensor(state, "auto|first", None, dtype=torch.int64).tolist()).decode()
         choices = self.choices(curvature, first)
         while len(choices) > 1 and choices[0].name != first:
             del choices[0]

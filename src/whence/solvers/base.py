@@ -261,16 +261,19 @@ class Solver(ABC):
             )
 
 
-def saved_tensor(state: Mapping[str, Tensor], name: str, *shape: int | None) -> Tensor:
+def saved_tensor(
+    state: Mapping[str, Tensor], name: str, *shape: int | None, dtype: torch.dtype | None = None
+) -> Tensor:
     """A tensor of a saved state.
 
     Args:
         state: what `Inverse.state` gave.
         name: of the tensor.
         shape: its shape; None stands for any size.
+        dtype: of its numbers; None: floats of any kind.
 
     Raises:
-        InputError: if it is missing or of another shape.
+        InputError: if it is missing, or of another shape or dtype.
     """
     if name not in state:
         raise expected("a saved fit", f"one with {name}", "none")
@@ -278,6 +281,8 @@ def saved_tensor(state: Mapping[str, Tensor], name: str, *shape: int | None) -> 
     if t.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, t.shape, strict=True)):
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise expected(f"{name} of a saved fit", f"of shape ({sizes})", tuple(t.shape))
+    if t.dtype != dtype if dtype is not None else not t.is_floating_point():
+        raise expected(f"{name} of a saved fit", f"of {dtype or 'floats'}", t.dtype)
     return t
 
 

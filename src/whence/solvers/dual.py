@@ -25,7 +25,7 @@ from torch import Tensor
 from whence import gradients
 from whence.curvature.base import Curvature, Need
 from whence.damping import Damping, Shift
-from whence.errors import UnsupportedError, expected
+from whence.errors import UnsupportedError
 from whence.gradients import Gradients
 from whence.rows import join
 from whence.solvers.base import Inverse, Solver, positive, saved_tensor
@@ -134,9 +134,7 @@ class Dual(Solver):
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved factor."""
-        kept = saved_tensor(state, "kept", len(curvature.problem.train), None)
-        if kept.dtype != torch.bool:
-            raise expected("kept of a saved fit", "bool", kept.dtype)
+        kept = saved_tensor(state, "kept", len(curvature.problem.train), None, dtype=torch.bool)
         size = int(kept.sum())
         factor, dropped = saved_tensor(state, "factor", size, size), float(saved_tensor(state, "dropped"))
         return DualInverse(curvature, shift, kept, factor, dropped)

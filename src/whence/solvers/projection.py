@@ -154,6 +154,5 @@ class RandSelect(Solver):
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
         """From the saved mask."""
         shapes = curvature.problem.shapes.items()
-        return SelectedInverse(
-            curvature, shift, {name: saved_tensor(state, f"mask|{name}", *shape) for name, shape in shapes}
-        )
+        mask = {name: saved_tensor(state, f"mask|{name}", 1, *shape) for name, shape in shapes}
+        return SelectedInverse(curvature, shift, mask)
