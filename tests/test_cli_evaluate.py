@@ -163,3 +163,8 @@ def test_bad_input_is_one_line(capsys):
         ("k must be between 1 and", "evaluate b.npy c.csv --k 31"),
     ):
         refused(capsys, said, f"{line} --out j")
+
+
+def test_nothing_to_judge_is_told(mine, capsys):
+    np.savez("t.npz", masks=np.ones((6, 30), dtype=bool), targets=np.zeros((6, 1, 4)))
+    refused(capsys, "the files must be one or more with scores of queries", "evaluate --truth t.npz --scores")

@@ -51,7 +51,8 @@ def test_a_flipped_bit_anywhere_is_refused(kinds, name, tmp_path):
     path.write_bytes(kind.content)
     kind.read(tmp_path)  # it is read as it was written
     size = len(kind.content)
-    places = set(range(min(size, 500))) if size <= 500 else {rng.randrange(size) for _ in range(460)} | set(range(40))
+    count = 60 if name.startswith("fit") and "ekfac" not in name else 500  # a fit is one kind, whatever the solver
+    places = {*range(40), *rng.sample(range(size), count - 40)} if size > count else range(size)
     for place in places:
         damaged = bytearray(kind.content)
         damaged[place] ^= 1 << rng.randrange(8)
@@ -320,26 +321,27 @@ def lying(name: str, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["a.npy", "members.npz", "masks.npz", "header.safetensors", "tensor.safetensors", "rows.parquet"]
-)
-def test_what_claims_to_be_huge_is_refused_before_room_is_made(tmp_path, name):
-    path = lying(name, tmp_path)
-    code = "\n".join(
-        [
-            "import resource, sys",
-            "from whence.evaluate import Truth, load_matrix",
-            "from whence.errors import WhenceError",
-            "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()",
-            "resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))",
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
-            "try: (Truth.load if 'masks' in sys.argv[1] else load_matrix)(sys.argv[1])",
-            "except WhenceError as error: print('refused', 'llocat' in str(error), str(error).count(chr(10)))",
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17)",
-        ]
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines() == ["refused False 0", "True"], done.stderr[-2000:]
+LYING = ("a.npy", "members.npz", "masks.npz", "header.safetensors", "tensor.safetensors", "rows.parquet")
+READ = """
+import resource, sys
+from whence.errors import WhenceError
+from whence.evaluate import Truth, load_matrix
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
+for path in sys.argv[1:]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        (Truth.load if "masks" in path else load_matrix)(path)
+    except WhenceError as error:
+        room = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print("llocat" in str(error), room < 2**17)
+"""
+
+
+def test_what_claims_to_be_huge_is_refused_before_room_is_made(tmp_path):
+    paths = [str(lying(name, tmp_path)) for name in LYING]
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines() == ["False True"] * len(LYING), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -652,6 +654,7 @@ def slow():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "code", "said"), [(signal.SIGTERM, 143, "whence: terminated\n"), (signal.SIGKILL, -9, "")]
 )
@@ -693,6 +696,7 @@ def test_the_current_folder_is_not_searched_without_a_target(mine, monkeypatch, 
 SHADOWS = ("torch", "json", "numpy", "tyro", "safetensors", "whence", "math", "typing")
 
 
+@pytest.mark.slow
 def test_a_file_named_like_a_package_does_not_take_its_place(mine):
     for name in SHADOWS:
         (mine / f"{name}.py").write_text(f"open('taken-{name}', 'w')\nraise SystemExit(77)\n")
@@ -857,7 +861,12 @@ def test_fuzzed_files_tables_and_configurations():
 
 
 def test_the_fuzzer_finds_what_it_looks_for(monkeypatch):
-    """Without the checksum, and with an error of another kind, it fails."""
-    monkeypatch.setattr(store, "_checksum", lambda _: store.NONE)
+    """Without the checksum it fails."""
+
+    def stored(file):
+        file.seek(8 + len(store.BEGIN))
+        return file.read(len(store.NONE)).decode()
+
+    monkeypatch.setattr(store, "_checksum", stored)
     _, failures = fuzz_files.run(150, seed=3)
     assert any("taken in spite of its checksum" in failure for failure in failures)

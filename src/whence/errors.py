@@ -24,7 +24,7 @@ class DivergenceError(WhenceError, ArithmeticError):
 
 
 class ArtefactError(WhenceError, ValueError):
-    """A file on disk is damaged, of another version, or made for another model, data set or configuration."""
+    """A file is damaged, of another version, made for another model, data or configuration, or cannot be written."""
 
 
 class ConvergenceWarning(UserWarning):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -384,6 +385,8 @@ def same(path: str | Path, saved: dict[str, Any], current: dict[str, Any]) -> No
 
 
 def _close(a: Any, b: list[float]) -> bool:
-    if not isinstance(a, list) or len(a) != len(b) or not all(isinstance(x, (int, float)) for x in a):
+    if not isinstance(a, list) or len(a) != len(b):
+        return False
+    if not all(isinstance(x, (int, float)) and abs(x) <= sys.float_info.max for x in a):
         return False
     return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-6) for x, y in zip(a, b, strict=True))

@@ -23,7 +23,7 @@ from whence.errors import ArtefactError, MissingExtraError, expected
 
 CHECKSUM = b"whence.checksum"  # of the cells, in a .parquet file of ours
 CELLS = 10_000_000  # that a table may have however small its file is,
-PER_BYTE = 1_000  # and more for each byte of it: equal cells take next to nothing
+PER_BYTE = 300  # and more for each byte of it: equal cells take next to nothing
 
 Cell = bool | int | float | str | None
 Data = Mapping[str, Iterable[Any]] | Iterable[Mapping[str, Any]]

@@ -238,8 +238,8 @@ class Influence:
         Raises:
             ArtefactError: naming what differs: the configuration, the task, the weights, the parameters or the data.
         """
-        problem, solver = self._problem(model, task, train), self._solver()
         tensors, header = store.load(path, "influence")
+        problem, solver = self._problem(model, task, train), self._solver()
         store.same(path, header.get("config", {}), self._config())
         store.same(path, header.get("fingerprint", {}), problem.fingerprint())
         store.check_finite(path, tensors)

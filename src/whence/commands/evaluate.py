@@ -91,6 +91,8 @@ def evaluate(
         raise expected("what to judge by", "given", "nothing", advice)
 
     rows = [row for some, _ in parts for row in some]
+    if not rows:
+        raise expected("the files", "one or more with scores of queries", "none, or self-influence alone")
     table = {name: [row[name] for row in rows] for name in rows[0]}
     results.table("evaluation", table, len(rows))
     content: dict[str, Any] = {name: value for _, some in parts for name, value in some.items()}
