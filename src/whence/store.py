@@ -248,12 +248,13 @@ class Shards:
         shapes: Shapes | None = None,
         optional: Sequence[str] = (),
         dtypes: Mapping[str, torch.dtype] | None = None,
+        unbounded: Sequence[str] = (),
     ) -> dict[str, Tensor] | None:
         """A piece, or None if it is not there yet.
 
         Args:
             name: of the piece.
-            shapes, optional, dtypes: what it must and may hold, see `check_tensors`.
+            shapes, optional, dtypes, unbounded: what it must and may hold, see `check_tensors`.
 
         Raises:
             ArtefactError: if it is damaged, or made of something else, by name of what differs.
@@ -264,7 +265,7 @@ class Shards:
         tensors, header = load(path, self.kind)
         same(path, header, self.header)
         if shapes is not None:
-            check_tensors(path, tensors, shapes, optional, dtypes)
+            check_tensors(path, tensors, shapes, optional, dtypes, unbounded)
         return tensors
 
     def put(self, name: str | int, tensors: dict[str, Tensor]) -> None:

@@ -51,7 +51,9 @@ def solved(
     Q = len(rows)
     shapes = {f"x|{p}": (Q, *shape) for p, shape in inverse.curvature.problem.shapes.items()}
     shapes |= {"residual": (Q,), "converged": (Q,), "predicted": (Q,), "history": (None, None), "cost": (3,)}
-    if (t := shards.get(name, shapes, ("residual", "predicted"), {"converged": torch.bool})) is None:
+    measured = ("residual", "history", "predicted")  # a theory may expect an error without bound
+    t = shards.get(name, shapes, ("residual", "predicted"), {"converged": torch.bool}, measured)
+    if t is None:
         t = shards.made(name, make)
     elif inverse.tolerance is not None:
         warn_unconverged(t["converged"], "queries", inverse.tolerance)
