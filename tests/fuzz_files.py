@@ -99,7 +99,7 @@ def artefacts(folder: Path) -> dict[str, Kind]:
 
         kinds[f"fit of {name}"] = Kind(path.read_bytes(), "fit", load, sealed=True)
 
-    fitted = whence.Influence(whence.EKFAC(), 0.1).fit(model, task, train)
+    fitted = whence.Influence(whence.CG(), 0.1).fit(model, task, train)
     fitted.score(train, self_influence=True, folder=folder / "pieces").save(folder / "scores")
     kinds["scores"] = Kind(
         (folder / "scores").read_bytes(), "scores", lambda at: whence.Scores.load(at / "scores"), True
