@@ -130,13 +130,21 @@ def compare(values: Tensor, accurate: Tensor, drawn: Tensor) -> dict[str, Any]:
     top = min(TOP, max(1, values.shape[1] // 4))  # of few examples, fewer: else any scores would share them
     correlations, shared = [], []
     for mine, right in zip(values.double().cpu(), accurate.double().cpu(), strict=True):
-        correlations.append(float(spearmanr(mine.numpy(), right.numpy()).statistic) if len(mine) > 1 else float("nan"))
+        correlations.append(_rank_correlation(mine, right))
         best = set(mine.topk(top).indices.tolist()) & set(right.topk(top).indices.tolist())
         shared.append(len(best))
     if not all(c == c for c in correlations):
         return _unchecked("the scores of a query are all the same")
     worst = {"rank correlation": min(correlations), "shared": min(shared), "top": top}
     return {"queries": drawn.tolist(), **worst, "tolerance": TOLERANCE}
+
+
+def _rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's, of vectors (n,); NaN for fewer than two numbers or equal ones."""
+    if len(a) < 2:
+        return float("nan")
+    found: Any = spearmanr(a.numpy(), b.numpy())
+    return float(found.statistic)
 
 
 def _unchecked(why: str) -> dict[str, Any]:
