@@ -24,6 +24,7 @@ ROOMS = (
     "parallel",
     "progress",
     "data",
+    "surroundings",
     "store",
     "models",
     "trajectory",

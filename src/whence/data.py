@@ -220,7 +220,8 @@ def _common_length(columns: Batch, name: str) -> int:
 
 def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     wider = t.is_floating_point() and torch.finfo(t.dtype).bits < torch.finfo(dtype).bits
-    return t.to(device=device, dtype=dtype if wider else t.dtype)
+    placed = t.to(device=device, dtype=dtype if wider else t.dtype)
+    return placed.clone() if placed.is_inference() else placed  # autograd takes no tensors of inference mode
 
 
 def raw(t: Tensor) -> memoryview:

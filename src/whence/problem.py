@@ -6,7 +6,6 @@ verified once against autograd on a few examples; what cannot be factored is com
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,16 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import Batch, Examples, batch_length, tensors
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layers import Unfactorable
 from whence.layout import Layout, plan
-from whence.models import Select, chosen, fingerprint, observed, ready
+from whence.models import (
+    Select,
+    chosen,
+    copied,
+    fingerprint,
+    in_training_with,
+    observed,
+    plain_names,
+    ready,
+    trainable,
+)
 from whence.progress import track
 from whence.store import COMPUTED
+from whence.surroundings import math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors
@@ -65,16 +74,16 @@ class Problem:
         self.model = ready(model)
         self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
         self.memory, self.progress = memory, progress
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = trainable(self.model)
         keep = chosen(parameters)
-        self.parameters = {name: p for name, p in trainable.items() if keep(name)}
-        self.trainable = sum(p.numel() for p in trainable.values())
+        self.parameters = {name: p for name, p in trained.items() if keep(name)}
+        self.trainable = sum(p.numel() for p in trained.values())
         if not self.parameters:
             raise InputError(
-                f"parameters={parameters!r} selects none of the {len(trainable)} trainable parameters "
-                f"({', '.join(list(trainable)[:5])}, ...). Check the pattern, and that requires_grad is True."
+                f"parameters={parameters!r} selects none of the {len(trained)} trainable parameters "
+                f"({', '.join(list(trained)[:5])}, ...). Check the pattern, and that requires_grad is True."
             )
-        if any(m.training and "Dropout" in type(m).__name__ for m in self.model.modules()):
+        if in_training_with(self.model, "Dropout"):
             warnings.warn(
                 "the model is in training mode with dropout: it is evaluated in eval mode.", WhenceWarning, stacklevel=2
             )
@@ -149,9 +158,9 @@ class Problem:
         Raises:
             InputError: if it does not fit the model.
         """
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(plain_names(state))
         except (RuntimeError, KeyError) as error:
             raise InputError(f"The weights must be a state_dict of the model, got: {error}") from error
         keep = set(self.parameters)
@@ -162,8 +171,9 @@ class Problem:
     def coverage(self) -> str:
         """One sentence: the share of trainable parameters attributed, and what is left out."""
         size = sum(p.numel() for p in self.parameters.values())
-        left = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in self.parameters]
-        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        trained = trainable(self.model)
+        left = [name for name in trained if name not in self.parameters]
+        frozen = sum(1 for _ in self.model.parameters()) - len(trained)
         text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
         text += f"; left out by the selection: {_some(left)}" if left else ""
         return text + (f"; {frozen} frozen parameters" if frozen else "")
@@ -256,7 +266,7 @@ class Problem:
         def along(w: Vectors) -> Tensor:
             return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
 
-        with self.observed(), sdpa_kernel(SDPBackend.MATH):
+        with self.observed(), math_attention():
             return vmap(along)(v)
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
@@ -311,11 +321,11 @@ class Problem:
 
     def functional(self, batch: Batch) -> tuple[Callable[[Vectors], Tensor], dict[str, Tensor]]:
         """The outputs on a batch as a function of the selected parameters, and the parameters' values."""
-        bound = _Bound(self)
 
         def outputs(parameters: Vectors) -> Tensor:
-            named = {f"model.{name}": p for name, p in parameters.items()}
-            return torch.func.functional_call(bound, named, (batch,))
+            swaps = [(self.parameters[name], value) for name, value in parameters.items()]
+            with substituted(self.model, swaps):
+                return self.outputs(self.model, batch)
 
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
@@ -394,18 +404,6 @@ class Problem:
             return self.outputs(model, batch)
 
         return outputs
-
-
-class _Bound(nn.Module):
-    """The model and its task as one module, so that functional_call can swap parameters under any task."""
-
-    def __init__(self, problem: Problem):
-        super().__init__()
-        self.model = problem.model
-        self.problem = [problem]
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.problem[0].outputs(self.model, batch)
 
 
 def _some(names: list[str]) -> str:

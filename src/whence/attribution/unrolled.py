@@ -30,6 +30,7 @@ from whence.attribution.stream import Measurement
 from whence.attribution.training import OverTraining
 from whence.curvature.ggn import rhs_at_once
 from whence.progress import track
+from whence.surroundings import undisturbed
 from whence.vectors import Vectors
 
 
@@ -48,6 +49,7 @@ class Unrolled(OverTraining):
     segment: int | None = None
     dropped: float = 0.05
 
+    @undisturbed()
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
         """Scores of all training examples on Q queries.
 

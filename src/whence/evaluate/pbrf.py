@@ -16,7 +16,6 @@ certified by its gradient, in which no approximate inverse takes part; and the d
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence import vectors
 from whence.attribution.stream import Measurement
@@ -35,11 +33,12 @@ from whence.damping import Damping
 from whence.data import Batch, Examples
 from whence.errors import ConvergenceWarning, expected
 from whence.evaluate.arrays import int_array
-from whence.models import Select, ready
+from whence.models import Select, copied, ready
 from whence.problem import Problem
 from whence.progress import track
 from whence.solvers.auto import Auto
 from whence.solvers.base import Inverse, positive
+from whence.surroundings import math_attention
 from whence.task import Task
 from whence.vectors import Vectors
 
@@ -127,8 +126,8 @@ def pbrf(
         InputError: for unknown examples, or as `Problem` does.
     """
     positive(eps=eps, tolerance=tolerance, steps=steps)
-    copied = copy.deepcopy(ready(model)).double()
-    problem = Problem(copied, task, train, parameters, batch_size, memory, progress)
+    twin = copied(ready(model)).double()
+    problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
     members = _members(examples, len(problem.train)).to(problem.device)  # (m, N)
     inverse = Auto(memory=memory).fit(GGN(problem), damping)
     pull = _pull(problem, members)
@@ -199,7 +198,7 @@ def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
     """
     problem, total = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
     task, N = problem.task, len(problem.train)
-    with problem.observed(), sdpa_kernel(SDPBackend.MATH):
+    with problem.observed(), math_attention():
         for index, batch in problem.batches():
             outputs, theta = problem.functional(batch)
             trained = outputs(theta)
