@@ -260,14 +260,19 @@ class Problem:
         return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
 
     def slopes(self, batch: Batch, v: Vectors) -> Tensor:
-        """Derivatives of each example's training loss along Q directions, by forward mode: (Q, n)."""
+        """Derivatives of each example's training loss along Q directions, by forward mode, or by rows: (Q, n)."""
         outputs, theta = self.functional(batch)
 
         def along(w: Vectors) -> Tensor:
             return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
 
         with self.observed(), math_attention():
-            return vmap(along)(v)
+            try:
+                return vmap(along)(v)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # no forward mode: rows
+                return self.loss_gradients(batch).dot(v)[..., 0]
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
         """The value itself if it is one finite number per example.

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence import vectors
 from whence.attribution.optimisers import Jacobian, Rows, jacobian, optimiser
 from whence.attribution.stream import Measurement
+from whence.curvature.plain import gradients
 from whence.data import Examples
 from whence.errors import DivergenceError, InputError, UnsupportedError, WhenceWarning, expected
 from whence.models import trainable
@@ -99,7 +99,7 @@ class Replay:
             return (w * self.problem.task.loss(outputs(theta), batch)).sum() / len(index)
 
         with self.opened():
-            g = vmap(grad(loss))(theta, w.to(self.problem.device, self.problem.dtype))
+            g = gradients(loss, theta, w.to(self.problem.device, self.problem.dtype))
         return {name: self._update(name, step)(rows, g[name]) for name, rows in state.items()}, g
 
     def slopes(self, state: State, g: Vectors, step: int) -> dict[str, Jacobian]:

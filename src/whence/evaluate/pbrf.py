@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
+from torch.func import grad
 
 from whence import vectors
 from whence.attribution.stream import Measurement
 from whence.curvature.ggn import GGN, rhs_at_once
+from whence.curvature.plain import gradients
 from whence.damping import Damping
 from whence.data import Batch, Examples
 from whence.errors import ConvergenceWarning, expected
@@ -209,7 +210,7 @@ def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
 
             together = rhs_at_once(problem, outputs, theta)
             pieces = zip(vectors.chunk(moves, together), weights[:, index].split(together), strict=True)
-            vectors.add_(total, vectors.concatenate([vmap(grad(part))(*piece) for piece in pieces]))
+            vectors.add_(total, vectors.concatenate([gradients(part, *piece) for piece in pieces]))
     return total
 
 
