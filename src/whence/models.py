@@ -253,8 +253,11 @@ def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) 
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict with the names of the plain model, where it is one of a compiled model."""
-    return {name.replace("_orig_mod.", ""): t for name, t in state.items()}
+    """A state_dict with the names of the plain model, where it is one of a compiled or data-parallel model."""
+    plain = {name.replace("_orig_mod.", ""): t for name, t in state.items()}
+    if plain and all(name.startswith("module.") for name in plain):
+        plain = {name.removeprefix("module."): t for name, t in plain.items()}
+    return plain
 
 
 def copied(model: nn.Module) -> nn.Module:

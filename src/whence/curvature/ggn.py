@@ -30,11 +30,12 @@ from whence.curvature.plain import (
     Linearised,
     NotDifferentiableError,
     adjoint,
+    check_curvature,
     curved,
     differences,
     is_gap,
 )
-from whence.data import Batch
+from whence.data import Batch, map_tensors
 from whence.errors import UnsupportedError, WhenceWarning, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
@@ -70,6 +71,7 @@ class GGN(RowCurvature):
     _convex = True
     _seen = False  # whether an output Hessian has been looked at
     _forward = True  # whether the model is not known to lack forward mode
+    _loss_is_known = False  # whether the loss's second derivative has been checked
     _push = True  # whether its backward pass is not known to lack a derivative
 
     @property
@@ -153,6 +155,7 @@ class GGN(RowCurvature):
         """The sum over a batch of J^T H J v by plain autograd, one right-hand side at a time."""
         outputs, theta = self.problem.functional(batch)
         at, parts = Linearised(outputs, theta), []
+        self._check_loss(at.value, batch)
         for one in ({name: t[0] for name, t in some.items()} for some in vectors.chunk(v, 1)):
             t = push(at, one)
             if not parts and push is Linearised.push:
@@ -180,6 +183,7 @@ class GGN(RowCurvature):
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
+        self._check_loss(outputs, batch)
         h = outputs.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.problem.per_example(self.problem.task.loss(h, batch), batch, "loss")
@@ -232,6 +236,7 @@ class GGN(RowCurvature):
                 return vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=out)(some)  # (n, ...), (Q, n, ...)
 
             h, pull, t = vjp(linearised, theta, has_aux=True)  # pyright: ignore[reportAssignmentType]
+            self._check_loss(h, batch)
             if self.how == "auto" and self._outputs <= LIMIT and not self._seen:
                 self._spectrum(h, batch)  # in place of rows, which find out whether the loss is convex
             u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
@@ -249,6 +254,14 @@ class GGN(RowCurvature):
                 return differences(outputs, theta, one, self.delta)
 
         return self._by_plain(batch, v, push)
+
+    def _check_loss(self, outputs: Tensor, batch: Batch) -> None:
+        """Refuse, on the first batch, a loss whose second derivative autograd does not know."""
+        if not self._loss_is_known:
+            self.problem.per_example(self.problem.task.loss(outputs.detach(), batch), batch, "loss")
+            some = map_tensors(lambda t: t[:2], batch)  # outputs in float64 may be large
+            check_curvature(self._loss(some), outputs[:2])
+            self._loss_is_known = True
 
     def _loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         return lambda h: self.problem.task.loss(h, batch).sum()

@@ -151,9 +151,53 @@ def curved(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -> Tensor:
             raise
     h.requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(loss(h), h, create_graph=True)
+        value = loss(h)
+        if not value.requires_grad:
+            return torch.zeros_like(h)
+        (slope,) = torch.autograd.grad(value, h, create_graph=True)
         along = (slope * t).sum()
     return slopes(along, [h])[0]
+
+
+def check_curvature(loss: Callable[[Tensor], Tensor], h: Tensor) -> None:
+    """Compare the second derivative of a scalar loss at h with central differences of the first, along a drawn one.
+
+    In float64, or in h's own type where the loss does not take that.
+
+    Raises:
+        UnsupportedError: if they differ: autograd does not know the derivative of the loss's backward pass.
+    """
+    for at, tolerance in ((h.detach().double(), AGREE), (h.detach(), 100 * AGREE)):
+        try:
+            right = _is_curved_so(loss, at, tolerance)
+        except GAPS as error:
+            if not is_gap(error):
+                raise
+            continue
+        if right:
+            return
+        break
+    raise UnsupportedError(
+        "The loss's second derivative by the outputs is missing or wrong: autograd cannot differentiate its backward "
+        "pass. Write the loss in differentiable operations (not as a fused kernel), or take EmpiricalFisher."
+    )
+
+
+def _is_curved_so(loss: Callable[[Tensor], Tensor], h: Tensor, tolerance: float) -> bool:
+    rng = torch.Generator().manual_seed(0)
+
+    def slope(v: Vectors) -> Tensor:
+        leaf = v["h"].detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(leaf)
+        return slopes(value, [leaf])[0]
+
+    for _ in range(2):  # a step may cross a kink of the loss
+        t = torch.randn(h.shape, generator=rng, dtype=torch.float64, device="cpu").to(h)
+        exact, near = curved(loss, h, t), differences(slope, {"h": h}, {"h": t}, None)
+        if (exact - near).norm() <= tolerance * near.norm() + 1e-3 * tolerance * slope({"h": h}).norm():
+            return True
+    return False
 
 
 def gradients(function: Callable[..., Tensor], theta: Vectors, *others: Tensor) -> Vectors:
@@ -224,12 +268,14 @@ def has_second_derivatives(problem: Problem) -> bool:
     except GAPS as error:
         if not is_gap(error):
             raise
-    return _agrees(problem, 100 * AGREE)
+    return _agrees(problem, AGREE if problem.dtype == torch.float64 else 100 * AGREE)
 
 
 def _in_double(problem: Problem) -> Problem:
     keep = set(problem.parameters)
     double = copied(problem.model).double()
+    for name, p in double.named_parameters():  # which no longer say so where the model is being observed
+        p.requires_grad_(name in keep)
     return Problem(double, problem.task, problem.train, lambda name: name in keep, None, problem.memory, False)
 
 
