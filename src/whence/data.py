@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from whence.errors import InputError, expected
+from whence.surroundings import undisturbed
 
 Batch = Any
 
@@ -98,6 +99,7 @@ class Examples:
         some = Subset(self.data, index.tolist())
         return Examples(DataLoader(some, self.batch_size, collate_fn=self._collate), self.name)
 
+    @undisturbed()
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
         """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``."""
         return map_tensors(lambda t: _place(t, device, dtype), self._fetch(torch.as_tensor(index)))

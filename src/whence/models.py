@@ -21,7 +21,6 @@ from whence.surroundings import (
     alone,
     differentiable,
     eager,
-    identical,
     undisturbed,
     users_device,
     without_fastpath,
@@ -33,6 +32,7 @@ BOUND = "whence_row_bound"  # (max_norm, norm_type) of an embedding in a copy
 
 
 _warned: WeakSet[nn.Module] = WeakSet()
+_steady: WeakSet[nn.Module] = WeakSet()  # models whose passes were seen to leave the parameters alone
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
             yield model
             return
         stack.enter_context(differentiable(model))
-        before = Snapshot(model)
+        before = Snapshot(model, with_parameters=model not in _steady)
         try:
             model.eval()
             for module in model.modules():
@@ -63,16 +63,22 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
             model.requires_grad_(False)
             yield model
         finally:
-            changed, lost = before.restore()
-        _report(model, changed, lost)
+            changed, lost, weights = before.restore()
+        _report(model, changed, lost, weights)
+        _steady.add(model)
 
 
-def _report(model: nn.Module, changed: list[str], lost: list[str]) -> None:
+def _report(model: nn.Module, changed: list[str], lost: list[str], weights: list[str]) -> None:
     """Say which buffers the forward pass changes.
 
     Raises:
-        UnsupportedError: if one of them could not be put back.
+        UnsupportedError: if one of them could not be put back, or if parameters were changed.
     """
+    if weights:
+        raise UnsupportedError(
+            f"The model's forward pass changes its own parameters: {_few(weights)}. Make it leave them alone unless "
+            "self.training."
+        )
     if lost:
         raise UnsupportedError(
             f"The model's forward pass changes buffers in eval mode that are too large to be put back: {_few(lost)}. "
@@ -85,26 +91,6 @@ def _report(model: nn.Module, changed: list[str], lost: list[str]) -> None:
             "pass.",
             WhenceWarning,
             stacklevel=4,
-        )
-
-
-@contextmanager
-def watched(model: nn.Module) -> Iterator[None]:
-    """Refuse a forward pass that changes the model's own parameters; they are put back first.
-
-    Raises:
-        UnsupportedError: naming the parameters.
-    """
-    held = [(name, p, p.detach().clone()) for name, p in model.named_parameters()]
-    yield
-    changed = [(name, p, copied) for name, p, copied in held if not identical(p, copied)]
-    with torch.no_grad():
-        for _, p, copied in changed:
-            p.detach().copy_(copied)
-    if changed:
-        raise UnsupportedError(
-            f"The model's forward pass changes its own parameters: {_few([name for name, *_ in changed])}. Make it "
-            "leave them alone unless self.training."
         )
 
 
@@ -148,16 +134,15 @@ def ready(model: nn.Module) -> nn.Module:
 
 def _ready(model: nn.Module) -> nn.Module:
     _refuse_scripts(model)
-    named = dict(model.named_parameters())
-    _refuse_values(named)
-    if any(t.is_inference() for t in [*named.values(), *model.buffers()]):
+    _refuse_values(dict(model.named_parameters()))
+    if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
         _say("the model was made in inference mode: a copy outside of it is used.")
         model = copied(model)
     if any(getattr(m, "max_norm", None) is not None for m in model.modules() if isinstance(m, EMBEDDINGS)):
         _say("embeddings with max_norm change their weights in every pass: a copy with all rows in bounds is used.")
         model = copied(model)
     _bound_rows(model)
-    dtypes = {p.dtype for p in named.values() if p.is_floating_point()}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes & {torch.float16, torch.bfloat16} and torch.float64 not in dtypes:
         _say("the model is in half precision: a float32 copy is used (the conversion is exact).")
         return copied(model).float()
@@ -188,7 +173,7 @@ def _refuse_values(named: Mapping[str, nn.Parameter]) -> None:
     odd = [name for name, p in named.items() if p.is_complex() and p.requires_grad]
     if odd:
         raise expected("the model's parameters", "real numbers", f"complex ones in {_few(odd)}", "Freeze them.")
-    bad = [name for name, p in named.items() if p.is_floating_point() and not p.isfinite().all()]
+    bad = [name for name, p in named.items() if p.is_floating_point() and not p.detach().isfinite().all()]
     if bad:
         raise InputError(
             f"the model's weights must be finite, got NaN or infinity in {', '.join(bad[:5])}. Train it again."

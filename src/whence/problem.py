@@ -34,7 +34,7 @@ from whence.models import (
 )
 from whence.progress import track
 from whence.store import COMPUTED
-from whence.surroundings import math_attention, substituted
+from whence.surroundings import alone, math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors
@@ -121,8 +121,8 @@ class Problem:
     def _examined_layout(self) -> Layout:
         """Plan the layout and hold it against autograd; name what takes the slow path or has no gradient."""
         batch = self.batch([i % len(self.train) for i in range(3)])
-        layout = plan(self.model, self.parameters)
         with self.observed() as model:
+            layout = plan(model, self.parameters)
             forward = self._forward(model)
             plain = forward(batch).detach()
             layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)

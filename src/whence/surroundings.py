@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")  # that autocast may be active for
 KEPT = 2**26  # bytes of buffers that are copied before a pass; larger ones are only watched
+KEPT_WEIGHTS = 2**31  # bytes of parameters that are copied before the first pass
 
 
 # --- modes of torch -----------------------------------------------------------------------------------------------
@@ -196,64 +198,111 @@ def alone(model: nn.Module) -> Iterator[bool]:
 
 
 class Snapshot:
-    """A model's modules with their attributes, parameters and buffers, as objects; the buffers' values too."""
+    """A model's modules with their attributes, parameters and buffers, as objects; the buffers' values too.
 
-    def __init__(self, model: nn.Module):
-        self.modules = [(m, dict(vars(m)), _tables(m)) for m in model.modules()]
+    Args:
+        model: what will be put back.
+        with_parameters: keep the parameters' values too, if they are not too large.
+    """
+
+    def __init__(self, model: nn.Module, with_parameters: bool = False):
+        self.modules = [(m, m.training, dict(vars(m)), _containers(m)) for m in model.modules()]
         self.needed = [(p, p.requires_grad) for p in model.parameters()]
-        self.buffers: list[tuple[str, Tensor, int, Tensor | None]] = []  # name, itself, version, copy
-        room = KEPT
-        for name, buffer in model.named_buffers():
-            if buffer.layout != torch.strided or buffer.is_meta:
-                continue
-            room -= buffer.numel() * buffer.element_size()
-            copied = buffer.detach().clone() if room >= 0 else None
-            self.buffers.append((name, buffer, -1 if buffer.is_inference() else buffer._version, copied))
+        self.buffers = _keep(model.named_buffers(), KEPT)
+        self.parameters = _keep(model.named_parameters(), KEPT_WEIGHTS if with_parameters else 0)
 
-    def restore(self) -> tuple[list[str], list[str]]:
+    def restore(self) -> tuple[list[str], list[str], list[str]]:
         """Put everything back.
 
         Returns:
-            The names of buffers that had changed, and of those that could not be put back.
+            The names of buffers that had changed, of buffers that could not be put back, and of parameters whose values
+            had changed.
         """
         replaced = self._replaced_buffers()
-        for module, attributes, tables in self.modules:
-            for table, entries in tables:
-                if table.keys() != entries.keys() or any(table[key] is not entries[key] for key in entries):
-                    table.clear()
-                    table.update(entries)
+        for module, training, attributes, containers in self.modules:
+            for container, content in containers:
+                _refill(container, content)
             own = vars(module)
             own.update(attributes)
             for name in own.keys() - attributes.keys():
                 del own[name]
+            if module.training != training:  # a scripted module keeps it elsewhere
+                module.training = training
         for p, needed in self.needed:
             if p.requires_grad != needed:
                 p.requires_grad_(needed)
 
-        changed, lost = replaced, []
-        for name, buffer, version, copied in self.buffers:
-            if copied is None:
-                if not buffer.is_inference() and buffer._version != version:
-                    lost.append(name)
-            elif not identical(buffer, copied):
-                with torch.no_grad():
-                    buffer.copy_(copied)
-                changed.append(name)
-        return changed, lost
+        buffers, lost = _put_back(self.buffers)
+        weights = [name for names in _put_back(self.parameters) for name in names]
+        return [*replaced, *buffers], lost, weights
 
     def _replaced_buffers(self) -> list[str]:
         """Buffers that another tensor has taken the place of."""
-        names = {id(buffer): name for name, buffer, _, _ in self.buffers}
-        now = {id(b) for module, _, _ in self.modules for b in module._buffers.values() if b is not None}
+        names = {id(kept.tensor): kept.name for kept in self.buffers}
+        now = {id(b) for module, *_ in self.modules for b in module._buffers.values() if b is not None}
         return [name for i, name in names.items() if i not in now]
 
 
-def _tables(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The registries of a module's parameters, buffers and children, each with a copy."""
-    return [(table, dict(table)) for table in (module._parameters, module._buffers, module._modules)]
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor of the model before a pass, with a copy if it is not too large."""
+
+    name: str
+    tensor: Tensor
+    version: int
+    copied: Tensor | None
 
 
-def identical(a: Tensor, b: Tensor) -> bool:
+def _keep(named: Iterable[tuple[str, Tensor]], room: int) -> list[_Kept]:
+    kept = []
+    for name, t in named:
+        if t.layout != torch.strided or t.is_meta or t.is_inference():
+            continue
+        room -= t.numel() * t.element_size()
+        kept.append(_Kept(name, t, t._version, t.detach().clone() if room >= 0 else None))
+    return kept
+
+
+def _put_back(held: Iterable[_Kept]) -> tuple[list[str], list[str]]:
+    """Give tensors their values again; the names of those that had changed, and of those whose value is lost."""
+    changed, lost = [], []
+    for kept in held:
+        if kept.copied is None:
+            if kept.tensor._version != kept.version:
+                lost.append(kept.name)
+        elif not _identical(kept.tensor, kept.copied):
+            with torch.no_grad():
+                kept.tensor.detach().copy_(kept.copied)
+            changed.append(kept.name)
+    return changed, lost
+
+
+def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
+    """A module's lists, sets and dicts (those of its parameters, buffers, children and hooks too), each with a copy."""
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (list, set, dict))]
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a list, set or dict the same objects again, in the same order."""
+    now, before = (c.items() if isinstance(c, dict) else c for c in (container, content))
+    same = len(now) == len(before) and all(_is_same(a, b) for a, b in zip(now, before, strict=True))
+    if same:
+        return
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """The same object, or pairs of the same."""
+    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        return all(x is y for x, y in zip(a, b, strict=True))
+    return a is b
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
     """Bit by bit, so that NaN equals itself."""
     if a.shape != b.shape:
         return False

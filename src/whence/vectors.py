@@ -32,7 +32,7 @@ def clone(v: Vectors) -> Vectors:
 
 def dot(u: Vectors, v: Vectors) -> Tensor:
     """Inner products u_q . v_q over all parameters, shape (Q,)."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for name, t in u.items():
         a, b = t.reshape(len(t), -1), v[name].reshape(len(t), -1)
         total = total.to(t.device) + torch.linalg.vecdot(_wide(a), _wide(b)).double()

@@ -167,20 +167,20 @@ def check_curvature(loss: Callable[[Tensor], Tensor], h: Tensor) -> None:
     Raises:
         UnsupportedError: if they differ: autograd does not know the derivative of the loss's backward pass.
     """
+    cause = None
     for at, tolerance in ((h.detach().double(), AGREE), (h.detach(), 100 * AGREE)):
         try:
-            right = _is_curved_so(loss, at, tolerance)
+            if _is_curved_so(loss, at, tolerance):
+                return
+            break
         except GAPS as error:
             if not is_gap(error):
                 raise
-            continue
-        if right:
-            return
-        break
+            cause = error
     raise UnsupportedError(
         "The loss's second derivative by the outputs is missing or wrong: autograd cannot differentiate its backward "
         "pass. Write the loss in differentiable operations (not as a fused kernel), or take EmpiricalFisher."
-    )
+    ) from cause
 
 
 def _is_curved_so(loss: Callable[[Tensor], Tensor], h: Tensor, tolerance: float) -> bool:
