@@ -291,8 +291,13 @@ def with_gap(name: str, classes: int) -> tuple[nn.Module, nn.Module]:
     return model, WrittenNorm(copied(model), dim)
 
 
-@pytest.mark.parametrize("classes", [3, 140])
-@pytest.mark.parametrize("product", ["auto", "jvp", "rows", "finite-difference"])
+PRODUCTS = [("auto", 3), ("auto", 140), ("jvp", 3), ("finite-difference", 3)]
+SLOW = [("jvp", 140), ("rows", 3), ("rows", 140), ("finite-difference", 140)]
+
+
+@pytest.mark.parametrize(
+    ("product", "classes"), [*PRODUCTS, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
 @pytest.mark.parametrize("name", GAPS)
 def test_gauss_newton_products_need_no_forward_mode(name: str, product: Any, classes: int) -> None:
     train = data(6, classes=classes)
@@ -1052,9 +1057,17 @@ def mixed() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), Gain(()), Act(torch.tanh), nn.Linear(5, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+QUICK = ["auto", whence.EKFAC(), whence.CG(preconditioner=whence.EKFAC())]
+EVERY = [
+    pytest.param(solver, dtype, id=f"{solver}-{dtype}", marks=[] if quick else pytest.mark.slow)
+    for solver in SOLVERS
+    for dtype in (torch.float32, torch.float64)
+    for quick in [solver in QUICK and dtype == torch.float32]
+]
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize(("solver", "dtype"), EVERY)
 def test_modes_of_torch_change_no_score(solver: Any, mode: str, dtype: torch.dtype) -> None:
     train, queries, model = data(dtype=dtype), few(data(dtype=dtype)), seeded(mixed, dtype)
     curvature = whence.EmpiricalFisher if isinstance(solver, (whence.DataInf, whence.HyperINF)) else whence.GGN

@@ -59,7 +59,7 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
             model.eval()
             for module in model.modules():
                 if getattr(module, "sparse", None) is True:  # gradients of embeddings: dense ones have all derivatives
-                    module.sparse = False
+                    vars(module)["sparse"] = False
             model.requires_grad_(False)
             yield model
         finally:

@@ -133,10 +133,10 @@ def differences(function: Callable[[Vectors], Tensor], theta: Vectors, v: Vector
         v: the direction, of the parameters' shapes.
         length: of the step, relative to max(1, |theta|); None: eps^(1/3).
     """
-    if length is None:
-        length = torch.finfo(next(iter(theta.values())).dtype).eps ** (1 / 3)
+    dtype = next(iter(theta.values())).dtype
+    relative: float = torch.finfo(dtype).eps ** (1 / 3) if length is None else length
     size = float(vectors.norm({name: t.unsqueeze(0) for name, t in theta.items()}))
-    step = length * max(1.0, size) / max(float(vectors.norm({n: t.unsqueeze(0) for n, t in v.items()})), 1e-300)
+    step = relative * max(1.0, size) / max(float(vectors.norm({n: t.unsqueeze(0) for n, t in v.items()})), 1e-300)
     ahead, behind = ({name: theta[name] + sign * step * t for name, t in v.items()} for sign in (1, -1))
     return (function(ahead) - function(behind)) / (2 * step)
 
