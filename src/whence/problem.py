@@ -34,7 +34,7 @@ from whence.models import (
 )
 from whence.progress import track
 from whence.store import COMPUTED
-from whence.surroundings import alone, math_attention, substituted
+from whence.surroundings import math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors

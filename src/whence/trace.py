@@ -151,7 +151,7 @@ def _alone(
     found = []
     for i in range(cotangents.shape[1]):
         own = cotangents[:, i : i + 1]
-        single = take(batch, torch.tensor([i]))
+        single = take(batch, torch.tensor([i], device="cpu"))
         seeds = lambda outputs, _, own=own: fit_to(own, outputs)  # noqa: E731
         found.append(trace(forward, model, single, seeds, some, functional, positions).gradients.rows)
     return {b.name: forms.gather([rows[b.name] for rows in found]) for b in some.blocks}
@@ -357,7 +357,7 @@ def _one_by_one(batch: Batch, cotangents: Tensor, names: list[str], functional: 
     """The same by plain backward passes."""
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for i in range(cotangents.shape[1]):
-        outputs, parameters = functional(take(batch, torch.tensor([i])))
+        outputs, parameters = functional(take(batch, torch.tensor([i], device="cpu")))
         held = {name: parameters[name].detach().requires_grad_() for name in names}
         h, leaves = outputs(parameters | held), list(held.values())
         for cotangent in fit_to(cotangents[:, i : i + 1].detach(), h):  # (1, ...)
