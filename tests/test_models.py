@@ -1165,3 +1165,57 @@ def test_a_model_that_relies_on_a_default_device_keeps_it() -> None:
     with default_device("meta"):
         whence.attribute(model, TASK, train, few(train), damping=1.0)
     assert set(seen) == {"meta"}
+
+
+# --- parameters without a gradient --------------------------------------------------------------------------------
+
+
+class CutOff(nn.Module):
+    """Parts that the outputs do not depend on as autograd sees it: detached, unused, behind a kernel, dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.loose, self.unused = nn.Parameter(torch.ones(5)), nn.Linear(2, 2)
+        self.rare = nn.Embedding(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.from_numpy((self.first(x) * self.loose).detach().numpy()).tanh()
+        rare = self.rare((x[:, 0] > 1e9).long())
+        return self.head(self.second(hidden) + rare)
+
+
+def test_parameters_that_never_had_a_gradient_are_named_once() -> None:
+    names = {"first.weight", "first.bias", "loose", "unused.weight", "unused.bias"}
+    for solver in (whence.EKFAC(), whence.CG(), whence.Identity()):
+        fitted = whence.Influence(solver, damping=1.0).fit(seeded(CutOff), TASK, data())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fitted.score(few(data()))
+            fitted.score(few(data()))
+        said = [str(w.message) for w in caught if "no gradient on any training example" in str(w.message)]
+        assert len(said) == 1
+        assert said[0].startswith(f"{len(names)} parameters")
+        assert all(name in said[0] for name in names)
+        assert not any(name in said[0] for name in ("second", "head", "rare"))
+
+
+def test_a_parameter_that_one_late_example_uses_is_not_named() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.late = nn.Linear(4, 3), nn.Linear(4, 3, bias=False)
+            self.loose = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = (x[:, :1] > 5).to(x)
+            return self.head(x) + gate * self.late(x) * self.loose
+
+    train = data()
+    train[0][-1, 0] = 6.0
+    model = seeded(Late)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = whence.attribute(model, TASK, train, few(train), solver=whence.Exact(), damping=0.5, batch_size=4)
+    assert not [w for w in caught if "no gradient on any" in str(w.message)]
+    torch.testing.assert_close(found.values, dense_scores(model, train, few(train), 0.5), rtol=1e-8, atol=1e-10)

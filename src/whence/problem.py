@@ -92,6 +92,7 @@ class Problem:
         self.row_check = RowCheck(sum(p.numel() for p in self.parameters.values()))
         self._layout: Layout | None = None
         self._unseen: set[str] = set()  # blocks without a gradient so far
+        self._named: set[str] = set()  # those of them that a warning named
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -130,7 +131,7 @@ class Problem:
             layout, unseen = examine(
                 layout, batch, self._with_gradients(model), self.task.loss, self.parameters, trace_rows, self.dtype
             )
-        self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
+        self._unseen = {b.name for b in layout.blocks if unseen.issuperset(b.shapes)}
         if self._unseen == {b.name for b in layout.blocks}:
             warnings.warn(
                 "none of the selected parameters acts on the loss of the first training examples. Unmerge adapters "
@@ -351,6 +352,19 @@ class Problem:
             self.row_check.note(errors, len(index))
             self._unseen -= used
         return wrong
+
+    def name_unseen(self) -> None:
+        """Say which parameters had no gradient on any example so far: to be called after a pass over all of them."""
+        named = [p for b in self.layout.blocks if b.name in self._unseen - self._named for p in b.shapes]
+        self._named |= self._unseen
+        if named:
+            warnings.warn(
+                f"{len(named)} parameters had no gradient on any training example, so that they add nothing to the "
+                f"scores: {_some(named)}. Look for what cuts them off (a detached or merged part, a kernel without a "
+                "backward pass), or leave them out with parameters=....",
+                WhenceWarning,
+                stacklevel=3,
+            )
 
     def _first_users(self, traced: Traced) -> tuple[set[str], Tensor | None]:
         """Blocks that had no gradient before this batch, and which of its examples (n,) use one; None for no such."""
