@@ -35,6 +35,7 @@ class Examples:
         InputError: empty data, axes of different lengths, or an iterable without length.
     """
 
+    @undisturbed()
     def __init__(self, data: Any, name: str = "train", batch_size: int | None = None):
         self.name = name
         self._checksums: dict[tuple[int, int], int] = {}

@@ -63,7 +63,7 @@ class Embeddings:
             InputError: if there is no such layer, or its output is not a tensor with the examples first.
         """
         self._model, self._task = ready(model), as_task(task)
-        names = [name for name, _ in model.named_modules() if name]
+        names = [name for name, _ in self._model.named_modules() if name]
         if isinstance(self.layer, str) and self.layer not in names:
             raise expected("layer", f"a module of the model ({', '.join(names)})", repr(self.layer))
         self._train = self._of(Examples(train, "train", self.batch_size))
