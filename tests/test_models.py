@@ -1245,7 +1245,7 @@ def test_bloom_whose_gelu_is_an_old_function_scores_as_plain_autograd() -> None:
     ids = torch.randint(3, 50, (4, 4))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     task, chosen = CausalLM(), r"mlp.*bias|ln_f"
-    ps = [p for name, p in model.named_parameters() if "mlp" in name and "bias" in name or "ln_f" in name]
+    ps = [p for name, p in model.named_parameters() if ("mlp" in name and "bias" in name) or "ln_f" in name]
 
     def gradient(value: Tensor) -> Tensor:
         return torch.cat([t.flatten() for t in torch.autograd.grad(value, ps, retain_graph=True)])
