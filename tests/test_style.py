@@ -25,6 +25,7 @@ ROOMS = (
     "parallel",
     "progress",
     "disk",
+    "surroundings",
     "data",
     "store",
     "tables",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
 from whence.errors import InputError, expected
+from whence.surroundings import undisturbed
 
 Batch = Any
 
@@ -34,6 +35,7 @@ class Examples:
         InputError: empty data, axes of different lengths, or an iterable without length.
     """
 
+    @undisturbed()
     def __init__(self, data: Any, name: str = "train", batch_size: int | None = None):
         self.name = name
         self._checksums: dict[tuple[int, int], int] = {}
@@ -98,6 +100,7 @@ class Examples:
         some = Subset(self.data, index.tolist())
         return Examples(DataLoader(some, self.batch_size, collate_fn=self._collate), self.name)
 
+    @undisturbed()
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
         """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``."""
         return map_tensors(lambda t: _place(t, device, dtype), self._fetch(torch.as_tensor(index)))
@@ -220,7 +223,8 @@ def _common_length(columns: Batch, name: str) -> int:
 
 def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     wider = t.is_floating_point() and torch.finfo(t.dtype).bits < torch.finfo(dtype).bits
-    return t.to(device=device, dtype=dtype if wider else t.dtype)
+    placed = t.to(device=device, dtype=dtype if wider else t.dtype)
+    return placed.clone() if placed.is_inference() else placed  # autograd takes no tensors of inference mode
 
 
 def raw(t: Tensor) -> memoryview:

@@ -135,7 +135,7 @@ class NormKind:
             term = g if part == "bias" else g * self._slope(layer, part, arguments or ((x,), {}))
             if isinstance(layer, CHANNELS_FIRST):  # the channel axis follows the examples
                 term = term.reshape(R, n, size, -1).mT
-            elif size == 1 or term.shape[-len(shape) :] == shape:  # the scaled axes are last
+            elif size == 1 or term.shape[term.ndim - len(shape) :] == shape:  # the scaled axes are last
                 term = term.reshape(R, n, -1, size)
             else:
                 raise Unfactorable(type(layer).__name__, f"does not scale its last axes by {part}")

@@ -6,7 +6,6 @@ verified once against autograd on a few examples; what cannot be factored is com
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,16 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence.data import Batch, Examples, batch_length, tensors
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layers import Unfactorable
 from whence.layout import Layout, plan
-from whence.models import Select, chosen, fingerprint, observed, ready
+from whence.models import (
+    Select,
+    chosen,
+    copied,
+    fingerprint,
+    in_training_with,
+    observed,
+    plain_names,
+    ready,
+    trainable,
+)
 from whence.progress import track
 from whence.store import COMPUTED
+from whence.surroundings import math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors
@@ -65,16 +74,16 @@ class Problem:
         self.model = ready(model)
         self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
         self.memory, self.progress = memory, progress
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = trainable(self.model)
         keep = chosen(parameters)
-        self.parameters = {name: p for name, p in trainable.items() if keep(name)}
-        self.trainable = sum(p.numel() for p in trainable.values())
+        self.parameters = {name: p for name, p in trained.items() if keep(name)}
+        self.trainable = sum(p.numel() for p in trained.values())
         if not self.parameters:
             raise InputError(
-                f"parameters={parameters!r} selects none of the {len(trainable)} trainable parameters "
-                f"({', '.join(list(trainable)[:5])}, ...). Check the pattern, and that requires_grad is True."
+                f"parameters={parameters!r} selects none of the {len(trained)} trainable parameters "
+                f"({', '.join(list(trained)[:5])}, ...). Check the pattern, and that requires_grad is True."
             )
-        if any(m.training and "Dropout" in type(m).__name__ for m in self.model.modules()):
+        if in_training_with(self.model, "Dropout"):
             warnings.warn(
                 "the model is in training mode with dropout: it is evaluated in eval mode.", WhenceWarning, stacklevel=2
             )
@@ -83,6 +92,7 @@ class Problem:
         self.row_check = RowCheck(sum(p.numel() for p in self.parameters.values()))
         self._layout: Layout | None = None
         self._unseen: set[str] = set()  # blocks without a gradient so far
+        self._named: set[str] = set()  # those of them that a warning named
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -112,8 +122,8 @@ class Problem:
     def _examined_layout(self) -> Layout:
         """Plan the layout and hold it against autograd; name what takes the slow path or has no gradient."""
         batch = self.batch([i % len(self.train) for i in range(3)])
-        layout = plan(self.model, self.parameters)
         with self.observed() as model:
+            layout = plan(model, self.parameters)
             forward = self._forward(model)
             plain = forward(batch).detach()
             layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)
@@ -121,7 +131,7 @@ class Problem:
             layout, unseen = examine(
                 layout, batch, self._with_gradients(model), self.task.loss, self.parameters, trace_rows, self.dtype
             )
-        self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
+        self._unseen = {b.name for b in layout.blocks if unseen.issuperset(b.shapes)}
         if self._unseen == {b.name for b in layout.blocks}:
             warnings.warn(
                 "none of the selected parameters acts on the loss of the first training examples. Unmerge adapters "
@@ -149,9 +159,9 @@ class Problem:
         Raises:
             InputError: if it does not fit the model.
         """
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(plain_names(state))
         except (RuntimeError, KeyError) as error:
             raise InputError(f"The weights must be a state_dict of the model, got: {error}") from error
         keep = set(self.parameters)
@@ -162,8 +172,9 @@ class Problem:
     def coverage(self) -> str:
         """One sentence: the share of trainable parameters attributed, and what is left out."""
         size = sum(p.numel() for p in self.parameters.values())
-        left = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in self.parameters]
-        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        trained = trainable(self.model)
+        left = [name for name in trained if name not in self.parameters]
+        frozen = sum(1 for _ in self.model.parameters()) - len(trained)
         text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
         text += f"; left out by the selection: {_some(left)}" if left else ""
         return text + (f"; {frozen} frozen parameters" if frozen else "")
@@ -250,14 +261,19 @@ class Problem:
         return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
 
     def slopes(self, batch: Batch, v: Vectors) -> Tensor:
-        """Derivatives of each example's training loss along Q directions, by forward mode: (Q, n)."""
+        """Derivatives of each example's training loss along Q directions, by forward mode, or by rows: (Q, n)."""
         outputs, theta = self.functional(batch)
 
         def along(w: Vectors) -> Tensor:
             return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
 
-        with self.observed(), sdpa_kernel(SDPBackend.MATH):
-            return vmap(along)(v)
+        with self.observed(), math_attention():
+            try:
+                return vmap(along)(v)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # no forward mode: rows
+                return self.loss_gradients(batch).dot(v)[..., 0]
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
         """The value itself if it is one finite number per example.
@@ -311,11 +327,11 @@ class Problem:
 
     def functional(self, batch: Batch) -> tuple[Callable[[Vectors], Tensor], dict[str, Tensor]]:
         """The outputs on a batch as a function of the selected parameters, and the parameters' values."""
-        bound = _Bound(self)
 
         def outputs(parameters: Vectors) -> Tensor:
-            named = {f"model.{name}": p for name, p in parameters.items()}
-            return torch.func.functional_call(bound, named, (batch,))
+            swaps = [(self.parameters[name], value) for name, value in parameters.items()]
+            with substituted(self.model, swaps):
+                return self.outputs(self.model, batch)
 
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
@@ -336,6 +352,19 @@ class Problem:
             self.row_check.note(errors, len(index))
             self._unseen -= used
         return wrong
+
+    def name_unseen(self) -> None:
+        """Say which parameters had no gradient on any example so far: to be called after a pass over all of them."""
+        named = [p for b in self.layout.blocks if b.name in self._unseen - self._named for p in b.shapes]
+        self._named |= self._unseen
+        if named:
+            warnings.warn(
+                f"{len(named)} parameters had no gradient on any training example, so that they add nothing to the "
+                f"scores: {_some(named)}. Look for what cuts them off (a detached or merged part, a kernel without a "
+                "backward pass), or leave them out with parameters=....",
+                WhenceWarning,
+                stacklevel=3,
+            )
 
     def _first_users(self, traced: Traced) -> tuple[set[str], Tensor | None]:
         """Blocks that had no gradient before this batch, and which of its examples (n,) use one; None for no such."""
@@ -394,18 +423,6 @@ class Problem:
             return self.outputs(model, batch)
 
         return outputs
-
-
-class _Bound(nn.Module):
-    """The model and its task as one module, so that functional_call can swap parameters under any task."""
-
-    def __init__(self, problem: Problem):
-        super().__init__()
-        self.model = problem.model
-        self.problem = [problem]
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.problem[0].outputs(self.model, batch)
 
 
 def _some(names: list[str]) -> str:

@@ -107,7 +107,7 @@ class Classification(Task):
         labels = self._labels(outputs, batch)
         real = labels != self.ignore_index
         at = real.flatten().nonzero()[:, 0]  # padding draws nothing
-        u = torch.rand(len(at), generator=rng, dtype=torch.float64).to(labels.device)
+        u = torch.rand(len(at), generator=rng, dtype=torch.float64, device="cpu").to(labels.device)
         flat, drawn = outputs.detach().flatten(0, -2), torch.full_like(labels, self.ignore_index).flatten()
         step = max(1, CHUNK // flat.shape[1])
         for some, points in zip(at.split(step), u.split(step), strict=True):
@@ -159,7 +159,7 @@ class Regression(Task):
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """Targets drawn from N(h, 1/2), the distribution whose negative log-likelihood is the squared error."""
-        u = torch.rand(outputs.shape, generator=rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+        u = torch.rand(outputs.shape, generator=rng, dtype=torch.float64, device="cpu").clamp(1e-12, 1 - 1e-12)
         noise = torch.special.ndtri(u).to(outputs) * 0.5**0.5
         return (batch[0], (outputs.detach() + noise).view_as(batch[1]), *batch[2:])
 

@@ -27,6 +27,7 @@ from whence.errors import ConvergenceWarning, UnsupportedError, WhenceError
 from whence.factored import Factored
 from whence.gradients import Block
 from whence.layers import LayerKind, transposed
+from whence.models import copied
 from whence.problem import Problem
 from whence.solvers.base import Inverse, Solver, relative
 from whence.vectors import Vectors
@@ -149,7 +150,7 @@ def check_layer(kind: LayerKind, layer: nn.Module, x: Tensor, tolerance: float |
     Raises:
         ConformanceError: naming the parameters and the first of these that does not hold.
     """
-    layer = copy.deepcopy(layer).eval().requires_grad_(True)
+    layer = copied(layer).eval().requires_grad_(True)
     held = {part: p for part in ("weight", "bias") if (p := layer._parameters.get(part)) is not None}
     if not held or len(x) < 2:
         raise ConformanceError(f"check_layer needs a weight or a bias and 2 examples, got {layer}, {len(x)} examples.")

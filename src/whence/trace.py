@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
@@ -26,6 +25,7 @@ from whence.gradients import Gradients
 from whence.layers import CHANNELS_FIRST, Arguments, Unfactorable, inside, kind_of
 from whence.layout import Layout, Use
 from whence.rows import Lookup, Rows, Scattered
+from whence.surroundings import math_attention
 from whence.vectors import Vectors
 
 Seeds = Callable[[Tensor, Batch], Tensor]  # (outputs (n, ...), batch) -> cotangents (R, n, ...)
@@ -109,7 +109,7 @@ def trace(
         rows |= _alone(forward, model, batch, cotangents, layout, functional, positions)
     if layout.slow:
         for name, dense in _slow(batch, cotangents, layout, functional).items():
-            rows[name] = Written(dense.flatten(2), (1, dense[0, 0].numel(), 1))
+            rows[name] = Written(dense.reshape(*dense.shape[:2], -1), (1, dense[0, 0].numel(), 1))
     weights = outputs.new_ones(n * S, R, dtype=torch.float64)
     gradients = Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
     seen = tuple((path, tuple(c.x.shape), tuple(c.shape)) for path, called in calls.items() for c in called)
@@ -151,7 +151,7 @@ def _alone(
     found = []
     for i in range(cotangents.shape[1]):
         own = cotangents[:, i : i + 1]
-        single = take(batch, torch.tensor([i]))
+        single = take(batch, torch.tensor([i], device="cpu"))
         seeds = lambda outputs, _, own=own: fit_to(own, outputs)  # noqa: E731
         found.append(trace(forward, model, single, seeds, some, functional, positions).gradients.rows)
     return {b.name: forms.gather([rows[b.name] for rows in found]) for b in some.blocks}
@@ -344,7 +344,7 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
 
     size = sum(b.size for b in layout.slow) * len(cotangents)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with math_attention():
             rows = torch.func.vmap(one, in_dims=(0, 1), chunk_size=max(1, 2**24 // size))(leaves, cotangents.detach())
     except (RuntimeError, InputError):
         return _one_by_one(batch, cotangents, names, functional)
@@ -357,7 +357,7 @@ def _one_by_one(batch: Batch, cotangents: Tensor, names: list[str], functional: 
     """The same by plain backward passes."""
     rows: dict[str, list[Tensor]] = {name: [] for name in names}
     for i in range(cotangents.shape[1]):
-        outputs, parameters = functional(take(batch, torch.tensor([i])))
+        outputs, parameters = functional(take(batch, torch.tensor([i], device="cpu")))
         held = {name: parameters[name].detach().requires_grad_() for name in names}
         h, leaves = outputs(parameters | held), list(held.values())
         for cotangent in fit_to(cotangents[:, i : i + 1].detach(), h):  # (1, ...)
@@ -368,6 +368,6 @@ def _one_by_one(batch: Batch, cotangents: Tensor, names: list[str], functional: 
                     pulled, leaves, retain_graph=True, materialize_grads=True, allow_unused=True
                 )
             for name, grad in zip(names, grads, strict=True):
-                rows[name].append(grad)
+                rows[name].append(grad.to_dense() if grad.is_sparse else grad)
     R = len(cotangents)
     return {name: torch.stack(found).unflatten(0, (-1, R)) for name, found in rows.items()}

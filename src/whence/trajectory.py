@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from whence import store
 from whence.disk import Lock
 from whence.errors import ArtefactError, InputError, expected
+from whence.models import unwrapped
 
 LOG = "trajectory.safetensors"
 KEPT = (
@@ -234,12 +235,13 @@ class Recorder:
     """
 
     def __init__(self, folder: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, every: int):
-        self.folder, self.model, self.optimiser, self.every = Path(folder), model, optimiser, every
+        self.folder, self.optimiser, self.every = Path(folder), optimiser, every
+        self.model = unwrapped(model)  # so that names are those of the plain model
         if every < 1:
             raise expected("every", "a positive number of steps", every)
         if (self.folder / LOG).exists():
             raise expected("folder", "one without a recorded run", f"{folder}", "Give another, or delete it first.")
-        names = {id(p): name for name, p in model.named_parameters()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
         if any(id(p) not in names for g in optimiser.param_groups for p in g["params"]):
             raise expected(
                 "optimiser", "one of the model's own parameters", "others", "Pass the model it was made for."

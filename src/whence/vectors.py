@@ -32,9 +32,9 @@ def clone(v: Vectors) -> Vectors:
 
 def dot(u: Vectors, v: Vectors) -> Tensor:
     """Inner products u_q . v_q over all parameters, shape (Q,)."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for name, t in u.items():
-        a, b = t.flatten(1), v[name].flatten(1)
+        a, b = t.reshape(len(t), -1), v[name].reshape(len(t), -1)
         total = total.to(t.device) + torch.linalg.vecdot(_wide(a), _wide(b)).double()
     return total
 
@@ -85,7 +85,7 @@ def concatenate(parts: Sequence[Vectors]) -> Vectors:
 
 def flatten(v: Vectors) -> Tensor:
     """One row per right-hand side, parameters in the order of the dict: (Q, D)."""
-    return torch.cat([t.flatten(1) for t in v.values()], dim=1)
+    return torch.cat([t.reshape(len(t), -1) for t in v.values()], dim=1)
 
 
 def unflatten(matrix: Tensor, shapes: Shapes) -> Vectors:

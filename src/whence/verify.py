@@ -66,7 +66,7 @@ class RowCheck:
         n = len(traced.outputs)
         new = traced.signature not in self._seen
         self._seen.add(traced.signature)
-        chance = float(torch.rand((), generator=self._rng))
+        chance = float(torch.rand((), generator=self._rng, dtype=torch.float32, device="cpu"))
         free = self.size * self.checked < FREE
         if interesting is not None or traced.merged or free:
             count = max(2, n // 16)
@@ -82,13 +82,13 @@ class RowCheck:
             active = active & interesting.cpu()
         candidates = active.nonzero()[:, 0]
         count = min(count, max(1, n - 1))  # not the whole batch: what depends on the rest of it must show
-        order = torch.randperm(len(candidates), generator=self._rng)
+        order = torch.randperm(len(candidates), generator=self._rng, device="cpu")
         return candidates[order[:count]] if len(candidates) else None
 
     def weights(self, m: int, R: int) -> Tensor:
         """Draw random signs of different sizes, (m, R): rows that are exchanged must show too."""
-        signs = torch.randint(0, 2, (m, R), generator=self._rng) * 2 - 1
-        return signs * (0.5 + torch.rand(m, R, generator=self._rng))
+        signs = torch.randint(0, 2, (m, R), generator=self._rng, device="cpu") * 2 - 1
+        return signs * (0.5 + torch.rand(m, R, generator=self._rng, dtype=torch.float32, device="cpu"))
 
     def note(self, errors: Mapping[str, float], m: int) -> None:
         """Keep the largest of the errors of m examples."""
@@ -154,13 +154,14 @@ def examine(
     together = outputs(batch).detach()
     cotangents = _random_cotangents(together, loss, batch)
     weights = RowCheck(0).weights(n, len(cotangents))
-    singles = [(take(batch, i), together[i], cotangents[:, i], weights[i]) for i in torch.arange(n).split(1)]
+    each = torch.arange(n, device="cpu").split(1)
+    singles = [(take(batch, i), together[i], cotangents[:, i], weights[i]) for i in each]
     sums = _autograd_sums(singles, outputs, parameters, batch)
     unseen = frozenset(name for name, t in sums.items() if not t.any())
 
     def wrong(layout: Layout) -> set[str]:
         """Find the parameters of a layout whose rows differ from autograd."""
-        found = _weighted_sums(trace_rows(layout, cotangents), torch.arange(n), weights)
+        found = _weighted_sums(trace_rows(layout, cotangents), torch.arange(n, device="cpu"), weights)
         return {name for name, error in differences(found, sums).items() if not error <= TOLERANCE[dtype]}
 
     while True:
@@ -233,7 +234,7 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
 def _weighted_sums(traced: Traced, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Weighted sums of the rows of some examples, by parameter; where positions have rows of their own, of them all."""
     positions = len(traced.gradients) // len(traced.outputs)
-    places = (index.unsqueeze(1) * positions + torch.arange(positions)).flatten()
+    places = (index.unsqueeze(1) * positions + torch.arange(positions, device="cpu")).flatten()
     rows = traced.gradients[places.to(traced.outputs.device)]
     each = weights.repeat_interleave(positions, 0).to(traced.outputs)  # (m S, R)
     return {name: t[0] for name, t in rows.combine(each.unsqueeze(0)).items()}
@@ -312,7 +313,7 @@ def _random_cotangents(outputs: Tensor, loss: Callable[[Tensor, Batch], Tensor],
     What a model puts out at padding may depend on the batch.
     """
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(2, *outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    random = torch.randn(2, *outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
     matters = _slope(loss, outputs, batch) != 0
     some = matters.reshape(len(outputs), -1).any(1)  # an example without a slope is tried anyhow
     some = some.view(-1, *[1] * (outputs.ndim - 1))

@@ -16,6 +16,7 @@ from whence.data import Batch, Examples, batch_length
 from whence.errors import expected
 from whence.models import observed, ready
 from whence.solvers.base import Pairing
+from whence.surroundings import undisturbed
 from whence.task import Task, as_task
 from whence.vectors import norm, scale
 
@@ -49,6 +50,7 @@ class Embeddings:
     cosine: bool = True
     batch_size: int | None = None
 
+    @undisturbed()
     def fit(self, model: nn.Module, task: Task | object, train: Any) -> Embeddings:
         """The representations of N training examples.
 
@@ -61,12 +63,13 @@ class Embeddings:
             InputError: if there is no such layer, or its output is not a tensor with the examples first.
         """
         self._model, self._task = ready(model), as_task(task)
-        names = [name for name, _ in model.named_modules() if name]
+        names = [name for name, _ in self._model.named_modules() if name]
         if isinstance(self.layer, str) and self.layer not in names:
             raise expected("layer", f"a module of the model ({', '.join(names)})", repr(self.layer))
         self._train = self._of(Examples(train, "train", self.batch_size))
         return self
 
+    @undisturbed()
     def score(self, queries: Any) -> Scores:
         """Similarities with Q queries, in the form of the training data; whatever is measured of them."""
         train: Tensor = fitted(self, "_train")
@@ -112,11 +115,13 @@ class Random:
 
     seed: int = 0
 
+    @undisturbed()
     def fit(self, model: nn.Module, task: Task | object, train: Any) -> Random:  # unused: model, task
         """Counts the N training examples."""
         self._examples = len(Examples(train, "train"))
         return self
 
+    @undisturbed()
     def score(self, queries: Any) -> Scores:
         """The same scores for the same number of queries."""
         N, rng = fitted(self, "_examples"), torch.Generator().manual_seed(self.seed)

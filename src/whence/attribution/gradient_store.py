@@ -39,6 +39,7 @@ from whence.rows import Lookup, Rows, Several
 from whence.solvers.base import Inverse, positive
 from whence.solvers.kronecker import EigenInverse
 from whence.store import Shards
+from whence.surroundings import undisturbed
 
 SHARD = 1024  # training examples in one file
 
@@ -109,6 +110,7 @@ class GradientStore:
     pieces: tuple[dict[str, Tensor], ...]
 
     @classmethod
+    @undisturbed()
     def build(cls, influence: Influence, folder: str | Path, size: int = 16384, seed: int = 0) -> GradientStore:
         """Sketch every training example in one pass, or read what lies in the folder; a killed call goes on.
 
@@ -142,6 +144,7 @@ class GradientStore:
             pieces.append(shards.made(start, lambda s=start: made(s), shapes, {"signs": torch.uint8}))
         return cls(influence, sketch, tuple(pieces))
 
+    @undisturbed()
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
         """Approximate scores of all N training examples on Q queries; no example is looked at.
 

@@ -36,6 +36,7 @@ from whence.problem import Problem
 from whence.solvers.auto import Auto
 from whence.solvers.base import Inverse, Solver, instance, seeded
 from whence.store import Shards
+from whence.surroundings import undisturbed
 from whence.task import Task
 
 logger = logging.getLogger("whence")
@@ -65,6 +66,7 @@ class Influence:
     seed: int | None = None
     progress: bool | None = None
 
+    @undisturbed()
     def fit(self, model: nn.Module, task: Task | object, train: Any) -> Influence:
         """Fit the inverse to a trained model and its training data; everything that needs no query.
 
@@ -88,6 +90,7 @@ class Influence:
         self._seconds = {"fit": time.perf_counter() - start}
         return self
 
+    @undisturbed()
     def score(
         self,
         queries: Any,
@@ -149,6 +152,7 @@ class Influence:
             self.self_influence(scored) if self_influence else None,
         )
 
+    @undisturbed()
     def by_block(
         self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None
     ) -> dict[str, Tensor]:
@@ -163,6 +167,7 @@ class Influence:
         """
         return by_block(self.inverse, self.query_gradients(queries, measurement), examples)
 
+    @undisturbed()
     def by_token(self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None) -> Tensor:
         """The scores of some training examples, split over the positions of each.
 
@@ -182,6 +187,7 @@ class Influence:
         """
         return by_token(self.inverse, self.query_gradients(queries, measurement), examples)
 
+    @undisturbed()
     def by_query_token(self, queries: Any, examples: Sequence[int], parts: Measurement | None = None) -> Tensor:
         """The scores of some training examples, split over the tokens of each query: one solve for each token.
 
@@ -209,6 +215,7 @@ class Influence:
         other._inverse = other._solver().fit(other._curvature, Damping.of(damping))
         return other
 
+    @undisturbed()
     def self_influence(self, candidates: Any = None, folder: str | Path | None = None) -> Tensor:
         """g^T (C + damping)^-1 g of the loss gradient of every training example, or of those given, (N,).
 
@@ -219,10 +226,12 @@ class Influence:
         shards = Shards(folder, "self-influence", self._made_of(None, scored)) if folder is not None else None
         return self_influence(self.inverse, scored, shards)
 
+    @undisturbed()
     def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
         """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
         return query_gradients(self.problem, queries, measurement, self.batch_size)
 
+    @undisturbed()
     def save(self, path: str | Path) -> None:
         """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""
         header = {
@@ -232,6 +241,7 @@ class Influence:
         }
         store.save(path, "influence", self.inverse.state(), header)
 
+    @undisturbed()
     def load(self, path: str | Path, model: nn.Module, task: Task | object, train: Any) -> Influence:
         """Take the fit from a file that was saved with the same configuration, model and data.
 

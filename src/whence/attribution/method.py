@@ -15,6 +15,7 @@ from whence.attribution.stream import Measurement, query_gradients
 from whence.errors import InputError
 from whence.models import Select
 from whence.problem import Problem
+from whence.surroundings import undisturbed
 from whence.task import Task
 from whence.vectors import Vectors
 
@@ -37,6 +38,7 @@ class Method(ABC):
     memory: float = 2**31
     progress: bool | None = None
 
+    @undisturbed()
     def fit(self: Self, model: nn.Module, task: Task | object, train: Any) -> Self:
         """Everything that needs no query.
 
@@ -57,6 +59,7 @@ class Method(ABC):
         self._seconds = {"fit": time.perf_counter() - start}
         return self
 
+    @undisturbed()
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
         """Scores of all training examples on Q queries.
 

@@ -17,8 +17,10 @@ from whence import vectors
 from whence.attribution.influence import Influence
 from whence.errors import ConvergenceWarning
 from whence.solvers.base import warn_unconverged
+from whence.surroundings import undisturbed
 
 
+@undisturbed()
 def response_norms(influence: Influence) -> Tensor:
     """|(C + damping)^-1 g| of every training example's loss gradient g, (N,): a solve for each.
 

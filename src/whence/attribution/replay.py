@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from whence import vectors
 from whence.attribution.optimisers import Jacobian, Rows, jacobian, optimiser
 from whence.attribution.stream import Measurement
+from whence.curvature.plain import gradients
 from whence.data import Examples
 from whence.errors import DivergenceError, InputError, UnsupportedError, WhenceWarning, expected
+from whence.models import trainable
 from whence.problem import Problem
 from whence.progress import track
+from whence.surroundings import math_attention, undisturbed
 from whence.trajectory import Trajectory
 from whence.vectors import Vectors
 
@@ -63,8 +64,8 @@ class Replay:
             for number, group in enumerate(trajectory.groups)
             for name in group["parameters"]
         }
-        trainable = {n for n, p in problem.model.named_parameters() if p.requires_grad}
-        odd = sorted(set(problem.parameters) ^ (set(self._optimisers) & trainable))
+        trained = set(trainable(problem.model))
+        odd = sorted(set(problem.parameters) ^ (set(self._optimisers) & trained))
         if odd or not set(self._optimisers) <= {n for n, _ in problem.model.named_parameters()}:
             advice = "Select them with parameters=..., and pass the model of the run."
             raise expected("parameters", "those that the run trained", f"others: {', '.join(odd[:5])}", advice)
@@ -75,6 +76,7 @@ class Replay:
         theta = {n: p.detach().expand(count, *p.shape).clone() for n, p in self.problem.parameters.items()}
         return {n: (t, *(torch.zeros_like(t) for _ in range(self._optimisers[n][1].kept))) for n, t in theta.items()}
 
+    @undisturbed()
     def step(self, state: State, step: int, weights: Tensor | None = None) -> tuple[State, Vectors]:
         """One step of K runs.
 
@@ -97,7 +99,7 @@ class Replay:
             return (w * self.problem.task.loss(outputs(theta), batch)).sum() / len(index)
 
         with self.opened():
-            g = vmap(grad(loss))(theta, w.to(self.problem.device, self.problem.dtype))
+            g = gradients(loss, theta, w.to(self.problem.device, self.problem.dtype))
         return {name: self._update(name, step)(rows, g[name]) for name, rows in state.items()}, g
 
     def slopes(self, state: State, g: Vectors, step: int) -> dict[str, Jacobian]:
@@ -166,6 +168,7 @@ class Replay:
             while taken:
                 yield taken.pop()
 
+    @undisturbed()
     def final(self, weights: Tensor) -> Vectors:
         """The weights of the model after training with M sets of weights on the examples.
 
@@ -195,6 +198,7 @@ class Replay:
             raise DivergenceError(f"Training with weights {bad[0]} does not stay finite. Lower the learning rate.")
         return found
 
+    @undisturbed()
     def measured(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:
         """f of the queries after training with M sets of weights on the examples.
 
@@ -217,6 +221,7 @@ class Replay:
                 parts.append(torch.stack([problem.per_example(f(h, batch), batch, "measurement") for h in each]))
         return torch.cat(parts, 1).unsqueeze(1)
 
+    @undisturbed()
     def metasmoothness(self, fraction: float = 0.05, directions: int = 4, seed: int = 0) -> Tensor:
         """How far a first step towards dropping examples foretells the next one (Engstrom et al. 2025, definition 1).
 
@@ -250,7 +255,7 @@ class Replay:
         """The model as it is differentiated: in eval mode, attention by the kernel that has all derivatives."""
         stack = ExitStack()
         stack.enter_context(self.problem.observed())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(math_attention())
         return stack
 
     def _update(self, name: str, step: int) -> partial[Rows]:

@@ -14,8 +14,10 @@ from typing import Any
 
 from whence.attribution.influence import Influence
 from whence.attribution.scores import Scores
+from whence.surroundings import undisturbed
 
 
+@undisturbed()
 def similarity(influence: Influence, queries: Any, others: Any = None, certify: bool = True) -> Scores:
     """Similarities of n examples with one another, or with m others.
 

@@ -85,6 +85,8 @@ def streamed(
         if not index.start:
             values = found.new_empty(len(found), len(examples or problem.train), dtype=problem.dtype)
         values[:, index.start : index.stop] = found
+    if examples is None and shards is None and not _takes_slopes(problem, pairing):
+        problem.name_unseen()
     return values
 
 
@@ -115,7 +117,12 @@ def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
     Where some parameters' gradients would have to be written out and few directions are enough, by forward-mode
     derivatives along these.
     """
-    if pairing.mix is None or not problem.layout.slow:
+    if not _takes_slopes(problem, pairing):
         return pairing(problem.loss_gradients(batch))
     directions = {p: t for b in problem.blocks for p, t in b.unpack(written(pairing.packed[b.name])).items()}
     return pairing.mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
+
+
+def _takes_slopes(problem: Problem, pairing: Pairing) -> bool:
+    """Whether few directions stand for many rows that would have to be written out."""
+    return pairing.mix is not None and bool(problem.layout.slow)

@@ -21,6 +21,7 @@ from whence.attribution.stream import Measurement, streamed
 from whence.attribution.training import OverTraining
 from whence.problem import Problem
 from whence.solvers.base import Pairing
+from whence.surroundings import undisturbed
 from whence.vectors import norm, scale
 
 
@@ -38,6 +39,7 @@ class TracIn(OverTraining):
     rates: bool = True
     cosine: bool = False
 
+    @undisturbed()
     def self_influence(self) -> Tensor:
         """The sum of w_c |grad l_c(z)|^2 of each training example, (N,); large for examples learnt by heart."""
         total = torch.zeros(len(self.problem.train), dtype=torch.float64, device=self.problem.device)

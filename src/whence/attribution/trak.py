@@ -28,6 +28,7 @@ from whence.data import Batch, Examples
 from whence.errors import DivergenceError, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
+from whence.surroundings import undisturbed
 from whence.task import Task
 from whence.trace import Seeds
 
@@ -65,6 +66,7 @@ class TRAK(Method):
     regularisation: float | None = None
     seed: int = 0
 
+    @undisturbed()
     def fit(self, model: nn.Module | Sequence[nn.Module], task: Task | object, train: Any) -> TRAK:
         """Features of the training examples, one pass for each model.
 

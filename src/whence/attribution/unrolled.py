@@ -16,6 +16,7 @@ the square root of the steps. It is exact: what is left between it and retrainin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ from whence.attribution.scores import Scores
 from whence.attribution.stream import Measurement
 from whence.attribution.training import OverTraining
 from whence.curvature.ggn import rhs_at_once
+from whence.curvature.plain import GAPS, Function, has_second_derivatives, is_gap, second
+from whence.errors import UnsupportedError
 from whence.progress import track
+from whence.surroundings import undisturbed
 from whence.vectors import Vectors
 
 
@@ -48,6 +52,7 @@ class Unrolled(OverTraining):
     segment: int | None = None
     dropped: float = 0.05
 
+    @undisturbed()
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
         """Scores of all training examples on Q queries.
 
@@ -82,7 +87,8 @@ class Unrolled(OverTraining):
         replay = self._replay
         kept = {name: len(rows) - 1 for name, rows in replay.states[0].items()}
         batch = replay.problem.batch(replay.order[-1])
-        at_once = rhs_at_once(replay.problem, *replay.problem.functional(batch))
+        with replay.opened():
+            at_once = rhs_at_once(replay.problem, *replay.problem.functional(batch))
         adjoints: list[State] = [
             {name: (t, *[torch.zeros_like(t)] * kept[name]) for name, t in some.items()}
             for some in vectors.chunk(f, at_once)
@@ -113,5 +119,27 @@ class Unrolled(OverTraining):
             return jvp(grad(loss, has_aux=True), (theta,), (a,))[1]
 
         with self._replay.opened():
-            curved, slopes = vmap(along)(a)
+            try:
+                curved, slopes = vmap(along)(a)
+            except GAPS as error:
+                if not is_gap(error):
+                    raise
+                curved, slopes = self._second_by_plain(lambda p: loss(p)[1], theta, a)
         return slopes, curved
+
+    def _second_by_plain(self, each: Function, theta: Vectors, a: Vectors) -> tuple[Vectors, Tensor]:
+        """The same by double backward, for a model without forward-mode derivatives.
+
+        Raises:
+            UnsupportedError: if its second derivatives are missing or wrong.
+        """
+        if not self._twice:
+            raise UnsupportedError(
+                "Unrolled needs second derivatives of the loss, and those of an operation of this model are missing or "
+                "wrong. Write the operation out in differentiable ones, or take SOURCE or TracIn."
+            )
+        return second(each, theta, ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1)))
+
+    @cached_property
+    def _twice(self) -> bool:
+        return has_second_derivatives(self._replay.problem)

@@ -8,13 +8,13 @@ from enum import Enum
 from typing import Any, Literal, Protocol
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence import gradients, vectors
 from whence.data import Batch
 from whence.errors import UnsupportedError
 from whence.gradients import Gradients
 from whence.problem import Problem
+from whence.surroundings import math_attention, undisturb, undisturbed
 from whence.vectors import Vectors
 
 
@@ -78,6 +78,10 @@ class Curvature(ABC):
             unless somebody sets it before the first fit.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        undisturb(cls, "product", "rows")
+
     def __init__(self, problem: Problem):
         self.problem = problem
         self.statistics: tuple[Problem, ...] = (problem,)
@@ -116,7 +120,7 @@ class Curvature(ABC):
         else:
             batches, n = (problem.batch(i) for i in index.split(problem.train.batch_size)), len(index)
         total: Vectors = {}
-        with problem.observed(), sdpa_kernel(SDPBackend.MATH):
+        with problem.observed(), math_attention():
             for batch in batches:
                 found = part(batch)
                 total = vectors.add_(total, found) if total else found
@@ -134,6 +138,7 @@ class Curvature(ABC):
         """C as a linear map: on all the data, or with a generator on a fresh minibatch at every call."""
         return Product(self, None if rng is None else batch_size, rng)
 
+    @undisturbed()
     def mean_eigenvalues(self) -> dict[str, float]:
         """Trace over dimension of each block, by parameter name; exact from rows, else an estimate."""
         return self.remember("mean eigenvalues", self._mean_eigenvalues)

@@ -7,13 +7,15 @@ Three products, one matrix:
 - rows: H_n = sum_k w_nk u_nk u_nk^T by an eigendecomposition, so that G = (1/N) sum_{n,k} w_nk b_nk b_nk^T with the
   factored rows b_nk = J_n^T u_nk. Costs one forward and K backward passes, once if the rows fit in memory; after that a
   product is two contractions and no pass of the model. For outputs of moderate size.
-- jvp: forward-mode then reverse-mode, vmapped over right-hand sides that share one forward pass. For any outputs.
+- jvp: forward-mode then reverse-mode, vmapped over right-hand sides that share one forward pass. For any outputs. A
+  model without forward-mode derivatives takes plain autograd instead, one right-hand side at a time: see `plain`.
 - finite differences: J v ~ (h(theta + d v) - h(theta - d v)) / 2d, three forwards and one backward per right-hand side
   (Klochkov & Liu 2024). For models without forward-mode derivatives.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,8 +25,18 @@ from torch.func import grad, jvp, vjp, vmap
 
 from whence import vectors
 from whence.curvature.base import Need, RowCurvature
-from whence.data import Batch
-from whence.errors import InputError, UnsupportedError, expected
+from whence.curvature.plain import (
+    GAPS,
+    Linearised,
+    NotDifferentiableError,
+    adjoint,
+    check_curvature,
+    curved,
+    differences,
+    is_gap,
+)
+from whence.data import Batch, map_tensors
+from whence.errors import UnsupportedError, WhenceWarning, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.vectors import Vectors
@@ -59,6 +71,8 @@ class GGN(RowCurvature):
     _convex = True
     _seen = False  # whether an output Hessian has been looked at
     _forward = True  # whether the model is not known to lack forward mode
+    _loss_is_known = False  # whether the loss's second derivative has been checked
+    _push = True  # whether its backward pass is not known to lack a derivative
 
     @property
     def offers(self) -> frozenset[Need]:
@@ -101,13 +115,54 @@ class GGN(RowCurvature):
             if self._jvp_is_cheaper(vectors.count(v), index):
                 try:
                     return self.streamed(lambda batch: self._by_jvp(batch, v), index)
-                except (RuntimeError, InputError):  # no forward mode or no vmap; rows report what is wrong otherwise
+                except GAPS as error:  # no forward mode or no vmap; rows report what is wrong otherwise
+                    if not is_gap(error):
+                        raise
                     self._forward = False
             if index is None or self._kept is not None:
                 return super().product(v, index)
             return self._by_rows(index, v)
-        by = self._by_jvp if how == "jvp" else self._by_differences
+        by = self._by_jvp_or_plain if how == "jvp" else self._by_differences
         return self.streamed(lambda batch: by(batch, v), index)
+
+    def _by_jvp_or_plain(self, batch: Batch, v: Vectors) -> Vectors:
+        """By jvp; where the model has no forward mode, by double backward; where it has no such, by differences."""
+        if self._forward:
+            try:
+                return self._by_jvp(batch, v)
+            except GAPS as error:
+                if not is_gap(error):
+                    raise
+        if self._push:
+            try:
+                found = self._by_plain(batch, v, Linearised.push)
+            except NotDifferentiableError:
+                self._push = False
+                warnings.warn(
+                    "the model has operations without forward-mode or second derivatives: products with the "
+                    "Gauss-Newton matrix take central differences, whose relative error is about "
+                    f"{torch.finfo(self.problem.dtype).eps ** (2 / 3):.0e}. product='rows' is exact.",
+                    WhenceWarning,
+                    stacklevel=2,
+                )
+            else:
+                self._forward = False
+                return found
+        self._forward = False
+        return self._by_differences(batch, v)
+
+    def _by_plain(self, batch: Batch, v: Vectors, push: Callable[[Linearised, Vectors], Tensor]) -> Vectors:
+        """The sum over a batch of J^T H J v by plain autograd, one right-hand side at a time."""
+        outputs, theta = self.problem.functional(batch)
+        at, parts = Linearised(outputs, theta), []
+        self._check_loss(at.value, batch)
+        for one in ({name: t[0] for name, t in some.items()} for some in vectors.chunk(v, 1)):
+            t = push(at, one)
+            if not parts and push is Linearised.push:
+                at.check(one, t)
+            u = curved(self._loss(batch), at.value, t)
+            parts.append({name: t.unsqueeze(0) for name, t in at.pull(u).items()})
+        return vectors.concatenate(parts)
 
     def _jvp_is_cheaper(self, Q: int, index: Tensor | None) -> bool:
         """Whether Q right-hand sides are too few to make rows for them alone.
@@ -128,6 +183,7 @@ class GGN(RowCurvature):
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
+        self._check_loss(outputs, batch)
         h = outputs.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.problem.per_example(self.problem.task.loss(h, batch), batch, "loss")
@@ -180,31 +236,48 @@ class GGN(RowCurvature):
                 return vmap(lambda w: jvp(outputs, (p,), (w,)), out_dims=out)(some)  # (n, ...), (Q, n, ...)
 
             h, pull, t = vjp(linearised, theta, has_aux=True)  # pyright: ignore[reportAssignmentType]
+            self._check_loss(h, batch)
             if self.how == "auto" and self._outputs <= LIMIT and not self._seen:
                 self._spectrum(h, batch)  # in place of rows, which find out whether the loss is convex
             u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
-            parts.append(vmap(lambda u, pull=pull: pull(u)[0])(u))
+            pulled = vmap(lambda u, pull=pull: pull(u)[0])(u)
+            _check_adjoint(u, t, pulled, some)
+            parts.append(pulled)
         return vectors.concatenate(parts)
 
     def _by_differences(self, batch: Batch, v: Vectors) -> Vectors:
         """The same with J v by central differences."""
         outputs, theta = self.problem.functional(batch)
-        eps = torch.finfo(self.problem.dtype).eps
-        size = float(vectors.norm({k: t.unsqueeze(0) for k, t in theta.items()}))
-        length = self.delta if self.delta is not None else eps ** (1 / 3)
-        parts = []
-        h, pull = vjp(outputs, theta)[:2]
-        for one in vectors.chunk(v, 1):
-            d = length * max(1.0, size) / max(float(vectors.norm(one)), 1e-300)
+
+        def push(_at: Linearised, one: Vectors) -> Tensor:
             with torch.no_grad():
-                ahead, behind = ({k: theta[k] + s * d * t[0] for k, t in one.items()} for s in (1, -1))
-                t = (outputs(ahead) - outputs(behind)) / (2 * d)
-            u = jvp(grad(self._loss(batch)), (h.detach(),), (t,))[1]
-            parts.append({k: t.unsqueeze(0) for k, t in pull(u)[0].items()})
-        return vectors.concatenate(parts)
+                return differences(outputs, theta, one, self.delta)
+
+        return self._by_plain(batch, v, push)
+
+    def _check_loss(self, outputs: Tensor, batch: Batch) -> None:
+        """Refuse, on the first batch, a loss whose second derivative autograd does not know."""
+        if not self._loss_is_known:
+            self.problem.per_example(self.problem.task.loss(outputs.detach(), batch), batch, "loss")
+            some = map_tensors(lambda t: t[:2], batch)  # outputs in float64 may be large
+            check_curvature(self._loss(some), outputs[:2])
+            self._loss_is_known = True
 
     def _loss(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         return lambda h: self.problem.task.loss(h, batch).sum()
+
+
+def _check_adjoint(u: Tensor, t: Tensor, pulled: Vectors, v: Vectors) -> None:
+    """Compare u . J v with J^T u . v, which costs nothing here.
+
+    Raises:
+        NotDifferentiableError: if forward and reverse mode are not each other's transpose.
+    """
+    here = (u * t).flatten(1).sum(1, dtype=torch.float64)
+    scale = vectors.norm(pulled) * vectors.norm(v)
+    for one in zip(here.tolist(), vectors.dot(pulled, v).tolist(), scale.tolist(), strict=True):
+        if not adjoint(*one, dtype=t.dtype):
+            raise NotDifferentiableError("The forward-mode derivative of the model does not fit its backward pass.")
 
 
 def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: Vectors) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from whence import vectors
 from whence.curvature.base import Curvature
 from whence.progress import track
+from whence.surroundings import undisturbed
 from whence.vectors import Shapes, Vectors
 
 Product = Callable[[Vectors], Vectors]
@@ -170,8 +171,8 @@ def sketch(
         probe[name] = embedding(shapes, name, range(size), size, seed, like)
         image = product(probe)
         for j, other in enumerate(shapes):
-            phi = embedding(shapes, other, range(size), size, seed, like).flatten(1)
-            block = image[other].flatten(1) @ phi.T  # (columns of i, rows of j)
+            phi = embedding(shapes, other, range(size), size, seed, like).reshape(size, -1)
+            block = image[other].reshape(size, -1) @ phi.T  # (columns of i, rows of j)
             m[j * size : (j + 1) * size, i * size : (i + 1) * size] = block.T.cpu().double()
     if corrected:
         own = m.diagonal().view(len(shapes), size).mean(1)  # tr(C_ll) / size
@@ -179,6 +180,7 @@ def sketch(
     return torch.linalg.eigvalsh((m + m.T) / 2)
 
 
+@undisturbed()
 def spectrum(
     curvature: Curvature, probes: int = 1600, steps: int = 30, batch: int | None = None, seed: int = 0
 ) -> Spectrum:

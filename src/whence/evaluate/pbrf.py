@@ -16,7 +16,6 @@ certified by its gradient, in which no approximate inverse takes part; and the d
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,21 +24,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.func import grad
 
 from whence import vectors
 from whence.attribution.stream import Measurement
 from whence.curvature.ggn import GGN, rhs_at_once
+from whence.curvature.plain import gradients
 from whence.damping import Damping
 from whence.data import Batch, Examples
 from whence.errors import ConvergenceWarning, expected
 from whence.evaluate.arrays import int_array
-from whence.models import Select, ready
+from whence.models import Select, copied, ready
 from whence.problem import Problem
 from whence.progress import track
 from whence.solvers.auto import Auto
 from whence.solvers.base import Inverse, positive
+from whence.surroundings import math_attention
 from whence.task import Task
 from whence.vectors import Vectors
 
@@ -127,8 +127,8 @@ def pbrf(
         InputError: for unknown examples, or as `Problem` does.
     """
     positive(eps=eps, tolerance=tolerance, steps=steps)
-    copied = copy.deepcopy(ready(model)).double()
-    problem = Problem(copied, task, train, parameters, batch_size, memory, progress)
+    twin = copied(ready(model)).double()
+    problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
     members = _members(examples, len(problem.train)).to(problem.device)  # (m, N)
     inverse = Auto(memory=memory).fit(GGN(problem), damping)
     pull = _pull(problem, members)
@@ -199,7 +199,7 @@ def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
     """
     problem, total = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
     task, N = problem.task, len(problem.train)
-    with problem.observed(), sdpa_kernel(SDPBackend.MATH):
+    with problem.observed(), math_attention():
         for index, batch in problem.batches():
             outputs, theta = problem.functional(batch)
             trained = outputs(theta)
@@ -210,7 +210,7 @@ def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
 
             together = rhs_at_once(problem, outputs, theta)
             pieces = zip(vectors.chunk(moves, together), weights[:, index].split(together), strict=True)
-            vectors.add_(total, vectors.concatenate([vmap(grad(part))(*piece) for piece in pieces]))
+            vectors.add_(total, vectors.concatenate([gradients(part, *piece) for piece in pieces]))
     return total
 
 

@@ -20,6 +20,7 @@ from whence.errors import ConvergenceWarning, DivergenceError, UnsupportedError,
 from whence.gradients import Block, Gradients, pack
 from whence.lowrank import Directions, LowRank
 from whence.rows import Rows
+from whence.surroundings import undisturb, undisturbed
 from whence.vectors import Vectors
 
 
@@ -159,6 +160,10 @@ class Inverse(ABC):
     tolerance: float | None = None
     approximate: bool = False  # whether it answers for an approximation of C, so that its residual says little
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        undisturb(cls, "apply", "solve", "function", "quadratic", "pairing")
+
     def __init__(self, curvature: Curvature, shift: Shift):
         self.curvature, self.shift = curvature, shift
 
@@ -170,6 +175,7 @@ class Inverse(ABC):
         """x, its history (steps + 1, Q) and the passes spent; methods that iterate define this one."""
         return self.apply(b), torch.empty(0, vectors.count(b)), 0.0
 
+    @undisturbed()
     def __call__(self, b: Vectors, certify: bool = True) -> Solution:
         """Solve for Q right-hand sides together; queries that miss the tolerance are named in a warning.
 
@@ -241,6 +247,10 @@ class Solver(ABC):
     """A frozen record of hyper-parameters that fits an `Inverse` to a curvature. Solvers nest."""
 
     needs: ClassVar[Need] = Need.MATVEC
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        undisturb(cls, "fit", "restore")
 
     @abstractmethod
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:

@@ -85,7 +85,7 @@ class EigenInverse(Inverse):
 
     def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
-        total = torch.zeros(len(rows), device=rows.weights.device)
+        total = torch.zeros(len(rows), dtype=torch.float32, device=rows.weights.device)
         for name, r in self.turned(rows).rows.items():
             weight = 1 / self.denominators(name)
             if isinstance(r, Factored) and r.sizes[3] == 1:  # a row is one outer product, never formed

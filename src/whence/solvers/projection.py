@@ -40,8 +40,8 @@ class ProjectedInverse(Inverse):
 
     def apply(self, b: Vectors) -> Vectors:
         """Two products with (p, D) matrices."""
-        v = {name: t.flatten(1) for name, t in self.directions.items()}
-        c = torch.stack([b[name].flatten(1) @ t.T for name, t in v.items()]).sum(0) * self.weights.to(
+        v = {name: t.reshape(len(t), -1) for name, t in self.directions.items()}
+        c = torch.stack([b[name].reshape(len(b[name]), -1) @ t.T for name, t in v.items()]).sum(0) * self.weights.to(
             next(iter(v.values()))
         )
         return {name: (c @ t).reshape(b[name].shape) for name, t in v.items()}
