@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from whence.data import Batch, Examples, batch_length, tensors
+from whence.data import Batch, Examples, batch_length, shapes
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layers import Unfactorable
@@ -298,9 +298,8 @@ class Problem:
         except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, (InputError, NotImplementedError)):
                 raise
-            shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
             raise InputError(
-                f"the model failed on a batch of shapes {shapes}: {error}. Train and query batches must be what "
+                f"the model failed on a batch of shapes {shapes(batch)}: {error}. Train and query batches must be what "
                 f"task.outputs(model, batch) accepts, in the model's dtype ({self.dtype}) or narrower."
             ) from error
         n = batch_length(batch)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
-from whence.data import Batch, batch_length, map_tensors, take, tensors
+from whence.data import Batch, batch_length, has_rows, map_tensors, take, tensors
 from whence.errors import InputError, WhenceWarning
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
@@ -330,7 +330,7 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
     By vmap over the examples; for a model that vmap does not take, such as one that looks at its data, one by one.
     """
     names = [p for b in layout.slow for p in b.shapes]
-    if layout.looped:
+    if layout.looped or not has_rows(batch):
         return _one_by_one(batch, cotangents, names, functional)
     leaves = list(tensors(batch))
 
