@@ -28,6 +28,7 @@ ROOMS = (
     "samplers",
     "collation",
     "data",
+    "contract",
     "store",
     "models",
     "trajectory",

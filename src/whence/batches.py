@@ -150,7 +150,7 @@ def _cut(batch: Batch, single: Batch, n: int, places: list[int]) -> Batch:
         if is_rows(batch, single, n):
             return batch[torch.tensor(places, device=batch.device)]
         if batch.shape == single.shape and torch.equal(batch, single):
-            return batch
+            return batch.detach()  # another object, as it is marked as part of another batch
         raise _NotRows
     if isinstance(batch, VALUES) or isinstance(single, VALUES):
         counts = type(batch) is int and batch == n and single == 1  # the number of examples itself

@@ -65,7 +65,7 @@ def columns(data: Any, name: str) -> Any | None:
             raise expected(name, "one data set", f"a dict of {len(data)}", f"Pick one, such as data[{split!r}].")
         found = {key: _column(part, f"{name}[{key!r}]") for key, part in data.items()}
     elif isinstance(data, tuple) and data and all(map(_may_be_column, data)):
-        parts = [_column(part, f"{name}[{i}]") for i, part in enumerate(data)]
+        parts: Any = [_column(part, f"{name}[{i}]") for i, part in enumerate(data)]
         found = type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
         _check_index(data, name)
     elif isinstance(data, list) and data and all(isinstance(v, (Tensor, np.ndarray)) and v.ndim for v in data):
