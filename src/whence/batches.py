@@ -78,7 +78,7 @@ def batch_length(batch: Batch) -> int:
     """
     if (origin := origin_of(batch)) is not None:
         return len(origin.numbers)
-    found = [t.shape[0] for t in tensors(batch) if t.ndim] or [len(values) for values in _lists(batch)]
+    found = [t.shape[0] for t in tensors(batch) if t.ndim] or [len(values) for values in lists(batch)]
     if not found:
         raise expected("a batch", "made of tensors", f"{type(batch).__name__} without any")
     return found[0]
@@ -119,7 +119,7 @@ def has_rows(batch: Batch) -> bool:
     if n == 1:
         return True
     if origin is None:
-        return not any(len(values) == n for values in _lists(batch))
+        return not any(len(values) == n for values in lists(batch))
     single = origin.source.single(origin.numbers[0], origin.device, origin.dtype)
     rows = cut(batch, single, n, [0])
     return rows is not None and _others(rows) == _others(batch)
@@ -232,6 +232,15 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
     return (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
+def lists(batch: Batch) -> Iterator[list[Any]]:
+    """The lists of values in a nested batch."""
+    if isinstance(batch, list) and all(isinstance(v, VALUES) for v in batch):
+        yield batch
+    elif not isinstance(batch, (Tensor, VALUES)):
+        for part in children(batch).values():
+            yield from lists(part)
+
+
 def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """The same nesting with ``f`` applied to each tensor; arrays become tensors, or lists if they hold texts."""
     if isinstance(batch, Tensor):
@@ -253,15 +262,6 @@ def shapes(batch: Batch) -> str:
     found = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     return f"{found[:SHOWN]}{more}"
-
-
-def _lists(batch: Batch) -> Iterator[list[Any]]:
-    """The lists of values in a nested batch."""
-    if isinstance(batch, list) and all(isinstance(v, VALUES) for v in batch):
-        yield batch
-    elif not isinstance(batch, (Tensor, VALUES)):
-        for part in children(batch).values():
-            yield from _lists(part)
 
 
 def _others(batch: Batch) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from whence.batches import VALUES, Batch, children, is_rows, leaves, tensors
+from whence.batches import VALUES, Batch, children, is_rows, leaves, lists, tensors
 from whence.errors import InputError
 
 ROWS = 16  # of a batch that are compared with examples collated alone
@@ -29,13 +29,13 @@ def check_count(name: str, asked: int, batch: Batch, single: Callable[[int], Bat
     Raises:
         InputError: with both counts if nothing has.
     """
-    lengths = [t.shape[0] for t in tensors(batch) if t.ndim]
-    if asked in lengths or (asked == 1 and not lengths):
+    lengths = [t.shape[0] for t in tensors(batch) if t.ndim] + [len(values) for values in lists(batch)]
+    if asked in lengths:
         return
-    counts = list(_counts(batch, single(0))) if asked > 1 else lengths
+    counts = list(_counts(batch, single(0))) if asked > 1 else list(_containers(batch))
     if asked in counts:
         return
-    rows = " or ".join(f"{count:,}" for count in dict.fromkeys(counts or lengths)) or "no"
+    rows = " or ".join(f"{count:,}" for count in dict.fromkeys(counts if asked > 1 and counts else lengths)) or "no"
     raise InputError(
         f"{name}: a batch must have one row for each example, but the collate function was asked for {asked} examples "
         f"and gave {rows} rows. It may not drop, split or join examples: leave examples out of the data set itself "
@@ -103,6 +103,15 @@ def _counts(batch: Batch, single: Batch) -> Iterator[int]:
                 yield from _counts(part, others[key])
         elif len(others) == 1:
             yield len(parts)
+
+
+def _containers(batch: Batch) -> Iterator[int]:
+    """Lengths of the tuples and lists of a batch, which may hold one thing for each example."""
+    if not isinstance(batch, (Tensor, *VALUES)):
+        if isinstance(batch, (tuple, list)):
+            yield len(batch)
+        for part in children(batch).values():
+            yield from _containers(part)
 
 
 def _rows(batch: Batch, single: Batch, n: int, path: Path = ()) -> Iterator[Path]:

@@ -87,18 +87,23 @@ def check_outputs(outputs: Any, n: int) -> None:
     raise expected("task.outputs", wanted, tuple(outputs.shape), do)
 
 
-def check_slope(slope: Tensor, what: str) -> None:
-    """Make sure that the derivative of a task's loss or measurement by the outputs is finite.
+def check_slope(slope: Tensor, what: str, which: str = "derivative") -> None:
+    """Make sure that derivatives by the outputs, (n, ...), are finite.
+
+    Args:
+        slope: the derivatives.
+        what: of what, "loss" or "measurement".
+        which: the first or the second.
 
     Raises:
-        InputError: at the first example where it is not.
+        InputError: at the first example where they are not.
     """
     if slope.isfinite().all():
         return
     bad = int((~slope.isfinite()).reshape(len(slope), -1).any(1).nonzero()[0])
     raise InputError(
-        f"the derivative of task.{what} by the outputs must be finite, got NaN or infinity for example {bad} of a "
-        "batch, though its value is finite. Look for a root or a norm at zero, and for torch.where on the result of an "
+        f"the {which} of task.{what} by the outputs must be finite, got NaN or infinity for example {bad} of a batch, "
+        "though its value is finite. Look for a root or a norm at zero, and for torch.where on the result of an "
         "operation on NaN: replace NaN in its input."
     )
 
