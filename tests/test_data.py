@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 from whence import CG, Classification, Exact, Identity, Influence, InputError, Regression, Scores, Task, attribute
-from whence.batches import batch_length, example, has_rows
+from whence.batches import batch_length, has_rows, take
 from whence.data import Examples
 from whence.errors import MESSAGE, ArtefactError, UnsupportedError, expected
 
@@ -542,20 +542,25 @@ def test_tokens_end_to_end():
 
 
 class Graphs(nn.Module):
-    """One round of messages, with a loose matrix, and a sum over the nodes of each graph."""
+    """One round of messages and a sum over the nodes of each graph; the nodes' matrix is a layer or a loose one."""
 
-    def __init__(self) -> None:
+    def __init__(self, loose: bool) -> None:
         super().__init__()
-        self.w, self.head = nn.Parameter(torch.randn(4, 6)), nn.Linear(6, 3)
+        self.loose, self.w = loose, nn.Parameter(torch.randn(4, 6)) if loose else nn.Linear(4, 6)
+        self.head = nn.Linear(6, 3)
 
     def forward(self, h, edges, graph, n):
-        h = torch.relu((torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]) + h) @ self.w)
+        h = torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]) + h
+        h = torch.relu(h @ self.w if self.loose else self.w(h))
         return self.head(h.new_zeros(n, 6).index_add(0, graph, h))
 
 
-def test_graphs_side_by_side():
+@pytest.mark.parametrize("loose", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.filterwarnings("ignore:.*(slow path|one example at a time)")
+def test_graphs_side_by_side(loose, size):
     torch.manual_seed(0)
-    model = Graphs().double()
+    model = Graphs(loose).double()
     data = [(torch.randn(k, 4, dtype=F64), torch.randint(k, (2, 6)), k % 3) for k in torch.randint(1, 7, (N,)).tolist()]
     outputs = lambda g: model(g[0], g[1], torch.zeros(len(g[0]), dtype=torch.long), 1)[0]  # noqa: E731
     right = dense_scores(model, outputs, lambda h, g: cross_entropy(h, g[2]), data, data[:QUERIES])
@@ -571,10 +576,8 @@ def test_graphs_side_by_side():
         }
 
     task = Named(lambda m, b: m(b["h"], b["edges"], b["graph"], len(b["y"])))
-    for size in (1, 2, 7):
-        loader, queries = (DataLoader(some, size, collate_fn=collate) for some in (data, data[:QUERIES]))
-        with pytest.warns(match="slow path"):
-            close(scores(model, task, loader, queries).values, right)
+    loader, queries = (DataLoader(some, size, collate_fn=collate) for some in (data, data[:QUERIES]))
+    close(scores(model, task, loader, queries).values, right)
 
 
 def test_batches_know_their_examples():
@@ -583,14 +586,15 @@ def test_batches_know_their_examples():
     batch = examples.batch([7, 3, 11], CPU, F64)
     assert batch_length(batch) == 3 and has_rows(batch)
     for i, number in enumerate((7, 3, 11)):
-        alone, single = example(batch, i), examples.single(number, CPU, F64)
+        alone, single = take(batch, torch.tensor([i])), examples.single(number, CPU, F64)
         assert batch_length(alone) == batch_length(single) == 1
         assert alone[0].shape == (1, batch[0].shape[1]) and single[0].shape == (1, len(data[number][0]))
         assert torch.equal(alone[0][0, : len(data[number][0])], data[number][0]) and int(single[1]) == data[number][1]
     flat = lambda some: (torch.cat([ids for ids, _ in some]), padded(some)[1])  # noqa: E731
     batch = Examples(DataLoader(data, 6, collate_fn=flat)).batch([7, 3, 11], CPU, F64)
     assert batch_length(batch) == 3 and not has_rows(batch)
-    assert torch.equal(example(batch, 1)[0], data[3][0])
+    assert torch.equal(take(batch, torch.tensor([1]))[0], data[3][0])
+    assert torch.equal(take(batch, torch.tensor([2, 0]))[0], torch.cat([data[11][0], data[7][0]]))
 
 
 def test_a_batch_of_another_class_is_refused():
@@ -621,6 +625,52 @@ def test_values_that_change_between_two_passes():
             list(examples.batches(CPU, F64))
 
     refused("train data must be the same in every pass, but examples", look)
+
+
+class PerBatch(Classification):
+    """A loss that is a share of the batch's."""
+
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) / len(outputs)
+
+
+class PerToken(Named):
+    def loss(self, outputs, batch):
+        return super().loss(outputs, batch) / batch["tokens"]
+
+
+def test_losses_that_depend_on_the_rest_of_the_batch():
+    model, data, right = ragged()
+    said = "task.{} of an example must not depend on the other examples of its batch"
+
+    def counted(some):
+        x, y = padded(some)
+        return {"x": x, "y": y, "tokens": int((x != 0).sum())}
+
+    loader, counting = (DataLoader(data, 8, collate_fn=collate) for collate in (padded, counted))
+    refused(said.format("loss"), lambda: scores(model, PerBatch(), loader, loader))
+    refused(said.format("loss"), lambda: scores(model, PerToken(), counting, counting))
+    fitted = Influence(Exact(), DAMPING, progress=False).fit(model, Classification(), loader)
+    queries = DataLoader(data[:QUERIES], QUERIES, collate_fn=padded)
+    for measurement in (lambda h, b: PerBatch().loss(h, b), lambda h, b: Classification().loss(h, b) - h.mean()):
+        refused(said.format("measurement"), lambda m=measurement: fitted.score(queries, measurement=m))
+    close(fitted.score(queries, measurement=Classification().loss).values, right)
+
+
+def test_padding_that_a_model_does_not_mask():
+    torch.manual_seed(0)
+
+    class Unmasked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+        def forward(self, ids):
+            return self.head(self.embedding(ids).sum(1))
+
+    model, (_, data, _) = Unmasked().double(), ragged()
+    loader = DataLoader(data, 8, collate_fn=padded)
+    refused("depend on the other examples.*mask", lambda: scores(model, Classification(), loader, loader))
 
 
 # --- dtypes ---------------------------------------------------------------------------------------------------------
@@ -870,7 +920,7 @@ def test_outputs_of_another_shape_are_told_with_the_reason():
             return super().forward(x), x
 
     refused(
-        r"got a tuple of 2: \(1, 3\), \(1, 4\). Subclass the task",
+        r"got a tuple of 2: \([13], 3\), \([13], 4\). Subclass the task",
         lambda: scores(Two(4, 3).double(), Classification(), (x, y), (x, y)),
     )
 

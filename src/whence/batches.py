@@ -93,19 +93,24 @@ def take(batch: Batch, index: Tensor) -> Batch:
     Raises:
         InputError: if the rows cannot be told and the batch comes from no data set.
     """
+    rows, origin = take_rows(batch, index), origin_of(batch)
+    if rows is not None:
+        return rows
+    if origin is None:
+        raise expected("a batch", f"made of leaves with its {batch_length(batch)} examples first", shapes(batch))
+    return origin.source.batch([origin.numbers[i] for i in index.tolist()], origin.device, origin.dtype)
+
+
+def take_rows(batch: Batch, index: Tensor) -> Batch | None:
+    """The same where each leaf has a row for each example; None where one has not."""
     n, places, origin = batch_length(batch), index.tolist(), origin_of(batch)
     if places == list(range(n)):
         return batch
     if origin is None:
-        rows = cut(batch, None, n, places)
-        if rows is None:
-            raise expected("a batch", f"made of leaves with its {n} examples first", shapes(batch))
-        return rows
+        return cut(batch, None, n, places)
     numbers = tuple(origin.numbers[i] for i in places)
     rows = cut(batch, origin.source.single(numbers[0], origin.device, origin.dtype), n, places)
-    if rows is None:
-        return origin.source.batch(numbers, origin.device, origin.dtype)
-    return mark(rows, dataclasses.replace(origin, numbers=numbers))
+    return None if rows is None else mark(rows, dataclasses.replace(origin, numbers=numbers))
 
 
 def has_rows(batch: Batch) -> bool:

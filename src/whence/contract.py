@@ -11,6 +11,7 @@ from torch import Tensor
 from whence.batches import Batch, shapes, tensors
 from whence.errors import InputError, WhenceError, expected
 
+ALONE = 1e-2  # of the largest: how much the loss of an example may differ between batches, for rounding
 FAILURES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
@@ -105,6 +106,31 @@ def check_slope(slope: Tensor, what: str, which: str = "derivative") -> None:
         f"the {which} of task.{what} by the outputs must be finite, got NaN or infinity for example {bad} of a batch, "
         "though its value is finite. Look for a root or a norm at zero, and for torch.where on the result of an "
         "operation on NaN: replace NaN in its input."
+    )
+
+
+def check_alone(together: Tensor, alone: Any, n: int, what: str) -> None:
+    """Make sure that losses or measurements of examples in a batch of n are those of the examples alone.
+
+    Args:
+        together: (m,) in the batch.
+        alone: (m,) each by itself.
+        n: examples in the batch.
+        what: of what, "loss" or "measurement".
+
+    Raises:
+        InputError: if they differ by more than rounding would explain.
+    """
+    if not isinstance(alone, Tensor) or alone.shape != together.shape:
+        return  # told where it is used
+    difference = (alone - together).abs()
+    if not (difference > ALONE * together.abs().max()).any():
+        return
+    i = int(difference.argmax())
+    raise InputError(
+        f"task.{what} of an example must not depend on the other examples of its batch, but that of one is "
+        f"{float(together[i]):.4g} in a batch of {n} and {float(alone[i]):.4g} alone. Do not divide by the size of the "
+        "batch or by its number of tokens: sum over each example's own tokens. Or the model sees padding: mask it."
     )
 
 

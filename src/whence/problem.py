@@ -19,6 +19,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whence import contract
+from whence.batches import origin_of, take_rows
 from whence.data import Batch, Examples, batch_length
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
@@ -84,6 +85,7 @@ class Problem:
         self.row_check = RowCheck(sum(p.numel() for p in self.parameters.values()))
         self._layout: Layout | None = None
         self._unseen: set[str] = set()  # blocks without a gradient so far
+        self._tried: dict[int, object] = {}  # losses and measurements that were held against those of rows alone
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -122,6 +124,7 @@ class Problem:
             layout, unseen = examine(
                 layout, batch, self._with_gradients(model), self._loss, self.parameters, trace_rows, self.dtype
             )
+            self._try_examples(model, batch, plain)
         self._unseen = {b.name for b in layout.blocks if layout.uses[b.name] and unseen.issuperset(b.shapes)}
         if self._unseen == {b.name for b in layout.blocks}:
             warnings.warn(
@@ -241,6 +244,7 @@ class Problem:
             with torch.enable_grad():
                 value = contract.call(f"task.{what}", function, h, batch, self.dtype)
                 value = self.per_example(value, batch, what)
+            self._try_alone(function, value.detach(), h.detach(), batch, what)
             (s,) = torch.autograd.grad(value.sum(), h)
             contract.check_slope(s, what)
             return s.unsqueeze(0)
@@ -284,6 +288,28 @@ class Problem:
                 "Look for overflow in the loss (use logsumexp), or drop the example."
             )
         return value
+
+    def _try_alone(
+        self, function: Callable[[Tensor, Batch], Tensor], value: Tensor, outputs: Tensor, batch: Batch, what: str
+    ) -> None:
+        """Hold the largest of a batch's losses or measurements against that of its rows alone, once for a function."""
+        key = getattr(function, "__func__", function)
+        if len(value) < 2 or id(key) in self._tried:
+            return
+        self._tried[id(key)] = key
+        i = value.abs().argmax().view(1)
+        if (rows := take_rows(batch, i)) is not None:
+            alone = contract.call(f"task.{what}", function, outputs[i], rows, self.dtype)
+            contract.check_alone(value[i], alone, len(value), what)
+
+    def _try_examples(self, model: nn.Module, batch: Batch, outputs: Tensor) -> None:
+        """Hold the losses of a few examples in a batch against those of each example collated by itself."""
+        together = self._loss(outputs, batch).detach()
+        if together.shape != (len(outputs),) or (origin := origin_of(batch)) is None:
+            return
+        singles = (self.train.single(number, self.device, self.dtype) for number in origin.numbers)
+        alone = [self._loss(self.outputs(model, single).detach(), single).detach().flatten() for single in singles]
+        contract.check_alone(together, torch.cat(alone), len(together), "loss")
 
     def _is_finite(self, batch: Batch) -> bool:
         """Whether outputs, losses and gradients are, as with missing labels that the loss leaves out."""
