@@ -34,11 +34,11 @@ def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtyp
         if isinstance(error, (WhenceError, NotImplementedError)):
             raise
         raise InputError(
-            f"{what} failed on a batch of shapes {shapes(batch)}: {error}. {_remedy(error, batch, dtype)}"
+            f"{what} failed on a batch of shapes {shapes(batch)}: {error}. {_remedy(what, error, batch, dtype)}"
         ) from error
 
 
-def _remedy(error: Exception, batch: Batch, dtype: torch.dtype) -> str:
+def _remedy(what: str, error: Exception, batch: Batch, dtype: torch.dtype) -> str:
     wide = any(t.dtype == torch.float64 for t in tensors(batch))
     if dtype == torch.float32 and wide and "dtype" in str(error).replace("type", "dtype").lower():
         return (
@@ -49,6 +49,8 @@ def _remedy(error: Exception, batch: Batch, dtype: torch.dtype) -> str:
         return TAKEN_APART
     if isinstance(batch, dict) and any(map(_taken_apart, batch.values())):
         return TAKEN_APART
+    if what != "the model":
+        return "It is called with the outputs (B, ...) and a batch of the same B examples."
     return (
         "Train and query batches must be what task.outputs(model, batch) accepts, in the model's dtype "
         f"({dtype}) or narrower."

@@ -304,12 +304,12 @@ class Problem:
 
     def _try_examples(self, model: nn.Module, batch: Batch, outputs: Tensor) -> None:
         """Hold the losses of a few examples in a batch against those of each example collated by itself."""
-        together = self._loss(outputs, batch).detach()
-        if together.shape != (len(outputs),) or (origin := origin_of(batch)) is None:
-            return
+        together, origin = self._loss(outputs, batch), origin_of(batch)
+        if origin is None or not isinstance(together, Tensor) or together.shape != (len(outputs),):
+            return  # told where it is used
         singles = (self.train.single(number, self.device, self.dtype) for number in origin.numbers)
         alone = [self._loss(self.outputs(model, single).detach(), single).detach().flatten() for single in singles]
-        contract.check_alone(together, torch.cat(alone), len(together), "loss")
+        contract.check_alone(together.detach(), torch.cat(alone), len(together), "loss")
 
     def _is_finite(self, batch: Batch) -> bool:
         """Whether outputs, losses and gradients are, as with missing labels that the loss leaves out."""
