@@ -713,7 +713,7 @@ def test_data_that_change_between_two_passes():
             return x + 0.1 * torch.randn_like(x), y
 
     p = problem("mlp")
-    refused("train data must be the same in every pass, but examples 0..10 changed", train=Augmented(p.train))
+    refused(r"train data must be the same in every pass, but examples 0\.\.(2|10) changed", train=Augmented(p.train))
 
 
 def test_influence_before_it_is_fitted():

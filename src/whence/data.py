@@ -5,28 +5,62 @@ Row n of every result is example n of the data set, whatever the batch size and 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 
-from whence.errors import InputError, expected
+from whence.batches import (
+    Batch,
+    Origin,
+    batch_length,
+    content,
+    digest,
+    has_rows,
+    leaves,
+    map_tensors,
+    mark,
+    raw,
+    shapes,
+    take,
+    tensors,
+)
+from whence.collation import check_count, check_order_of_rows
+from whence.columns import Column, columns
+from whence.errors import InputError, WhenceError, expected
+from whence.samplers import check_order
 from whence.surroundings import undisturbed
 
-Batch = Any
+__all__ = [
+    "Batch",
+    "Examples",
+    "batch_length",
+    "digest",
+    "has_rows",
+    "leaves",
+    "map_tensors",
+    "raw",
+    "shapes",
+    "take",
+    "tensors",
+]
+
+DRAWN = 4  # examples, besides the first and the last, whose batches are compared with examples collated alone
+FEW = 8  # a batch of fewer examples may be in order by luck
 
 
 class Examples:
     """A data set seen as numbered examples.
 
     Args:
-        data: a tuple, list or dict of tensors or arrays with one leading axis of examples, a map-style ``Dataset``, or
-            a ``DataLoader`` over one (its data set, collate function and batch size are used, its shuffling is not).
+        data: a tuple, list or dict of tensors, arrays or lists with one leading axis of examples, a data frame, a
+            map-style ``Dataset``, or a ``DataLoader`` over one (its data set, collate function and batch size are used,
+            its shuffling is not; a sampler that leaves out or repeats examples is refused).
         name: what to call it in messages, "train" or "queries".
         batch_size: examples per batch; None takes the loader's own, else 256, or fewer of more than 16 tokens each, so
             that a batch has 4,096 at most. It changes speed and memory, not results.
@@ -39,33 +73,34 @@ class Examples:
     def __init__(self, data: Any, name: str = "train", batch_size: int | None = None):
         self.name = name
         self._checksums: dict[tuple[int, int], int] = {}
-        collate: Callable[[list[Any]], Batch] = default_collate
-        if isinstance(data, DataLoader):
-            batch_size = data.batch_size if batch_size is None else batch_size
-            collate, data = data.collate_fn, data.dataset
+        self._collate: Callable[[list[Any]], Batch] = default_collate
+        loader, data = (data, data.dataset) if isinstance(data, DataLoader) else (None, data)
+        if loader is not None:
+            batch_size = loader.batch_size if batch_size is None else batch_size
+            self._collate = loader.collate_fn
         if batch_size is not None and batch_size < 1:
             raise expected("batch_size", "a positive integer", batch_size)
-        columns = _columns(data)
-        if columns is not None:
-            self._length = _common_length(columns, name)
-            self._fetch = lambda index: map_tensors(lambda t: t[index], columns)
+        self._columns: Any = columns(data, name) if loader is None else None
+        if self._columns is not None:
+            self.data: Any = _map_columns(lambda column: column.values, self._columns)
+            self._length = len(next(_each(self._columns)))
         else:
-            if isinstance(data, Mapping):
-                wrong = {name: type(v).__name__ for name, v in data.items() if not isinstance(v, (Tensor, np.ndarray))}
-                raise expected(name, "tensors or arrays by name where it is a dict", wrong, "Convert these columns.")
-            if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            if not _is_map_style(data):
                 raise InputError(
                     f"{name} must be a tuple of tensors, a map-style Dataset or a DataLoader over one, got "
                     f"{type(data).__name__}, which has no length and no index. Collect it into a list or a "
                     "Dataset first."
                 )
-            self._length = len(data)
-            self._fetch = lambda index: self._collated([data[int(i)] for i in index])
-        self._collate = collate
-        self.data = columns if columns is not None else data
+            self.data = data
+            self._length = len(self.data)
         if not self._length:
             raise InputError(f"{name} must hold at least one example, got none.")
-        self.batch_size = batch_size or max(1, min(256, 4096 // max(1, _tokens(self._fetch(torch.tensor([0]))))))
+        if loader is not None:
+            check_order(loader, name)
+        rng = torch.Generator().manual_seed(0)
+        drawn = torch.randint(self._length, (DRAWN,), generator=rng).tolist()
+        self._unchecked = {0, self._length - 1, *drawn} if self._columns is None else set[int]()
+        self.batch_size = batch_size or max(1, min(256, 4096 // max(1, _tokens(self._fetch([0], torch.float64)))))
 
     def __len__(self) -> int:
         return self._length
@@ -82,31 +117,41 @@ class Examples:
             raise expected("index", f"numbers of {self.name} examples, 0..{len(self) - 1}", numbers)
         return found.long()
 
-    def _collated(self, examples: list[Any]) -> Batch:
-        try:
-            return self._collate(examples)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{self.name} examples must fit into one batch, but their collate function failed: {error}. Pass a "
-                "DataLoader with a collate_fn that pads them, such as whence.hf.pad."
-            ) from error
-
     def subset(self, index: Tensor) -> Examples:
         """Some of the examples, by number, in that order."""
-        if _columns(self.data) is not None:
-            return Examples(self._fetch(index), self.name, self.batch_size)
-        some = Subset(self.data, index.tolist())
-        return Examples(DataLoader(some, self.batch_size, collate_fn=self._collate), self.name)
+        if self._columns is not None:
+            found = copy.copy(self)
+            found._columns = _map_columns(lambda column: column.some(index), self._columns)
+            found.data = _map_columns(lambda column: column.values, found._columns)
+            found._length, found._checksums = len(index), {}
+            return found
+        part = Subset(self.data, index.tolist())
+        return Examples(DataLoader(part, self.batch_size, collate_fn=self._collate), self.name)
 
     @undisturbed()
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``."""
-        return map_tensors(lambda t: _place(t, device, dtype), self._fetch(torch.as_tensor(index)))
+        """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``.
 
-    def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[range, Batch]]:
+        The batch knows which examples it is of: see `whence.batches.batch_length` and `whence.batches.take`.
+
+        Raises:
+            InputError: if the collate function fails, drops, splits or joins examples, or changes their order.
+        """
+        numbers = torch.as_tensor(index).tolist()
+        return self._placed(numbers, self._gather(numbers, device, dtype), device, dtype)
+
+    def single(self, number: int, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The example of that number alone, collated by itself, as a batch of one."""
+        return self.batch([number], device, dtype)
+
+    def batches(
+        self, device: torch.device, dtype: torch.dtype, accept: Callable[[Batch], bool] | None = None
+    ) -> Iterator[tuple[range, Batch]]:
         """All examples in order, as (numbers, batch) pairs.
+
+        Args:
+            device, dtype: as for `batch`.
+            accept: whether a batch that holds NaN or infinity is fine all the same, as missing labels may be.
 
         Raises:
             InputError: at NaN or infinity in the data, or when a batch differs from the one of an earlier pass.
@@ -114,26 +159,69 @@ class Examples:
         for start in range(0, self._length, self.batch_size):
             index = range(start, min(start + self.batch_size, self._length))
             batch = self.batch(index, device, dtype)
-            self._check(index, batch)
+            self._check(index, batch, accept)
             yield index, batch
 
-    def _check(self, index: range, batch: Batch) -> None:
+    def fingerprint(self) -> str:
+        """A hash of all examples in order, whatever the batch size; reads the data once."""
+        digest = hashlib.blake2b(str(self._length).encode(), digest_size=16)
+        whole = self._columns is not None
+        for row in [self.data] if whole else (self._fetch([i], torch.float64) for i in range(self._length)):
+            for leaf in leaves(row):
+                if isinstance(leaf, Tensor):
+                    digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+                digest.update(content(leaf))
+        return digest.hexdigest()
+
+    # how a batch is made ----------------------------------------------------------------------------------------------
+
+    def _gather(self, numbers: list[int], device: torch.device, dtype: torch.dtype) -> Batch:  # unused: device
+        """A batch as it is collated, checked; its tensors may still be elsewhere."""
+        batch = self._fetch(numbers, dtype)
+        if self._columns is not None:
+            return batch
+        check_count(self.name, len(numbers), batch, lambda i: self._fetch([numbers[i]], dtype))
+        if len(numbers) > 1 and not self._unchecked.isdisjoint(numbers):
+            check_order_of_rows(self.name, numbers, batch, lambda some: self._fetch(some, dtype))
+            if len(numbers) >= min(FEW, self.batch_size, self._length):
+                self._unchecked.difference_update(numbers)
+        return batch
+
+    def _placed(self, numbers: list[int], batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+        placed = map_tensors(lambda t: _place(t, device, dtype), batch)
+        return mark(placed, Origin(self, tuple(numbers), device, dtype))
+
+    def _fetch(self, numbers: Sequence[int], dtype: torch.dtype) -> Batch:
+        """Examples by number as the collate function returns them, arrays turned into tensors."""
+        if self._columns is not None:
+            index = torch.as_tensor(numbers)
+            return _map_columns(lambda column: column.rows(index, dtype), self._columns)
+        return map_tensors(lambda t: t, self._collated([self.data[i] for i in numbers]))
+
+    def _collated(self, examples: list[Any]) -> Batch:
+        try:
+            return self._collate(examples)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            if isinstance(error, WhenceError):
+                raise
+            raise InputError(
+                f"{self.name} examples must fit into one batch, but their collate function failed: {error}. Pass a "
+                "DataLoader with a collate_fn that pads them, such as whence.hf.pad."
+            ) from error
+
+    def _check(self, index: range, batch: Batch, accept: Callable[[Batch], bool] | None) -> None:
         """First pass: finite values. Later passes: the same bytes."""
         key, checksum = (index.start, index.stop), 0
-        for t in tensors(batch):
-            checksum = zlib.crc32(raw(t), checksum)
+        for leaf in leaves(batch):
+            checksum = zlib.crc32(content(leaf), checksum)
         if key not in self._checksums:
-            for t in tensors(batch):
-                if t.is_floating_point() and not t.isfinite().all():
-                    bad = (
-                        (~t.isfinite()).flatten(1).any(1).nonzero()[0].item()
-                        if t.ndim > 1
-                        else int((~t.isfinite()).nonzero()[0])
-                    )
-                    raise InputError(
-                        f"{self.name} data must be finite, got NaN or infinity in example {index.start + int(bad)}. "
-                        "Drop or repair such examples."
-                    )
+            bad = _first_not_finite(batch, len(index))
+            if bad is not None and not (accept and accept(batch)):
+                raise InputError(
+                    f"{self.name} data must be finite, got NaN or infinity in example {index.start + bad}. Drop or "
+                    "repair such examples. NaN may stand for a missing label where the task's loss leaves it out, so "
+                    "that loss and gradient are finite: torch.where(y.isnan(), 0, h - y.nan_to_num()).square().sum(1)."
+                )
         elif self._checksums[key] != checksum:
             raise InputError(
                 f"{self.name} data must be the same in every pass, but examples {index.start}..{index.stop - 1} "
@@ -142,100 +230,46 @@ class Examples:
             )
         self._checksums[key] = checksum
 
-    def fingerprint(self) -> str:
-        """A hash of all examples in order, whatever the batch size; reads the data once."""
-        digest = hashlib.blake2b(str(self._length).encode(), digest_size=16)
-        whole = _columns(self.data) is not None
-        for row in [self.data] if whole else (self._fetch(torch.tensor([i])) for i in range(self._length)):
-            for t in tensors(map_tensors(lambda t: t, row)):
-                digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-                digest.update(raw(t))
-        return digest.hexdigest()
+
+def _is_map_style(data: Any) -> bool:
+    other = (IterableDataset, str, bytes, Mapping)
+    return not isinstance(data, other) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
+
+
+def _each(nest: Any) -> Iterator[Column]:
+    return iter(nest.values() if isinstance(nest, dict) else nest)
+
+
+def _map_columns(f: Callable[[Column], Any], nest: Any) -> Any:
+    """The same tuple, list or dict with ``f`` of each column."""
+    if isinstance(nest, dict):
+        return {key: f(column) for key, column in nest.items()}
+    if hasattr(nest, "_fields"):
+        return type(nest)(*map(f, nest))
+    return type(nest)(map(f, nest))
 
 
 def _tokens(batch: Batch) -> int:
     """How many tokens the example of a batch of one has: numbers in its longest row of int64."""
-    return max((t.numel() for t in tensors(map_tensors(lambda t: t, batch)) if t.dtype == torch.int64), default=0)
+    return max((t.numel() for t in tensors(batch) if t.dtype == torch.int64), default=0)
 
 
-def batch_length(batch: Batch) -> int:
-    """Number of examples in a batch: the leading axis of its first tensor.
-
-    Raises:
-        InputError: if it has none.
-    """
-    first = next(iter(tensors(batch)), None)
-    if first is None:
-        raise expected("a batch", "made of tensors", f"{type(batch).__name__} without any")
-    return first.shape[0]
-
-
-def tensors(batch: Batch) -> Iterator[Tensor]:
-    """All tensors in a nested batch, in order."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from tensors(value)
-
-
-def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The same nesting with ``f`` applied to each tensor (arrays and numbers become tensors)."""
-    if isinstance(batch, Tensor):
-        return f(batch)
-    if isinstance(batch, (np.ndarray, np.generic, int, float)) and not isinstance(batch, bool):
-        return f(torch.as_tensor(batch))
-    if isinstance(batch, Mapping):
-        return {k: map_tensors(f, v) for k, v in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(f, v) for v in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map_tensors(f, v) for v in batch)
-    return batch
-
-
-def take(batch: Batch, index: Tensor) -> Batch:
-    """Some examples of a batch, by their place in it."""
-    return map_tensors(lambda t: t[index.to(t.device)], batch)
-
-
-def _columns(data: Any) -> Batch | None:
-    """The data as nested columns if every leaf is a tensor or an array, else None."""
-    if isinstance(data, (Tensor, np.ndarray)):
-        return (torch.as_tensor(data),)
-    values = list(data.values()) if isinstance(data, Mapping) else data
-    if isinstance(values, (tuple, list)) and values and all(isinstance(v, (Tensor, np.ndarray)) for v in values):
-        if isinstance(data, list) and len({len(v) if v.ndim else 0 for v in values}) != 1:
-            return None
-        return map_tensors(lambda t: t, data)
+def _first_not_finite(batch: Batch, n: int) -> int | None:
+    """The first example of a batch with NaN or infinity; 0 where it cannot be told which; None where all is finite."""
+    for leaf in leaves(batch):
+        if isinstance(leaf, float):
+            leaf = torch.tensor(leaf)
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            continue
+        wrong = ~leaf.isfinite()
+        if wrong.any():
+            rows = wrong.ndim > 0 and len(wrong) == n
+            return int(wrong.reshape(n, -1).any(1).nonzero()[0]) if rows else 0
     return None
 
 
-def _common_length(columns: Batch, name: str) -> int:
-    lengths = [t.shape[0] if t.ndim else 0 for t in tensors(columns)]
-    if len(set(lengths)) != 1:
-        raise InputError(f"{name} tensors must have the same number of examples, got {lengths}.")
-    return lengths[0]
-
-
 def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor on the device, as an object of its own: what the data set holds is not marked."""
     wider = t.is_floating_point() and torch.finfo(t.dtype).bits < torch.finfo(dtype).bits
-    placed = t.to(device=device, dtype=dtype if wider else t.dtype)
+    placed = t.detach().to(device=device, dtype=dtype if wider else t.dtype)
     return placed.clone() if placed.is_inference() else placed  # autograd takes no tensors of inference mode
-
-
-def raw(t: Tensor) -> memoryview:
-    """A tensor's bytes, for hashing."""
-    return t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-
-
-def digest(named: Mapping[str, Tensor]) -> str:
-    """A hash of tensors, their names, dtypes and shapes, in the order given."""
-    found = hashlib.blake2b(digest_size=16)
-    for name, t in named.items():
-        found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        found.update(raw(t))
-    return found.hexdigest()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+MESSAGE = 1500  # characters of a message: less than a screen of 80 x 24
+GOT = 300  # characters of what was got, within a message
+
 
 class WhenceError(Exception):
-    """Base class of every error that whence raises on purpose."""
+    """Base class of every error that whence raises on purpose; no message is longer than a screen."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(shorten(arg, MESSAGE) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(WhenceError, ValueError):
@@ -37,4 +43,13 @@ class WhenceWarning(UserWarning):
 
 def expected(what: str, wanted: str, got: object, do: str = "") -> InputError:
     """The one template of input errors: ``expected(...)`` builds it, the caller raises it."""
-    return InputError(f"{what} must be {wanted}, got {got}." + (f" {do}" if do else ""))
+    return InputError(f"{what} must be {wanted}, got {shorten(str(got), GOT)}." + (f" {do}" if do else ""))
+
+
+def shorten(text: str, length: int) -> str:
+    """The text itself, or where it is longer its beginning and its end, which says what to do, and how long it was."""
+    if len(text) <= length:
+        return text
+    gap = f" [... {len(text):,} characters ...] "
+    end = (length - len(gap)) // 3
+    return text[: length - len(gap) - end] + gap + text[len(text) - end :]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
-from whence.data import Batch, Examples, batch_length, tensors
+from whence import contract
+from whence.batches import origin_of, take_rows
+from whence.data import Batch, Examples, batch_length
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layers import Unfactorable
@@ -93,6 +95,7 @@ class Problem:
         self._layout: Layout | None = None
         self._unseen: set[str] = set()  # blocks without a gradient so far
         self._named: set[str] = set()  # those of them that a warning named
+        self._tried: dict[int, object] = {}  # losses and measurements that were held against those of rows alone
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -129,8 +132,9 @@ class Problem:
             layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)
             trace_rows = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
             layout, unseen = examine(
-                layout, batch, self._with_gradients(model), self.task.loss, self.parameters, trace_rows, self.dtype
+                layout, batch, self._with_gradients(model), self._loss, self.parameters, trace_rows, self.dtype
             )
+            self._try_examples(model, batch, plain)
         self._unseen = {b.name for b in layout.blocks if unseen.issuperset(b.shapes)}
         if self._unseen == {b.name for b in layout.blocks}:
             warnings.warn(
@@ -188,7 +192,7 @@ class Problem:
     def batches(self, examples: Examples | None = None, what: str | None = None) -> Iterator[tuple[range, Batch]]:
         """All training examples, or those given, in order; with a progress bar if ``what`` says what is done."""
         examples = examples or self.train
-        batches = examples.batches(self.device, self.dtype)
+        batches = examples.batches(self.device, self.dtype, self._is_finite)
         if what is None:
             return batches
         return track(batches, what, total=-(-len(examples) // examples.batch_size), enabled=self.progress)
@@ -249,8 +253,11 @@ class Problem:
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
             h = outputs.detach().requires_grad_()
             with torch.enable_grad():
-                value = self.per_example(function(h, batch), batch, what)
+                value = contract.call(f"task.{what}", function, h, batch, self.dtype)
+                value = self.per_example(value, batch, what)
+            self._try_alone(function, value.detach(), h.detach(), batch, what)
             (s,) = torch.autograd.grad(value.sum(), h)
+            contract.check_slope(s, what)
             return s.unsqueeze(0)
 
         return seeds
@@ -298,10 +305,43 @@ class Problem:
             )
         return value
 
+    def _try_alone(
+        self, function: Callable[[Tensor, Batch], Tensor], value: Tensor, outputs: Tensor, batch: Batch, what: str
+    ) -> None:
+        """Hold the largest of a batch's losses or measurements against that of its rows alone, once for a function."""
+        key = getattr(function, "__func__", function)
+        if len(value) < 2 or id(key) in self._tried:
+            return
+        self._tried[id(key)] = key
+        i = value.abs().argmax().view(1)
+        if (rows := take_rows(batch, i)) is not None:
+            alone = contract.call(f"task.{what}", function, outputs[i], rows, self.dtype)
+            contract.check_alone(value[i], alone, len(value), what)
+
+    def _try_examples(self, model: nn.Module, batch: Batch, outputs: Tensor) -> None:
+        """Hold the losses of a few examples in a batch against those of each example collated by itself."""
+        together, origin = self._loss(outputs, batch), origin_of(batch)
+        if origin is None or not isinstance(together, Tensor) or together.shape != (len(outputs),):
+            return  # told where it is used
+        singles = (self.train.single(number, self.device, self.dtype) for number in origin.numbers)
+        alone = [self._loss(self.outputs(model, single).detach(), single).detach().flatten() for single in singles]
+        contract.check_alone(together.detach(), torch.cat(alone), len(together), "loss")
+
+    def _is_finite(self, batch: Batch) -> bool:
+        """Whether outputs, losses and gradients are, as with missing labels that the loss leaves out."""
+        with self.observed() as model:
+            for p in self.parameters.values():
+                p.requires_grad_()
+            outputs = self.outputs(model, batch)
+            return contract.is_finite(outputs, lambda h: self._loss(h, batch), self.parameters.values())
+
     def _first_losses(self) -> list[float]:
         batch = self.batch(range(min(8, len(self.train))))
         with self.observed() as model, torch.no_grad():
             return self.task.loss(self.outputs(model, batch), batch).tolist()
+
+    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return contract.call("task.loss", self.task.loss, outputs, batch, self.dtype)
 
     def observed(self) -> AbstractContextManager[nn.Module]:
         """The model in eval mode without parameter gradients; it is put back afterwards, even after an error."""
@@ -309,20 +349,8 @@ class Problem:
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The task's outputs, with a clear error where the model rejects the batch."""
-        try:
-            outputs = self.task.outputs(model, batch)
-        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
-            if isinstance(error, (InputError, NotImplementedError)):
-                raise
-            shapes = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
-            raise InputError(
-                f"the model failed on a batch of shapes {shapes}: {error}. Train and query batches must be what "
-                f"task.outputs(model, batch) accepts, in the model's dtype ({self.dtype}) or narrower."
-            ) from error
-        n = batch_length(batch)
-        if not isinstance(outputs, Tensor) or not outputs.ndim or outputs.shape[0] != n:
-            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise expected("task.outputs", f"a tensor with the {n} examples of the batch first", got)
+        outputs = contract.call("the model", self.task.outputs, model, batch, self.dtype)
+        contract.check_outputs(outputs, batch_length(batch))
         return outputs
 
     def functional(self, batch: Batch) -> tuple[Callable[[Vectors], Tensor], dict[str, Tensor]]:

@@ -117,7 +117,7 @@ class Classification(Task):
 
     def padding(self, batch: Batch) -> Tensor | None:
         """Positions that have a label, where labels are per position."""
-        labels = batch[1]
+        labels = batch[1].long()  # as uint8, 156 would equal -100
         return (labels != self.ignore_index).flatten(1) if labels.ndim > 1 else None
 
     def _labels(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -129,6 +129,7 @@ class Classification(Task):
             )
         if labels.is_floating_point():
             raise InputError(f"Classification expects integer class labels, got {labels.dtype}. Use y.long().")
+        labels = labels.long()  # of any width, as NumPy and other libraries have them
         real = labels[labels != self.ignore_index]
         if real.numel() and not (0 <= int(real.min()) and int(real.max()) < outputs.shape[-1]):
             raise InputError(
@@ -165,7 +166,7 @@ class Regression(Task):
 
     @staticmethod
     def _error(outputs: Tensor, batch: Batch) -> Tensor:
-        targets = batch[1]
+        targets = batch[1].to(outputs.dtype) if batch[1].dtype == torch.bool else batch[1]
         if targets.numel() != outputs.numel() or len(targets) != len(outputs):
             raise InputError(
                 f"Regression expects one target per output, got outputs {tuple(outputs.shape)} and targets "

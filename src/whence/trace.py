@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from whence import rows as forms
-from whence.data import Batch, batch_length, map_tensors, take, tensors
+from whence.data import Batch, batch_length, has_rows, map_tensors, take, tensors
 from whence.errors import InputError, WhenceWarning
 from whence.factored import Factored, Written
 from whence.gradients import Gradients
@@ -182,6 +182,7 @@ def fit_to(cotangents: Tensor, outputs: Tensor) -> Tensor:
 def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list[_Call]]]:
     """Record every call of the layers that the layout uses; the hooks are gone afterwards."""
     calls: dict[str, list[_Call]] = {use.module: [] for uses in layout.uses.values() for use in uses}
+    blocked: list[str] = []
 
     def record(path: str, arguments: Arguments, output: Any) -> Tensor:
         x = next(iter((*arguments[0], *arguments[1].values())), None)
@@ -189,6 +190,9 @@ def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list
             raise Unfactorable(path, "does not map one tensor to one tensor")
         if x.shape[0] == 1 and n > 1 and path in layout.shared:  # so that each example has a row of its own
             x, output = x.expand(n, *x.shape[1:]), output.expand(n, *output.shape[1:])
+        if not torch.is_grad_enabled():  # as a frozen backbone is run: nothing flows into it
+            blocked.append(path)
+            return output
         if not output.requires_grad:  # the first layers: the graph begins here
             output = output.detach().requires_grad_().clone()
         calls[path].append(_Call(x, arguments, output, get_gradient_edge(output)))
@@ -209,6 +213,11 @@ def _hooked(model: nn.Module, layout: Layout, n: int) -> Iterator[dict[str, list
     try:
         with _Watch(watched, record) if watched else nullcontext():
             yield calls
+        if blocked and not any(calls.values()) and not layout.slow:
+            raise InputError(
+                f"the model's outputs have no gradient: {blocked[0]} runs under torch.no_grad() or inference_mode(). "
+                "Take it out of the forward pass; the library switches gradients off and on itself."
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -330,7 +339,7 @@ def _slow(batch: Batch, cotangents: Tensor, layout: Layout, functional: Function
     By vmap over the examples; for a model that vmap does not take, such as one that looks at its data, one by one.
     """
     names = [p for b in layout.slow for p in b.shapes]
-    if layout.looped:
+    if layout.looped or not has_rows(batch):
         return _one_by_one(batch, cotangents, names, functional)
     leaves = list(tensors(batch))
 

@@ -77,8 +77,8 @@ class _Relabelled(Examples):
         self._train, self._place = train, place
         self._suspects, self._labels = torch.as_tensor(suspects), torch.as_tensor(labels)
 
-    def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
-        index = torch.as_tensor(index)
+    def _gather(self, numbers: list[int], device: torch.device, dtype: torch.dtype) -> Batch:
+        index = torch.as_tensor(numbers)
         batch = self._train.batch(self._suspects[index // len(self._labels)], device, dtype)
         y = self._labels[index % len(self._labels)].to(_labels(batch, self._place))
         if isinstance(batch, Mapping):

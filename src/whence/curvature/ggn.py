@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 
 from whence import vectors
+from whence.contract import check_slope
 from whence.curvature.base import Need, RowCurvature
 from whence.curvature.plain import (
     GAPS,
@@ -195,7 +196,9 @@ class GGN(RowCurvature):
             torch.autograd.grad(flat[:, k].sum(), h, retain_graph=True)[0].reshape(len(flat), -1)
             for k in range(flat.shape[1])
         ]
-        return torch.stack(columns, 1).detach()
+        hessian = torch.stack(columns, 1).detach()
+        check_slope(hessian, "loss", "second derivative")
+        return hessian
 
     def _mean_eigenvalues(self) -> dict[str, float]:
         """Without rows: the mean squared length of gradients of drawn labels, which for a likelihood has C as its mean.
