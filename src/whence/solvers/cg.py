@@ -21,6 +21,7 @@ from torch import Tensor
 
 from whence import vectors
 from whence.curvature.base import Curvature
+from whence.curvature.ggn import GGN
 from whence.damping import Damping, Shift
 from whence.errors import DivergenceError
 from whence.progress import track
@@ -64,7 +65,7 @@ class Floor:
         return torch.where(carried <= self.limit, unsure, lost)
 
     def judge(self, some: Tensor, true: Tensor, apart: Tensor) -> Tensor:
-        """Given measured residuals and their distance from the recursion's, (q,): which the recursion must take over."""
+        """Given true residuals and their distances from the recursion's, (q,): which of them it must take over."""
         agree = apart <= 0.1 * true
         self.trust[some] *= torch.where(agree, 0.01, 1.0)
         unmet = ~agree & (true > self.limit)
@@ -116,7 +117,7 @@ class ConjugateGradients(Inverse):
             ap = self._product(p)
             pap = vectors.dot(p, ap)
             if bool((pap <= 0).any()):
-                raise indefinite(step, float(pap.min()))
+                raise indefinite(step, float(pap.min()), self.curvature)
             alpha = rz / pap
             for name, t in x.items():
                 t.index_add_(0, alive, p[name] * vectors.expand(alpha, t))
@@ -169,7 +170,7 @@ class ConjugateGradients(Inverse):
             pap = (p @ ap.T).double()
             factor, info = torch.linalg.cholesky_ex((pap + pap.T) / 2)
             if int(info):
-                raise indefinite(step, float(torch.linalg.eigvalsh((pap + pap.T) / 2)[0]))
+                raise indefinite(step, float(torch.linalg.eigvalsh((pap + pap.T) / 2)[0]), self.curvature)
             alpha = torch.cholesky_solve((p @ q.T).double(), factor).T.to(q)  # (n, directions)
             x.addmm_(s @ alpha, p)
             cancelled = float(
@@ -220,8 +221,8 @@ class CG(Solver):
     Args:
         preconditioner: any solver whose inverse is symmetric positive definite; EKFAC() makes 10 steps enough for
             ranking, Dual() 2 or 3 for an exact answer, Nystrom() serves any positive semi-definite curvature.
-        tolerance: relative residual at which a query is converged and frozen; None runs all steps. Either stops where the
-            rounding of the arithmetic lets the residual shrink no further.
+        tolerance: relative residual at which a query is converged and frozen; None runs all steps. Either stops where
+            rounding lets the residual shrink no further.
         steps: most iterations; each is one pass over the training data.
         block: let all queries share their search directions. Many queries then need several times fewer passes; an
             answer depends, within the tolerance, on the queries solved with it.
@@ -250,11 +251,15 @@ class CG(Solver):
         return ConjugateGradients(curvature, inner.shift, self, inner)
 
 
-def indefinite(step: int, form: float) -> DivergenceError:
+def indefinite(step: int, form: float, curvature: Curvature) -> DivergenceError:
     """The error at a direction p of non-positive curvature."""
+    if isinstance(curvature, GGN):
+        why, instead = "the loss is not convex in the outputs", "curvature=EmpiricalFisher"
+    else:
+        why, instead = "it needs a positive definite matrix", "the GGN instead of the Hessian"
     return DivergenceError(
-        f"CG met a direction of non-positive curvature at step {step + 1} (p.(C + damping)p = {form:.1e}): it needs a "
-        "positive definite matrix. Raise the damping, take the GGN instead of the Hessian, or Exact()."
+        f"CG met a direction of non-positive curvature at step {step + 1} (p.(C + damping)p = {form:.1e}): {why}. "
+        f"Raise the damping, take {instead}, or solve with Exact(form='primal')."
     )
 
 
