@@ -156,7 +156,7 @@ class ConjugateGradients(Inverse):
         history, measured = [residual], 0
         everyone = torch.arange(len(flat), device=flat.device)
         floor = Floor(torch.ones_like(size), self.limit, torch.finfo(flat.dtype).eps)
-        q, s = _basis(flat)  # relative residuals are s q throughout: (n, D) and (Q, n), n <= min(Q, D)
+        q, s = _basis(flat, usable)  # relative residuals are s q throughout: (n, D) and (Q, n), n <= min(Q, D)
         p, ap, factor, fresh = q, q, torch.empty(0), True
         start = time.perf_counter()
         for step in track(range(self.solver.steps), "block CG", enabled=self.curvature.problem.progress):
@@ -176,7 +176,7 @@ class ConjugateGradients(Inverse):
             cancelled = float(
                 (alpha.abs() @ ap.norm(dim=1)).max()
             )  # how far q - alpha @ ap can be wrong, in units of eps
-            q, turn = _basis(q - alpha @ ap, max(1.0, cancelled))
+            q, turn = _basis(q - alpha @ ap, noise=max(1.0, cancelled))
             s = s @ turn
             residual, fresh = s.norm(dim=1).double(), False
 
@@ -191,7 +191,7 @@ class ConjugateGradients(Inverse):
                 some = (usable & ~floor.settled).nonzero()[:, 0]
                 if bool(floor.judge(some, residual[some], apart[some]).any()) or not len(q):
                     length = true.norm(dim=1, keepdim=True).clamp(min=1e-30)
-                    q, s = _basis(true / length)  # the search starts again from the residuals that are true
+                    q, s = _basis(true / length, usable)  # the search starts again from the residuals that are true
                     s, fresh = length * s, True
             history.append(residual)
         return vectors.unflatten(x * size.to(x).unsqueeze(1), shapes), history, measured
@@ -267,7 +267,7 @@ def _flat(v: Vectors, shapes: vectors.Shapes) -> Tensor:
     return vectors.flatten({name: v[name] for name in shapes})
 
 
-def _basis(z: Tensor, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+def _basis(z: Tensor, used: Tensor | None = None, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """Orthonormal rows q and a matrix t with z = t q, for z (Q, D) with rows that are right to eps times ``noise``.
 
     There are as many rows q as z has dimensions: none for what is zero or dependent, up to rounding. A factorisation
@@ -278,4 +278,5 @@ def _basis(z: Tensor, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     kept = values > 10 * noise * torch.finfo(t.dtype).eps
     if len(values) == len(q) and bool(kept.all()):
         return q, t
-    return right[kept].to(q) @ q, (left[:, kept] * values[kept]).to(t)
+    t = (left[:, kept] * values[kept]).to(t)
+    return right[kept].to(q) @ q, t if used is None else t * used.unsqueeze(1)  # exactly 0 for what is not used
