@@ -154,10 +154,12 @@ class Curvature(ABC):
         problem = self.problem
         chosen = torch.linspace(0, len(problem.train) - 1, min(sample, len(problem.train))).long().unique()
         slopes, total = problem.seeds_of("loss"), 0
-        with problem.observed() as model, torch.no_grad():
+        with problem.observed() as model:
             for index in chosen.split(problem.train.batch_size):
                 batch = problem.batch(index)
-                slope = slopes(problem.outputs(model, batch), batch)[0]  # (n, ..., outputs)
+                with torch.no_grad():
+                    outputs = problem.outputs(model, batch)
+                slope = slopes(outputs, batch)[0]  # (n, ..., outputs)
                 total += int(slope.any(-1).sum()) if slope.ndim > 2 else len(index)
         return max(1.0, total / len(chosen))
 
