@@ -375,7 +375,8 @@ def test_trak_in_more_dimensions_than_examples_still_ranks():
 
     def agreement(**options) -> float:
         scores = whence.TRAK(**options).fit(model, Classification(), (x, y)).score(queries).values
-        return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(scores, wanted, strict=True)]).mean())
+        pairs = zip(scores, wanted, strict=True)
+        return float(torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in pairs]).mean())
 
     for size in (40, 60, 80, 4096):
         assert agreement(size=size) > 0.5, size
