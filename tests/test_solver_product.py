@@ -110,7 +110,7 @@ def test_hyperinf_is_its_formula_on_every_problem(name, side):
     solver = HyperINF(matrix="fim") if side == "all" else HyperINF(side=side)
     inverse = solver.fit(EmpiricalFisher(lib), DAMPING)
     b, g = p.unflatten(p.measurement_gradients()), p.unflatten(p.loss_gradients())
-    found = inverse.apply(b)
+    found, wanted = inverse.apply(b), {}
     for block in lib.blocks:
         v, m, taken = block.pack(b), block.pack(g), inverse.sides[block.name]  # (Q, G, O, I), (N, G, O, I)
         if taken == "all":
@@ -123,5 +123,5 @@ def test_hyperinf_is_its_formula_on_every_problem(name, side):
         else:
             A = torch.einsum("ngoi,ngpi->gop", m, m) / p.n + DAMPING * torch.eye(m.shape[2]).double()
             x = torch.einsum("gop,qgpi->qgoi", torch.linalg.inv(A), v)
-        for parameter, wanted in block.unpack(x).items():
-            close(found[parameter], wanted, 1e-9)
+        wanted |= block.unpack(x)
+    close(p.flatten(found), p.flatten(wanted), 1e-9)  # together: a layer before a norm may have a gradient of rounding
