@@ -267,7 +267,7 @@ def test_source_is_the_formula_of_the_paper(name, average, inverse):
     found = method.fit(p.model, p.task, p.train).score(p.queries)
     torch.testing.assert_close(found.values, dense_source(p, parts, inverse), rtol=1e-7, atol=1e-9)
     assert (found.residual is None) != inverse
-    assert method.damping() == pytest.approx((1 / 10 + 1 / 6) / 2)
+    assert method.damping() == pytest.approx(2 / (10 + 6))
 
 
 def test_one_segment_with_a_solver_is_influence_at_its_own_damping():

@@ -125,16 +125,30 @@ class Damping:
         if self.kind == "by parameter":
             return self._checked(curvature)
         means = curvature.mean_eigenvalues()
+        if not any(mean > 0 for mean in means.values()):
+            kind = type(curvature).__name__
+            raise expected(
+                f"the trace of {kind} (damping {self.kind})",
+                "positive",
+                f"{max(means.values()):g}",
+                "Losses such as absolute error or hinge have no second derivative in the outputs, and then only "
+                "curvature=whence.EmpiricalFisher says anything."
+                if kind != "EmpiricalFisher"
+                else "All training gradients vanish.",
+            )
         if self.kind == "per example":
             shapes, n = curvature.problem.shapes, len(curvature.problem.train)
             share = sum(mean * shapes[name].numel() for name, mean in means.items()) / n
+            if not share > 0:
+                raise expected(
+                    "the trace of the curvature",
+                    "positive for a damping per example",
+                    f"{share * n:g}",
+                    "The loss is not convex in the outputs: take curvature=whence.EmpiricalFisher, or an absolute "
+                    "damping with solver=whence.Exact().",
+                )
             return Damping.absolute(self.value * share).resolve(curvature)
-        empty = [name for name, mean in means.items() if not mean > 0]
         floor = self.value * max(means.values()) * 1e-6
-        if not floor > 0 or len(empty) == len(means):
-            raise expected(
-                "the curvature's mean eigenvalues", "positive for relative damping", 0.0, "Give an absolute one."
-            )
         return {name: max(self.value * mean, floor) for name, mean in means.items()}
 
     def _checked(self, curvature: Curvature) -> Shift:

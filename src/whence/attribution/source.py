@@ -14,7 +14,7 @@ applied on the queries' side. Eq. 16 as printed has a minus sign that its deriva
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from whence.curvature.ggn import GGN
 from whence.errors import expected
 from whence.problem import Problem
 from whence.solvers.base import Inverse, Pairing, Solver, instance
+from whence.solvers.exact import Exact
 from whence.solvers.kronecker import EKFAC
 from whence.trajectory import Segment
 
@@ -81,9 +82,14 @@ class SOURCE(OverTraining):
     curvature: Callable[[Problem], Curvature] = GGN
 
     def damping(self) -> float:
-        """The damping that these segments imply for influence at the final weights: mean of 1 / (eta K) over steps."""
+        """The damping that these segments imply for influence at the final weights: L over the sum of all rates.
+
+        That is 1 / (eta K) with the mean rate and the mean length of the segments, the same as
+        `Damping.from_training` of the run's learning rates, whatever the schedule. Within SOURCE each segment has its
+        own 1 / (eta_l K_l).
+        """
         parts = self.trajectory.segments(self.segments)
-        return sum(s.damping * s.steps for s in parts) / sum(s.steps for s in parts)
+        return len(parts) / sum(s.rate * s.steps for s in parts)
 
     def _fit(self) -> None:
         if self.average not in ("gradients", "weights"):
@@ -98,11 +104,18 @@ class SOURCE(OverTraining):
             places = each if self.average == "gradients" else (mean,)
             curvature = self.curvature(mean)
             curvature.statistics = places
-            solvers = [s for s in (self.basis, self.solver) if s is not None]
+            # A function of G needs all its eigenvectors: the dual form, where that is smaller, has none.
+            basis = self.basis
+            if isinstance(basis, Exact) and basis.form == "auto":
+                basis = replace(basis, form="primal")
+            solvers = [s for s in (basis, self.solver) if s is not None]
             for solver in solvers:
                 solver.check(curvature)
-            basis, *inverse = (solver.fit(curvature, segment.damping) for solver in solvers)
-            yield Fitted(segment, places, basis, inverse[0] if inverse else None)
+            fitted, *inverse = (solver.fit(curvature, segment.damping) for solver in solvers)
+            if type(fitted).function is Inverse.function:
+                wanted = "a solver that holds the eigenvalues of G, such as EKFAC() or Exact()"
+                raise expected("basis", wanted, repr(self.basis))
+            yield Fitted(segment, places, fitted, inverse[0] if inverse else None)
 
     def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
         w = self._query_vectors(self.problem, queries, measurement)

@@ -58,7 +58,9 @@ class TRAK(Method):
 
     Args:
         size: k, dimensions of the projection; D or more takes the gradients as they are.
-        regularisation: reg over the mean diagonal of Phi^T Phi; None takes 0 if k < N / 2, else 1e-3.
+        regularisation: reg over the mean diagonal of Phi^T Phi; None takes 0 if k < N / 2, else k / N, which makes reg
+            tr(Phi^T Phi) / N, as `Damping.per_example` does: least squares in nearly as many dimensions as there are
+            examples, or more, would fit each example by itself.
         seed: of the projection; each further model takes the next.
     """
 
@@ -126,7 +128,7 @@ class TRAK(Method):
             wide = rows.double()
             gram.addmm_(wide.T, wide)
         level = float(gram.diagonal().mean())
-        reg = self.regularisation if self.regularisation is not None else (0.0 if k < N / 2 else 1e-3)
+        reg = self.regularisation if self.regularisation is not None else (0.0 if k < N / 2 else k / N)
         gram.diagonal().add_(reg * level)
         factor, info = torch.linalg.cholesky_ex(gram)
         noise = max(k * torch.finfo(torch.float64).eps, (100 * torch.finfo(phi.dtype).eps) ** 2)

@@ -106,5 +106,5 @@ def readings(measured: whence.Spectrum, damping: float, psd: bool) -> Iterator[s
     yield (
         f"Condition C.1, which the plan assumes with c = {plan.constant:.3g}, was measured to need c = "
         f"{measured.constant} along the top eigenvectors"
-        + (": more than the usual 2, so the batches are larger." if plan.constant > 2 else ".")
+        + (": more than the usual 2, so the batches are larger." if plan.constant > 2 / measured.terms else ".")
     )

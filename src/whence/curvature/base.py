@@ -140,8 +140,33 @@ class Curvature(ABC):
 
     @undisturbed()
     def mean_eigenvalues(self) -> dict[str, float]:
-        """Trace over dimension of each block, by parameter name; exact from rows, else an estimate."""
+        """Trace over dimension of each block, by parameter name: what relative dampings are relative to.
+
+        One definition for each curvature, whatever else was fitted: exact from its rows where it offers them; else of
+        the GGN by gradients of labels drawn with seed 0, and of others by 64 random probes with seed 0.
+        """
         return self.remember("mean eigenvalues", self._mean_eigenvalues)
+
+    def terms(self, sample: int = 256) -> float:
+        """How many independent terms an example's part of C is a sum of, about: the mean number of its positions.
+
+        A loss over a sequence is a sum over its tokens, and C over their outer products. Positions are the middle axes
+        of outputs (n, ..., outputs); those without a gradient, such as padding and prompts, do not count.
+
+        Args:
+            sample: examples to look at, evenly spaced.
+        """
+        problem = self.problem
+        chosen = torch.linspace(0, len(problem.train) - 1, min(sample, len(problem.train))).long().unique()
+        slopes, total = problem.seeds_of("loss"), 0
+        with problem.observed() as model:
+            for index in chosen.split(problem.train.batch_size):
+                batch = problem.batch(index)
+                with torch.no_grad():
+                    outputs = problem.outputs(model, batch)
+                slope = slopes(outputs, batch)[0]  # (n, ..., outputs)
+                total += int(slope.any(-1).sum()) if slope.ndim > 2 else len(index)
+        return max(1.0, total / len(chosen))
 
     def _mean_eigenvalues(self) -> dict[str, float]:
         N, problem = len(self.problem.train), self.problem

@@ -23,6 +23,10 @@ class EmpiricalFisher(RowCurvature):
         """Its Kronecker factors are made from true labels too."""
         return "true"
 
+    def terms(self, sample: int = 256) -> float:  # unused: sample
+        """One: an example's part is the outer product of one gradient."""
+        return 1.0
+
     def rows(self, batch: Batch) -> Gradients:
         """One row per example: its loss gradient."""
         return self.problem.loss_gradients(batch)

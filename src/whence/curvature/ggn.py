@@ -43,7 +43,7 @@ from whence.problem import Problem
 from whence.vectors import Vectors
 
 How = Literal["auto", "rows", "jvp", "finite-difference"]
-DRAWS = 8  # labels drawn of each example for the mean eigenvalues
+DRAWS = 8  # labels drawn of each example for the mean eigenvalues, at most
 LIMIT = 128  # outputs per example up to which rows are the better product
 CACHED = 2**26  # bytes of right-hand sides that a CPU takes through the model together; more of them are slower
 
@@ -104,10 +104,29 @@ class GGN(RowCurvature):
         """Eigenvalues (n, K), largest first, and eigenvectors (K, n, K) of the output Hessian; notes a negative one."""
         values, directions = torch.linalg.eigh(self.output_hessian(outputs, batch).double())
         noise = 1e-6 if self.problem.dtype == torch.float32 else 1e-12
-        if float(values.min()) < -noise * float(values.abs().max()):
+        if float(values.min()) < -noise * float(values.abs().max()) and self._concave(outputs, batch):
             self._convex = False
         self._seen = True
         return values.flip(-1), directions.flip(-1).permute(2, 0, 1)
+
+    def _concave(self, outputs: Tensor, batch: Batch) -> bool:
+        """Whether a negative eigenvalue of an output Hessian is more than rounding.
+
+        diag(p) - p p^T of a confident classifier is the small difference of numbers of size 1: its error is eps of
+        those, however small the difference. So the Hessian is made in float64 where the loss takes that, and its
+        error is measured by the Hessian at outputs of zero, where nothing cancels, times the number of outputs, as p
+        is then 1 / K.
+        """
+        h = outputs.detach()
+        try:
+            values = torch.linalg.eigvalsh(self.output_hessian(h.double(), batch).double())
+            eps = torch.finfo(torch.float64).eps
+        except (RuntimeError, InputError):  # a loss with numbers of its own in the model's dtype
+            values = torch.linalg.eigvalsh(self.output_hessian(h, batch).double())
+            eps = torch.finfo(h.dtype).eps
+        neutral = self.output_hessian(torch.zeros_like(h), batch).double().nan_to_num(0.0, 0.0, 0.0)
+        size = max(float(values.abs().max()), float(torch.linalg.eigvalsh(neutral).abs().max()))
+        return float(values.min()) < -16 * eps * values.shape[-1] * size
 
     def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
         """C v over all training examples, or over those of the given numbers."""
@@ -203,17 +222,19 @@ class GGN(RowCurvature):
     def _mean_eigenvalues(self) -> dict[str, float]:
         """Without rows: the mean squared length of gradients of drawn labels, which for a likelihood has C as its mean.
 
-        A drawn gradient costs one backward pass where a probe costs a product.
+        A drawn gradient costs one backward pass where a probe costs a product. Eight labels of each example are drawn,
+        fewer where many examples share the error: one from 8,192 on, as each draw is a pass.
         """
         if self._how() == "rows":
             return super()._mean_eigenvalues()
         problem, rng = self.problem, torch.Generator().manual_seed(0)
+        draws = min(DRAWS, -(-DRAWS * 1024 // len(problem.train)))
         sums = dict.fromkeys((b.name for b in problem.blocks), 0.0)
         try:
-            for _ in range(DRAWS):
+            for _ in range(draws):
                 for _, batch in problem.batches(what="mean eigenvalues"):
                     for name, r in problem.sampled_gradients(batch, rng).rows.items():
-                        sums[name] += float(r.square_norms().double().sum()) / (DRAWS * len(problem.train))
+                        sums[name] += float(r.square_norms().double().sum()) / (draws * len(problem.train))
         except UnsupportedError:  # labels cannot be drawn
             return super()._mean_eigenvalues()
         return {p: sums[b.name] / b.size for b in problem.blocks for p in b.shapes}

@@ -53,9 +53,10 @@ class Spectrum:
         smallest: smallest eigenvalue found, by the same; negative for an indefinite matrix.
         sketched: largest eigenvalue by the sketch, corrected for its bias.
         gap: |B| tr(sampling gap) / tr(C)^2, the c that condition C.1 needs on average.
-        constant: the c that it needs along the top eigenvectors; Corollary 1 takes at least 2.
+        constant: the c that it needs along the top eigenvectors; Corollary 1 takes at least 2 / ``terms``.
         examples, parameters: N and D.
         batch: examples of the minibatches that the gap was measured with.
+        terms: of which an example's part of C is a sum, such as the tokens of a sequence.
     """
 
     trace: Estimate
@@ -68,6 +69,7 @@ class Spectrum:
     examples: int
     parameters: int
     batch: int
+    terms: float = 1.0
 
     def __str__(self) -> str:
         """A table, one fact a line."""
@@ -236,6 +238,7 @@ def spectrum(
         N,
         krylov.basis.shape[1],
         batch,
+        curvature.terms(),
     )
 
 

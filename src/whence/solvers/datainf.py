@@ -39,7 +39,7 @@ class MeanInverse(Inverse):
         packed = gradients.pack(blocks, b)  # (Q, G, O, I) each
         found = {name: torch.zeros_like(v) for name, v in packed.items()}
         for piece in self.curvature.gradients():
-            roots = root_weights(piece)  # (n, R)
+            roots = root_weights(piece, self.curvature)  # (n, R)
             for block in blocks:
                 rows, damping = piece.rows[block.name], self.shift[next(iter(block.shapes))]
                 t = rows.dot(packed[block.name]).double() * roots  # B_n b, (Q, n, R)
@@ -65,17 +65,16 @@ def solved(rows: Rows, roots: Tensor, damping: float, t: Tensor) -> Tensor:
     return torch.linalg.solve(gram, t.permute(1, 2, 0)).permute(2, 0, 1)
 
 
-def root_weights(rows: Gradients) -> Tensor:
-    """Square roots of the weights of rows, (n, R).
+def root_weights(rows: Gradients, curvature: Curvature) -> Tensor:
+    """Square roots of the weights of rows of a curvature, (n, R).
 
     Raises:
-        UnsupportedError: if one is negative beyond rounding.
+        UnsupportedError: if one is negative beyond rounding, which the curvature found when it made them.
     """
-    lowest, largest = float(rows.weights.min()), float(rows.weights.abs().max())
-    if lowest < -1e-6 * largest:
+    if not curvature.psd:
         raise UnsupportedError(
-            f"rows of the curvature must have weights of at least 0, got {lowest:.1e}: the loss is not convex in the "
-            "outputs. Take EmpiricalFisher, or CG."
+            f"rows of the curvature must have weights of at least 0, got {float(rows.weights.min()):.1e}: the loss is "
+            "not convex in the outputs. Take curvature=EmpiricalFisher, or Exact(form='primal')."
         )
     return rows.weights.clamp(min=0).sqrt()
 

@@ -114,7 +114,8 @@ class Dual(Solver):
         shares = join([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()], 0)
         if not curvature.psd:  # known once the rows have been seen
             raise UnsupportedError(
-                "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. Use CG."
+                "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. "
+                "Take curvature=EmpiricalFisher, or Exact(form='primal')."
             )
         ordered, order = shares.clamp(min=0).flatten().sort()
         room = int((self.memory / 8) ** 0.5)

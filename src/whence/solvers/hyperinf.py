@@ -215,7 +215,7 @@ def second_moments(curvature: Curvature, sides: dict[str, Side]) -> dict[str, Te
         d = width(b, sides[b.name])
         total[b.name] = torch.zeros(groups(b, sides[b.name]), d, d, dtype=torch.float64, device=problem.device)
     for piece in curvature.gradients():
-        roots = root_weights(piece).to(problem.dtype)  # (n, R)
+        roots = root_weights(piece, curvature).to(problem.dtype)  # (n, R)
         for b in problem.blocks:
             rows, side = piece.rows[b.name], sides[b.name]
             n, R = roots.shape
@@ -246,7 +246,7 @@ def _factors(rows: Rows, roots: Tensor, block: Block, side: Side, ghost: bool) -
                 left, between = g, (rows.a @ rows.a.mT).unsqueeze(2)
         right = between * left if left.shape[-2] == 1 else between @ left
         return left.flatten(1, -2), right.flatten(1, -2)
-    m = (rows.written().rows * roots.unsqueeze(2)).view(n * R, *block.sides)
+    m = (rows.written().rows * roots.unsqueeze(2)).reshape(n * R, *block.sides)  # rows may be views of any order
     if side == "all":
         m = m.flatten(1).unsqueeze(0)  # (1, n R, G O I)
     else:

@@ -130,11 +130,6 @@ class EKFAC(Solver):
         labels = self.labels or curvature.labels
         kept = self._kept(curvature)
         factors = curvature.remember(kept, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
-        fisher = labels == "true" or (curvature.psd and Need.GRADIENTS not in curvature.offers)  # else rows are exact
-        if labels == curvature.labels and fisher and curvature.statistics == (curvature.problem,):
-            blocks = curvature.problem.blocks
-            means = {p: float(factors[b.name].ekfac.mean()) for b in blocks for p in b.shapes}
-            curvature.remember("mean eigenvalues", lambda: means)  # the trace is the same in every basis
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
     def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:

@@ -69,7 +69,9 @@ def corollary(measured: Spectrum, damping: float, contraction: float = 2.0, batc
         batch: |B|, if it is given; the step is then the largest stable one for it.
     """
     top = max(measured.largest.value, 1e-300)
-    largest, constant, trace = SAFETY * top, max(2.0, measured.constant.value), max(measured.trace.value, top)
+    # The published floor c >= 2 is for a batch that counts tokens; one of sequences has as many times more terms.
+    largest, constant, trace = SAFETY * top, max(2 / measured.terms, measured.constant.value), measured.trace.value
+    trace = max(trace, top)
     chosen = batch or math.ceil(constant * trace / largest)
     full = batch is None and chosen >= measured.examples
     t = 0.0 if full else constant * trace / chosen
