@@ -43,7 +43,7 @@ def documents(source: str | Path, split: str | None = None, column: str | None =
         split: of a data set, such as "train", on the hub also "train[:1000]"; it may be left out where there is only
             one.
         column: the one with the texts or conversations; without it "text", "messages", the pair of "prompt" and
-            "completion", or the only column with texts, the first of these that is there.
+            "completion", the only column of conversations, or the only one of texts, the first of these that is there.
 
     Raises:
         InputError: a source that is not there, of another form, or without texts; a split or column that it lacks.
@@ -135,10 +135,13 @@ def _dataset(source: str, split: str | None, column: str | None) -> Documents:
 def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], column: str | None) -> Documents:
     """The documents of a column, or of the two with prompts and completions."""
     if column is None and "text" not in names:
-        if "messages" in names and any(is_conversation(cell) for cell in get("messages")):
+        chats = [name for name in names if any(is_conversation(cell) for cell in get(name))]
+        if "messages" in chats:
             column = "messages"
         elif {"prompt", "completion"} <= set(names):
             return _rows(origin, names, get, ("prompt", "completion"))
+        elif len(chats) == 1:
+            column = chats[0]
         else:
             texts = [name for name in names if any(isinstance(cell, str) for cell in get(name))]
             if len(texts) != 1:
