@@ -156,6 +156,8 @@ def answer(
         InputError: if the template renders the prompt alone otherwise than within the whole, or the completion has
             nothing of the assistant's.
     """
+    if not any(message["role"] == "assistant" for message in completion):
+        raise expected("a completion of messages", "one with the assistant's", "none of the assistant's")
     start = chat_prompt(tokenizer, prompt, options)
     whole, written = chat_tokens(tokenizer, [*prompt, *completion], options)
     if not torch.equal(whole[: len(start)], start):
@@ -164,8 +166,6 @@ def answer(
             "than within the whole. Give the completion as a text, or token numbers."
         )
     written[: len(start)] = False
-    if not written.any():
-        raise expected("a completion of messages", "one with the assistant's", "none of the assistant's")
     return {"input_ids": whole, "labels": whole.masked_fill(~written, IGNORE)}
 
 

@@ -93,7 +93,7 @@ def apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     if _differ(forward(row)[:, end:], forward(row | {"input_ids": changed})[:, end:]):
         raise UnsupportedError(
             f"position_ids start again inside a row, but the documents of a row read each other in "
-            f"{type(model).__name__}. Give each document a row of its own, or a mask of pairs of tokens."
+            f"{type(model).__name__}. Give each document a row of its own."
         )
     return True
 

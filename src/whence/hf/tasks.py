@@ -201,7 +201,7 @@ def _real(batch: Batch) -> Tensor:
     return mask.bool()
 
 
-def whole_numbers(labels: Tensor, advice: str = "") -> Tensor:
+def whole_numbers(labels: Tensor, advice: str = "Convert them with labels.long().") -> Tensor:
     """Labels as int64.
 
     Raises:

@@ -140,13 +140,12 @@ def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], 
             column = "messages"
         elif {"prompt", "completion"} <= set(names):
             return _rows(origin, names, get, ("prompt", "completion"))
-        elif len(chats) == 1:
-            column = chats[0]
         else:
             texts = [name for name in names if any(isinstance(cell, str) for cell in get(name))]
-            if len(texts) != 1:
-                raise expected("column", f"one of {', '.join(texts or names)}", "none")
-            column = texts[0]
+            likely = chats or texts
+            if len(likely) != 1:
+                raise expected("column", f"one of {', '.join(likely or names)}", "none")
+            column = likely[0]
     column = column or "text"
     if column not in names:
         raise expected("column", f"one of {', '.join(names)}", repr(column))
@@ -154,7 +153,8 @@ def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], 
     if any(is_conversation(cell) for cell in cells):
         return _rows(origin, names, get, (column,))
     if wrong := [cell for cell in cells if not isinstance(cell, str)]:
-        raise expected(f"The column {column!r} of {origin}", "one of texts", repr(wrong[0])[:80])
+        kinds = "one of texts, or of messages with 'role' and 'content'"
+        raise expected(f"The column {column!r} of {origin}", kinds, repr(wrong[0])[:80])
     return _some(cells, f"{origin}, column {column!r}")
 
 
