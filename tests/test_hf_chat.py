@@ -193,14 +193,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
     assert "{% generation %}" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="completion cannot be told from the prompt|cannot be told"):
         completion_batch(t, TWICE[:3], TWICE[3:])
+    inner = "{{ m['content'] }}"
+    marks = "{% if m['role'] == 'assistant' %}{% generation %}" + inner + "{% endgeneration %}{% else %}" + inner
+    t = tokenizer(template=LAST.replace(inner, marks + "{% endif %}"))
+    assert told(sequences(t, [TWICE], 64)[0])[1] == "lima peru , yes"  # the template says what is the assistant's
 
 
 def test_conversations_are_cut_at_the_length_and_what_is_left_out_is_counted():
     t = tokenizer(template=TURNS)
-    cut = sequences(t, [TWICE, ASKED, ANSWERED, "", TWICE[:2]], 14)
+    nothing = ["", None, {"messages": None}, {"prompt": "a", "completion": ""}]
+    cut = sequences(t, [TWICE, ASKED, ANSWERED, *nothing, TWICE[:2]], 14)
     assert [told(row)[1] for row in cut] == ["lima", "lima <|end|>"] and cut.starts == [(0, 0), (2, 0)]
     assert cut.dropped == {
-        "documents without text": 1,
+        "documents without text": 4,
         "ends of documents beyond 14 tokens": 1,
         "documents without an answer": 2,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
@@ -82,6 +83,26 @@ def test_kronecker_factors_of_packed_rows_see_no_padding():
         for size in (1, 6)
     ]
     close(scores[0], scores[1], 1e-9)
+
+
+def test_accurate_scores_of_packed_rows_are_those_of_the_documents():
+    """A Gauss-Newton matrix of the mean over rows: that of rows written out by hand, from documents alone."""
+    m = gpt2()
+    rng = torch.Generator().manual_seed(0)
+    problem = whence.Problem(m, CausalLM(), loader(rows(), 4), "h.1.mlp.c_proj.weight", progress=False)
+    (name,) = problem.shapes
+    weight, v = problem.parameters[name], torch.randn(problem.shapes[name], generator=rng, dtype=torch.float64)
+    wanted = torch.zeros_like(v)
+    for pack in PACKS:
+        for document in pack:
+            logits = m(input_ids=torch.tensor([document]), use_cache=False).logits[0, :-1]
+            for h in logits:
+                jacobian = torch.stack([torch.autograd.grad(x, weight, retain_graph=True)[0].flatten() for x in h])
+                p = h.detach().softmax(0)
+                wanted += (((p.diag() - p.outer(p)) @ (jacobian @ v.flatten())) @ jacobian).view_as(v) / len(PACKS)
+    for product in ("jvp", "rows"):
+        curvature = whence.GGN(problem, product=product)
+        close(curvature.product({name: v.unsqueeze(0)})[name][0], wanted)
 
 
 def test_packed_documents_under_a_mask_are_refused():
@@ -198,6 +219,19 @@ def test_the_check_leaves_no_trace_and_is_made_once():
         assert len(calls) == 1 and len(m._forward_hooks) == 1  # the passes of the check are hidden from hooks
         assert torch.equal(task.outputs(m, data), first) and len(calls) == 2
     handle.remove()
+
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func) if func is torch.nn.functional.linear else None
+            return func(*args, **(kwargs or {}))
+
+    calls.clear()
+    other = llama()
+    with torch.no_grad(), Counting():
+        task.outputs(other, data)
+        once = len(calls)
+        task.outputs(other, data)
+    assert once == len(calls) - once > 0  # nor do function modes see them
     repeated = {"input_ids": torch.full((2, 6), 5)}  # all tokens alike: no other half could be written
     bert = made("BertForMaskedLM", "BertConfig")
     task.outputs(bert, repeated)

@@ -135,7 +135,9 @@ def _lengths(batch: Batch) -> Tensor:
 
 def _row(batch: Batch, i: int) -> dict[str, Any]:
     """One example of a batch, as a batch."""
-    return {name: t[i : i + 1] if isinstance(t, Tensor) else t for name, t in batch.items()}
+    count = len(batch["input_ids"])
+    each = {name for name, t in batch.items() if isinstance(t, Tensor) and t.ndim and len(t) == count}
+    return {name: t[i : i + 1] if name in each else t for name, t in batch.items()}
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

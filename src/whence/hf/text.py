@@ -187,7 +187,12 @@ def _some(documents: Sequence[Document], origin: str) -> Documents:
 
 def says_something(document: Document) -> bool:
     """Whether a document has any text."""
-    return bool(document.strip()) if isinstance(document, str) else bool(document)
+    if isinstance(document, str):
+        return bool(document.strip())
+    if isinstance(document, Mapping):
+        cells = [document[name] for name in ("messages", "prompt", "completion") if name in document]
+        return all(bool(cell) for cell in cells)
+    return bool(document)
 
 
 class Pieces(Sequence[str]):
