@@ -136,7 +136,7 @@ def test_what_does_not_fit_the_problem_is_refused():
         found(m, SequenceClassification(), loader([0.9, 1.9, 2.9, 0.9, 1.1]), match)
     with pytest.raises(InputError, match="labels must be whole numbers"):
         found(m, SequenceClassification(), loader(TRUE), match)
-    with pytest.raises(InputError, match="labels must be of the outputs' shape .\d, 3., got .\d,"):
+    with pytest.raises(InputError, match=r"labels must be of the outputs' shape .\d, 3., got .\d,"):
         found(m, SequenceClassification("regression"), loader(TARGETS[1], 2), match)
     with pytest.raises(InputError, match="problem_type must be one of single_label_classification, regression"):
         SequenceClassification("regresion")
