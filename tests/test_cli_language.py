@@ -319,3 +319,70 @@ def test_an_interrupted_run_goes_on(here, tmp_path, capsys, monkeypatch):
     run("explain --config r/explain.toml --out r")
     assert [n for n in whole(tmp_path / "r") if "pieces" in n] == []
     refused(capsys, "r/scores.safetensors was made for another queries", line, "--prompt", "in peru", *ASK[3:5])
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+ANSWERS = [
+    [{"role": "user", "content": f"the capital of {country} is"}, {"role": "assistant", "content": f" {city}"}]
+    for country, city in CITIES.items()
+]
+
+
+def chatting(tmp_path, tokenizer, template=TEMPLATE) -> None:
+    """The model beside a tokenizer with a chat template."""
+    folder = tmp_path / "chatty"
+    folder.mkdir()
+    for file in (tmp_path / "model").iterdir():
+        (folder / file.name).symlink_to(file.resolve())
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text(template)
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["messages", "pairs", "texts"])
+def test_only_answers_count_in_data_sets_of_conversations(here, tmp_path, capsys, kind):
+    model, tokenizer = here
+    chatting(tmp_path, tokenizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained("chatty")
+    user, end = "<|user|>the capital of peru is<|end|><|assistant|>", tokenizer("<|end|>")["input_ids"]
+    if kind == "messages":
+        rows = [{"messages": messages, "id": "a"} for messages in ANSWERS]
+    elif kind == "pairs":
+        rows = [{"prompt": messages[:1], "completion": messages[1:]} for messages in ANSWERS]
+    else:
+        rows = [{"prompt": user.replace("peru", country), "completion": f" {city}<|end|>"}
+                for country, city in CITIES.items()]  # fmt: skip
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = "the capital of peru is" if kind != "texts" else user
+    run("score --hf chatty --dataset chats.jsonl --no-certify --out c", "--prompt", asked, "--completion", " lima")
+    train = []
+    for country, city in CITIES.items():
+        start = tokenizer(user.replace("peru", country))["input_ids"]
+        answer = [*tokenizer(f" {city}")["input_ids"], *end]
+        train.append({"input_ids": start + answer, "labels": [-100] * len(start) + answer})
+    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1), parameters="mlp")
+    influence.fit(model, CausalLM(), pad(train))
+    queries = completion_batch(None, tokenizer(user)["input_ids"], tokenizer(" lima")["input_ids"])
+    values = influence.score(queries, certify=False).values
+    torch.testing.assert_close(whence.Scores.load("c/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)
+    counted = sum(int(t != -100) for row in train for t in row["labels"])
+    assert f"taken to be that of the {counted} tokens of answers alone" in capsys.readouterr().out
+    if kind == "messages":
+        line = "score --hf chatty --dataset chats.jsonl --no-certify --rendered --out d"
+        run(line, "--prompt", user, "--completion", " lima")
+        assert torch.equal(*(whence.Scores.load(f"{f}/scores.safetensors").values for f in "cd"))
+
+
+def test_conversations_without_a_template_are_told_in_one_line(here, capsys):
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in ANSWERS))
+    said = "messages must be what the tokenizer's chat template takes, got those of user, assistant: Cannot use chat"
+    refused(capsys, said, "score --hf model --dataset chats.jsonl --out c", *ASK)
+    refused(
+        capsys, "pack must be False for conversations", "score --hf model --dataset chats.jsonl --pack --out c", *ASK
+    )

@@ -8,6 +8,8 @@ entry on a model is verified against autograd before it is believed, so a layer 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -182,12 +184,24 @@ def _by_parameters(layer: nn.Module, part: str) -> LayerKind | None:
 
 
 FINDERS: list[Finder] = [_by_parameters]  # asked last to first about modules of no registered type
+
+# Modules of other packages that define layers, and the module of this library that registers entries for them. It is
+# imported when a layout is planned while the other is loaded, and never before: a model of GPT-2 with a task of the
+# user's own needs the entry of its Conv1D too, and nothing here is slowed down where transformers is not in use.
+ENTRIES_FOR = {"transformers.pytorch_utils": "whence.hf.layers"}
 INSIDE = {LinearKind: (nn.Linear.forward, F.linear), EmbeddingKind: (nn.Embedding.forward, F.embedding)}
 
 
 def register(layer: type[nn.Module], kind: LayerKind) -> None:
     """Add or replace the entry of a layer type; its subclasses are covered too."""
     KINDS[layer] = kind
+
+
+def register_loaded() -> None:
+    """Register the entries for layers of packages that are loaded in this process, see `ENTRIES_FOR`."""
+    for package, entries in ENTRIES_FOR.items():
+        if package in sys.modules and entries not in sys.modules:
+            importlib.import_module(entries)
 
 
 def registered(layer: nn.Module) -> LayerKind | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from whence.gradients import Block
-from whence.layers import kind_of, transposed
+from whence.layers import kind_of, register_loaded, transposed
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Layout:
 
 def plan(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Layout:
     """Assign each selected parameter to a block: of one layer, of several that share it, or of its own."""
+    register_loaded()
     names = {id(p): name for name, p in parameters.items()}
     modules = dict(model.named_modules())
     claims: dict[str, list[tuple[str, str]]] = {name: [] for name in parameters}  # parameter -> (module, part)

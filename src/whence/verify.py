@@ -26,7 +26,9 @@ from whence.trace import InjectCotangent, Traced, fit_to
 Outputs = Callable[[Batch], Tensor]  # (n, ...) of a batch
 Parameters = Mapping[str, nn.Parameter]
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}  # rounding stays well below, a wrong row is far above
+# Rounding stays well below, a wrong row is far above. Models of transformers compute norms and rotations in float32
+# in float64 too: their backward passes round each cotangent by itself, so sums of several agree to 1e-7 only.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 FLOOR = 1e-2  # a parameter's gradient is measured against at least this share of all parameters'
 SHAPES = 4  # new shapes that are always checked; of further ones as many as the budget allows
 BUDGET = 0.04  # of a pass, for the checks of new shapes

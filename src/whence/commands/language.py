@@ -32,11 +32,15 @@ class Language:
         dataset: its training texts: a .txt (documents between blank lines, or one a line), .jsonl, .json, .csv or
             .parquet file, a folder saved with datasets, or a name on the hub (name:configuration if it has several).
         split: of the dataset.
-        column: with the texts; without it "text", or the only one with texts.
+        column: with the texts or conversations; without it "text", "messages", the pair of "prompt" and "completion",
+            or the only one with texts. Conversations go through the tokenizer's chat template, and only what the
+            assistant wrote counts in the loss; of prompts and completions only the completions do.
         length: tokens of a training sequence; without it 512, or as many as the model takes if these are fewer.
         pack: let sequences run over the ends of documents, as in pretraining; else each document is cut by itself.
-        prompt: what the model is given, a text for each query.
+        prompt: what the model is given, a text for each query. Beside conversations it is a user's message, and goes
+            through the chat template.
         completion: what it is asked about, a text for each prompt, with the space in front of it.
+        rendered: prompts are texts as the model reads them, beside conversations too.
     """
 
     hf: str | None = None
@@ -47,6 +51,7 @@ class Language:
     pack: bool = False
     prompt: tuple[str, ...] | None = None
     completion: tuple[str, ...] | None = None
+    rendered: bool = False
 
     def language(self) -> Target:
         """The target that these options describe.
@@ -72,15 +77,18 @@ class Language:
             raise expected("length", f"at most the {limit} tokens that the model takes", length)
         cut = sequences(tokenizer, found.texts, length, self.pack)
         train = DataLoader(cut, max(1, PASS // length), collate_fn=pad)  # pyright: ignore[reportArgumentType]
-        queries, starts = None, list[int]()
+        queries, asked_about = None, list[slice]()
         if prompts:
-            queries = completion_batch(tokenizer, prompts, completions)
+            chats = not self.rendered and any(_is_chat(document) for document in found.texts)
+            texts = [[{"role": "user", "content": prompt}] for prompt in prompts] if chats else prompts
+            queries = completion_batch(tokenizer, texts, completions)
             if queries["input_ids"].shape[1] > limit:
                 longest = queries["input_ids"].shape[1]
                 raise expected(
                     "a prompt and its completion", f"at most the {limit} tokens that the model takes", longest
                 )
-            starts = (queries["labels"] >= 0).long().argmax(1).tolist()
+            places = [row.nonzero()[:, 0].tolist() for row in queries["labels"] >= 0]
+            asked_about = [slice(place[0], place[-1] + 1) for place in places]
         _check_vocabulary(model, [*cut.tokens, *([] if queries is None else [queries["input_ids"]])])
 
         def show(data: Any, number: int) -> Example:
@@ -91,9 +99,9 @@ class Language:
                 return Example(caption, text=pieces.text(), tokens=pieces, detail=more)
             ids = data["input_ids"][number][data["attention_mask"][number].bool()]
             pieces = Pieces(tokenizer, ids)
-            return Example(
-                pieces.text(starts[number]).strip(), text=pieces.text(), tokens=pieces, marked=starts[number]
-            )
+            asked = asked_about[number]
+            caption = pieces.text(asked.start, asked.stop).strip()
+            return Example(caption, text=pieces.text(), tokens=pieces, marked=asked.start)
 
         return Target(
             model,
@@ -177,10 +185,18 @@ def told(origin: str, documents: int, cut: Any, length: int, pack: bool) -> str:
     """What became of the texts, in a sentence or two."""
     tokens, dropped = sum(map(len, cut.tokens)), [f"{reason} ({count:,})" for reason, count in cut.dropped.items()]
     how = "packed into" if pack else "cut one by one into"
+    counted = "every token"
+    if cut.labels is not None:
+        counted = f"the {sum(int((labels >= 0).sum()) for labels in cut.labels):,} tokens of answers alone"
     return (
         f"{documents:,} documents of {origin}, {how} {len(cut):,} sequences of at most {length} tokens, {tokens:,} in "
-        f"all. Dropped: {', '.join(dropped) or 'none'}. The training loss is taken to be that of every token."
+        f"all. Dropped: {', '.join(dropped) or 'none'}. The training loss is taken to be that of {counted}."
     )
+
+
+def _is_chat(document: Any) -> bool:
+    """Whether a document of a data set goes through the chat template."""
+    return isinstance(document, dict) and not isinstance(document.get("prompt", []), str)
 
 
 def _check_vocabulary(model: Any, tokens: Sequence[torch.Tensor]) -> None:

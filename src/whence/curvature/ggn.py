@@ -37,7 +37,7 @@ from whence.curvature.plain import (
     is_gap,
 )
 from whence.data import Batch, map_tensors
-from whence.errors import UnsupportedError, WhenceWarning, expected
+from whence.errors import InputError, UnsupportedError, WhenceWarning, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
 from whence.vectors import Vectors

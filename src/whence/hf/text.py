@@ -1,32 +1,32 @@
-"""Texts for language models: documents read from files and data sets, and cut into sequences of tokens."""
+"""Texts for language models: documents read from files and data sets, and the text of tokens."""
 
 from __future__ import annotations
 
 import json
 import re
-from bisect import bisect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
-import torch
 from torch import Tensor
 
 from whence.errors import InputError, expected
-from whence.hf.batches import numbers
+from whence.hf.tokens import Conversation, is_conversation
 from whence.tables import read_arrow
 
 FILES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+TEMPLATE = ("tools", "chat_template_kwargs")  # columns that chat templates take beside the messages
+
+Document = str | Conversation | Mapping[str, Any]  # a text, messages, or a row with messages or prompt and completion
 
 
 class Documents(NamedTuple):
     """Texts, and where they come from."""
 
-    texts: list[str]
-    """Each document's text; a row without any has "", so that numbers are those of the source."""
+    texts: list[Any]
+    """Each document: a text, or a dict with "messages" or with "prompt" and "completion"; a row without any has "", so
+    that numbers are those of the source."""
     origin: str
     """In words: what was read, and how it was taken apart."""
 
@@ -43,7 +43,8 @@ def documents(source: str | Path, split: str | None = None, column: str | None =
         source: the file, folder or name.
         split: of a data set, such as "train", on the hub also "train[:1000]"; it may be left out where there is only
             one.
-        column: the one with the texts; without it "text", or the only column with texts.
+        column: the one with the texts or conversations; without it "text", "messages", the pair of "prompt" and
+            "completion", the only column of conversations, or the only one of texts, the first of these that is there.
 
     Raises:
         InputError: a source that is not there, of another form, or without texts; a split or column that it lacks.
@@ -147,93 +148,66 @@ def _dataset(source: str, split: str | None, column: str | None) -> Documents:
 
 
 def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], column: str | None) -> Documents:
-    """The documents of a column."""
-    if column is None:
-        column = "text" if "text" in names else None
-        if column is None:
+    """The documents of a column, or of the two with prompts and completions."""
+    if column is None and "text" not in names:
+        chats = [name for name in names if any(is_conversation(cell) for cell in get(name))]
+        if "messages" in chats:
+            column = "messages"
+        elif {"prompt", "completion"} <= set(names):
+            return _rows(origin, names, get, ("prompt", "completion"))
+        else:
             texts = [name for name in names if any(isinstance(cell, str) for cell in get(name))]
-            if len(texts) != 1:
-                raise expected("column", f"one of {', '.join(texts or names)}", "none")
-            column = texts[0]
-    elif column not in names:
+            likely = chats or texts
+            if len(likely) != 1:
+                raise expected("column", f"one of {', '.join(likely or names)}", "none")
+            column = likely[0]
+    column = column or "text"
+    if column not in names:
         raise expected("column", f"one of {', '.join(names)}", repr(column))
     cells = ["" if cell is None else cell for cell in get(column)]
+    if any(is_conversation(cell) for cell in cells):
+        return _rows(origin, names, get, (column,))
     if wrong := [cell for cell in cells if not isinstance(cell, str)]:
-        raise expected(f"The column {column!r} of {origin}", "one of texts", repr(wrong[0])[:80])
+        kinds = "one of texts, or of messages with 'role' and 'content'"
+        raise expected(f"The column {column!r} of {origin}", kinds, repr(wrong[0])[:80])
     return _some(cells, f"{origin}, column {column!r}")
 
 
-def _some(texts: list[str], origin: str) -> Documents:
-    if not any(text.strip() for text in texts):
+def _rows(
+    origin: str, names: Sequence[str], get: Callable[[str], list[Any]], columns: tuple[str] | tuple[str, str]
+) -> Documents:
+    """Conversations of one column, or prompts and completions of two, with what their chat template takes besides."""
+    keys = ("messages",) if len(columns) == 1 else columns
+    more = [name for name in TEMPLATE if name in names]
+    documents: list[Document] = []
+    for row in zip(*[get(name) for name in (*columns, *more)], strict=True):
+        cells = dict(zip((*keys, *more), row, strict=True))
+        if any(not cells[key] for key in keys):
+            documents.append("")
+            continue
+        for column, key in zip(columns, keys, strict=True):
+            if not is_conversation(cells[key]) and (len(columns) == 1 or not isinstance(cells[key], str)):
+                wanted = "messages with 'role' and 'content'" + (" or a text" if len(columns) > 1 else "")
+                raise expected(f"A cell of the column {column!r} of {origin}", wanted, repr(cells[key])[:80])
+        documents.append(cells)
+    told = " and ".join(repr(column) for column in columns)
+    return _some(documents, f"{origin}, {'column' if len(columns) == 1 else 'columns'} {told}")
+
+
+def _some(documents: Sequence[Document], origin: str) -> Documents:
+    if not any(says_something(document) for document in documents):
         raise InputError(f"{origin} must hold at least one text, got none.")
-    return Documents(texts, origin)
+    return Documents(list(documents), origin)
 
 
-@dataclass(frozen=True, eq=False)
-class Sequences(Sequence[dict[str, Tensor]]):
-    """Training sequences: every token has a label. With ``pad`` as its ``collate_fn`` a ``DataLoader`` takes them.
-
-    Args:
-        tokens: the token numbers of each.
-        starts: the document that each begins in, and at which of its tokens.
-        dropped: what was left out: reason to count.
-    """
-
-    tokens: list[Tensor]
-    starts: list[tuple[int, int]]
-    dropped: dict[str, int]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @overload
-    def __getitem__(self, at: int) -> dict[str, Tensor]: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[dict[str, Tensor]]: ...
-    def __getitem__(self, at: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        return {"input_ids": self.tokens[at], "labels": self.tokens[at]}
-
-
-def sequences(tokenizer: Callable[..., Any], texts: Sequence[str], length: int, pack: bool = False) -> Sequences:
-    """Documents cut into sequences of at most ``length`` tokens, in order and without overlap.
-
-    Each document is tokenized with the tokenizer's special tokens. Cut one by one, its last sequence may be shorter;
-    packed, the documents follow one another, with the tokenizer's end-of-sequence token after each, and only the very
-    last sequence may be. Documents without text, and sequences of a single token, which predict nothing, are dropped.
-
-    Args:
-        tokenizer: of transformers, or any function from a text to token numbers.
-        texts: the documents.
-        length: tokens in a sequence.
-        pack: let sequences run over the ends of documents.
-
-    Raises:
-        InputError: a length below 2, one text where a list is due, or no sequence at all.
-    """
-    if isinstance(texts, str):
-        raise expected("texts", "a list of documents", "one text", "Put it into a list.")
-    if length < 2:
-        raise expected("length", "at least 2 tokens", length)
-    documents = {i: numbers(tokenizer, text, True) for i, text in enumerate(texts) if text.strip()}
-    end = getattr(tokenizer, "eos_token_id", None)
-    if pack and end is not None:
-        documents = {i: torch.cat([t, t.new_tensor([end])]) if end not in t[-1:] else t for i, t in documents.items()}
-    tokens, starts, single = [], [], 0
-    for run in filter(None, [documents] if pack else [{i: t} for i, t in documents.items()]):
-        names, firsts = list(run), list(accumulate(map(len, run.values()), initial=0))
-        for at, piece in enumerate(torch.cat(list(run.values())).split(length)):
-            if len(piece) < 2:
-                single += 1
-                continue
-            place = bisect(firsts, at * length) - 1
-            tokens.append(piece)
-            starts.append((names[place], at * length - firsts[place]))
-    if not tokens:
-        raise expected("the documents", "long enough for a sequence of two tokens", f"{len(texts)} without one")
-    dropped = {"documents without text": len(texts) - len(documents), "sequences of a single token": single}
-    return Sequences(tokens, starts, {reason: count for reason, count in dropped.items() if count})
+def says_something(document: Document) -> bool:
+    """Whether a document has any text."""
+    if isinstance(document, str):
+        return bool(document.strip())
+    if isinstance(document, Mapping):
+        cells = [document[name] for name in ("messages", "prompt", "completion") if name in document]
+        return all(bool(cell) for cell in cells)
+    return bool(document)
 
 
 class Pieces(Sequence[str]):
