@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from whence.data import digest, tensors
+from whence.data import digest
 from whence.errors import InputError, UnsupportedError, WhenceWarning, expected
 from whence.surroundings import (
     Snapshot,
@@ -255,10 +255,19 @@ def copied(model: nn.Module) -> nn.Module:
     with undisturbed(), alone(model):
         for module in model.modules():
             for value in vars(module).values():
-                for t in tensors(value):
+                for t in _held(value):
                     if not t.is_leaf or t.is_inference():
                         memo[id(t)] = _leaf(t)
         return copy.deepcopy(model, memo)
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    """The tensors in an attribute of a module, also in dicts, lists and tuples; what else it holds is no concern."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _held(part)
 
 
 def _leaf(t: Tensor) -> Tensor:

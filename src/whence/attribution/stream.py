@@ -117,10 +117,11 @@ def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
     Where some parameters' gradients would have to be written out and few directions are enough, by forward-mode
     derivatives along these.
     """
-    if not _takes_slopes(problem, pairing):
+    mix = pairing.mix
+    if mix is None or not _takes_slopes(problem, pairing):
         return pairing(problem.loss_gradients(batch))
     directions = {p: t for b in problem.blocks for p, t in b.unpack(written(pairing.packed[b.name])).items()}
-    return pairing.mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
+    return mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
 
 
 def _takes_slopes(problem: Problem, pairing: Pairing) -> bool:

@@ -36,7 +36,7 @@ from whence.curvature.plain import (
     differences,
     is_gap,
 )
-from whence.data import Batch, map_tensors
+from whence.data import Batch, take
 from whence.errors import InputError, UnsupportedError, WhenceWarning, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
@@ -283,7 +283,7 @@ class GGN(RowCurvature):
         """Refuse, on the first batch, a loss whose second derivative autograd does not know."""
         if not self._loss_is_known:
             self.problem.per_example(self.problem.task.loss(outputs.detach(), batch), batch, "loss")
-            some = map_tensors(lambda t: t[:2], batch)  # outputs in float64 may be large
+            some = take(batch, torch.arange(min(2, len(outputs))))  # outputs in float64 may be large
             check_curvature(self._loss(some), outputs[:2])
             self._loss_is_known = True
 
