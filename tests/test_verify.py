@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import whence.problem
 from problems import NAMES, problem
 from reference import exact_scores
 from whence import (
@@ -326,6 +327,23 @@ def test_scores_by_forward_mode_derivatives_are_those_of_rows():
         found = score(model, train, solver=DataInf(), batch_size=5)
         other = score(model, train, solver=DataInf(), batch_size=12)
     torch.testing.assert_close(found.values, other.values, rtol=1e-9, atol=1e-10)
+
+
+def test_wrong_derivatives_in_forward_mode_are_found_out(monkeypatch):
+    lib = Problem(Prototypes(2.0), Classification(), train := classes(4))
+    v = {name: torch.randn(3, *shape) for name, shape in lib.shapes.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WhenceWarning)
+        wanted = lib.loss_gradients(train).dot(v)[..., 0]
+    torch.testing.assert_close(lib.slopes(train, v), wanted, rtol=1e-9, atol=1e-10)
+    right = torch.func.jvp
+
+    def wrong(*arguments):
+        value, slope = right(*arguments)
+        return value, 1.01 * slope
+
+    monkeypatch.setattr(whence.problem, "jvp", wrong)
+    torch.testing.assert_close(lib.slopes(train, v), wanted, rtol=1e-9, atol=1e-10)
 
 
 # --- no per-example gradient exists ---

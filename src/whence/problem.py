@@ -18,7 +18,7 @@ from torch.func import jvp, vmap
 
 from whence import contract
 from whence.batches import origin_of, take_rows
-from whence.data import Batch, Examples, batch_length
+from whence.data import Batch, Examples, batch_length, take
 from whence.errors import InputError, WhenceWarning, expected
 from whence.gradients import Block, Gradients
 from whence.layers import Unfactorable
@@ -39,8 +39,8 @@ from whence.store import COMPUTED
 from whence.surroundings import math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
-from whence.vectors import Vectors
-from whence.verify import TOLERANCE, RowCheck, examine, find_shared, row_errors
+from whence.vectors import Vectors, norm
+from whence.verify import FLOOR, TOLERANCE, RowCheck, examine, find_shared, row_errors
 
 
 class Problem:
@@ -276,11 +276,24 @@ class Problem:
 
         with self.observed(), math_attention():
             try:
-                return vmap(along)(v)
+                found = vmap(along)(v)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # no forward mode: rows
                 return self.loss_gradients(batch).dot(v)[..., 0]
+        return found if self._agrees(found, batch, v) else self.loss_gradients(batch).dot(v)[..., 0]
+
+    def _agrees(self, slopes: Tensor, batch: Batch, v: Vectors) -> bool:
+        """Compare the slopes (Q, n) of one drawn example with its gradient, which is certified as all rows are.
+
+        Some operations have forward-mode derivatives that are wrong under vmap.
+        """
+        place = self.row_check.draw_one(slopes.shape[1])
+        rows = self.loss_gradients(take(batch, place))
+        wanted = rows.dot(v)[..., 0]  # (Q, 1)
+        difference = (slopes[:, place.to(slopes.device)] - wanted).abs()
+        size = wanted.abs() + FLOOR * rows.square_norms().sqrt() * norm(v).unsqueeze(1).to(wanted)
+        return bool((difference <= TOLERANCE[self.dtype] * size).all())
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
         """The value itself if it is one finite number per example.

@@ -87,6 +87,10 @@ class RowCheck:
         order = torch.randperm(len(candidates), generator=self._rng, device="cpu")
         return candidates[order[:count]] if len(candidates) else None
 
+    def draw_one(self, n: int) -> Tensor:
+        """Choose one of n examples: its place, (1,)."""
+        return torch.randint(n, (1,), generator=self._rng, device="cpu")
+
     def weights(self, m: int, R: int) -> Tensor:
         """Draw random signs of different sizes, (m, R): rows that are exchanged must show too."""
         signs = torch.randint(0, 2, (m, R), generator=self._rng, device="cpu") * 2 - 1
