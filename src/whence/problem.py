@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import vmap
 
 from whence import contract
 from whence.batches import origin_of, take_rows
@@ -36,7 +36,7 @@ from whence.models import (
 )
 from whence.progress import track
 from whence.store import COMPUTED
-from whence.surroundings import math_attention, substituted
+from whence.surroundings import jvp, math_attention, substituted
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors, norm

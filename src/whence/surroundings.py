@@ -6,8 +6,11 @@ modules), and it may itself leave traces in the model (buffers that count, cache
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,19 @@ KEPT_WEIGHTS = 2**31  # bytes of parameters that are copied before the first pas
 
 
 # --- modes of torch -----------------------------------------------------------------------------------------------
+
+
+def jvp(*arguments: Any, **options: Any) -> Any:
+    """Do what `torch.func.jvp` does, and keep quiet about what PyTorch loads for the first of them in a process."""
+    _load_forward_mode()
+    return torch.func.jvp(*arguments, **options)
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch scripts functions there
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 class _Default(threading.local):

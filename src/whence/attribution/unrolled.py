@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from whence import vectors
 from whence.attribution.optimisers import pulled
@@ -33,7 +33,7 @@ from whence.curvature.ggn import rhs_at_once
 from whence.curvature.plain import GAPS, Function, has_second_derivatives, is_gap, second
 from whence.errors import UnsupportedError
 from whence.progress import track
-from whence.surroundings import undisturbed
+from whence.surroundings import jvp, undisturbed
 from whence.vectors import Vectors
 
 

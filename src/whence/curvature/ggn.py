@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vjp, vmap
 
 from whence import vectors
 from whence.contract import check_slope
@@ -40,6 +40,7 @@ from whence.data import Batch, take
 from whence.errors import InputError, UnsupportedError, WhenceWarning, expected
 from whence.gradients import Gradients
 from whence.problem import Problem
+from whence.surroundings import jvp
 from whence.vectors import Vectors
 
 How = Literal["auto", "rows", "jvp", "finite-difference"]

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from whence import vectors
 from whence.curvature.base import Curvature, Need
@@ -20,6 +20,7 @@ from whence.curvature.ggn import rhs_at_once
 from whence.curvature.plain import GAPS, Function, Linearised, differences, has_second_derivatives, is_gap, second
 from whence.data import Batch
 from whence.errors import WhenceWarning
+from whence.surroundings import jvp
 from whence.vectors import Vectors
 
 
