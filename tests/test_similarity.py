@@ -45,7 +45,7 @@ def test_unit_diagonal_at_most_one_and_symmetric(solver):
     torch.testing.assert_close(found.values.diagonal(), torch.ones(p.n).double(), rtol=1e-14, atol=0)
     gap = found.provenance["measured"]["asymmetry"]
     assert gap == float((found.values - found.values.T).abs().max()) and gap < 1e-4
-    assert found.values.abs().max() <= 1 + gap
+    assert found.values.abs().max() <= 1 + gap + 1e-14
     assert found.values.fill_diagonal_(0).abs().max() < 1 and f"asymmetry {gap:.2g}" in str(found)
     across = similarity(influence, p.train, p.train)  # solved apart
     torch.testing.assert_close(across.values.diagonal(), torch.ones(p.n).double(), rtol=1e-4, atol=0)

@@ -161,7 +161,10 @@ class _Side:
             return Basis((empty,)), self.diagonal / count
         self._flush()
         found = [torch.linalg.eigh(c / count.unsqueeze(2)) for c in self.covariances]  # reads the lower triangle
-        return Basis(tuple(q.to(dtype) for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(min=0)
+        # Rows first in memory, as a file gives them back: a restored fit rounds alike.
+        return Basis(tuple(q.to(dtype).contiguous() for _, q in found)), torch.cat([d for d, _ in found], -1).clamp(
+            min=0
+        )
 
 
 def _passes(

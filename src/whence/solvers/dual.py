@@ -44,7 +44,7 @@ class DualInverse(Inverse):
 
     def __init__(self, curvature: Curvature, shift: Shift, kept: Tensor, factor: Tensor, dropped: float):
         super().__init__(curvature, shift)
-        self.kept, self.factor, self.dropped = kept, factor, dropped
+        self.kept, self.factor, self.dropped = kept, factor.contiguous(), dropped  # as a file gives them back
 
     def apply(self, b: Vectors) -> Vectors:
         """Two contractions with the rows and one triangular solve each way."""

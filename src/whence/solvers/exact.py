@@ -129,7 +129,7 @@ class Exact(Solver):
         key = ("dense", tuple(shift[p] / level for p in shapes) if len(set(shift.values())) > 1 else None)
         if not saved:
             matrix = curvature.remember("matrix", lambda: dense(curvature))
-            saved = curvature.remember(key, lambda: tuple(torch.linalg.eigh(matrix / roots / roots.unsqueeze(1))))
+            saved = curvature.remember(key, lambda: _eigenpairs(matrix / roots / roots.unsqueeze(1)))
         return DenseInverse(curvature, shift, saved[0], saved[1], roots, level)
 
 
@@ -158,3 +158,8 @@ def dense(curvature: Curvature) -> Tensor:
     columns = [curvature.product(vectors.unflatten(part, shapes)) for part in eye.split(256)]
     matrix = torch.cat([vectors.flatten({name: c[name] for name in shapes}) for c in columns]).double()
     return (matrix + matrix.T) / 2
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Eigenvalues and eigenvectors, in memory as a file gives them back: a restored fit rounds alike."""
+    return tuple(t.contiguous() for t in torch.linalg.eigh(matrix))

@@ -37,7 +37,7 @@ class LowRankInverse(Inverse):
 
     def __init__(self, curvature: Curvature, shift: Shift, values: Tensor, directions: Tensor):
         super().__init__(curvature, shift)
-        self.values, self.directions = values, directions
+        self.values, self.directions = values, directions.contiguous()  # as a file gives them back
         self.level = max(shift.values())
         self.roots = {name: (self.level / s) ** 0.5 for name, s in shift.items()}
 
