@@ -262,7 +262,13 @@ def _autograd_sums(
             continue
         signed = weights.T.to(own).reshape(*own.shape[:2], *[1] * (own.ndim - 2)) * own
         pulled = InjectCotangent.apply(alone, signed.sum(0))
-        grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        try:
+            grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"The model's backward pass must work with torch.autograd.grad, but it failed: {error} "
+                "Compute outputs out of place, and checkpoint with use_reentrant=False."
+            ) from error
         for name, grad in zip(parameters, grads, strict=True):
             sums[name] = sums[name] + grad if name in sums else grad
     return sums or {name: torch.zeros_like(p) for name, p in parameters.items()}
