@@ -89,6 +89,14 @@ def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
     assert lib.row_check.checked == first + 1
 
 
+def test_small_data_are_checked_as_a_whole():
+    x, y = classes(4, n=40)
+    lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
+    for _, batch in lib.batches():
+        lib.loss_gradients(batch)
+    assert lib.row_check.checked == 40
+
+
 # --- planted bugs ---
 
 

@@ -307,6 +307,8 @@ def _found(
     layer: nn.Module, x: Tensor, arguments: Arguments, g: Tensor, use: Use, n: int
 ) -> Factored | Written | Lookup:
     """What the entry gives; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
+    if n == 1 and x.ndim == 1 and g.ndim == 2:  # one vector, called without an axis of examples
+        x, g = x.unsqueeze(0), g.unsqueeze(1)
     kind, length = kind_of(layer, use.parts[0]), x.shape[0]
     if kind is None or length % n or g.shape[1] != length:
         raise Unfactorable(use.module, "does not see the examples on the first axis of its input")
@@ -315,6 +317,8 @@ def _found(
         found = kind.rows(layer, x, g, use.parts, *more)
     except Unfactorable as error:
         raise Unfactorable(use.module, error.why) from error
+    except (RuntimeError, LookupError, ValueError) as error:  # such as a single vector, as long as the batch
+        raise Unfactorable(use.module, f"was called with a shape {tuple(x.shape)} that its entry fails on") from error
     if isinstance(found, Scattered):
         return found.gathered(n)
     if length == n:
