@@ -48,7 +48,7 @@ class Traced:
         gradients: the rows of all blocks.
         outputs: of the model, (n, ...), detached.
         cotangents: at the outputs, (R, n, ...).
-        signature: the shapes that the layers saw.
+        signature: the shapes of the batch, of the cotangents and of what the layers saw.
         merged: whether a layer saw the rows of all examples on one axis, and not a token of each batch entry for each:
             whose they are is then a guess.
     """
@@ -113,7 +113,8 @@ def trace(
     weights = outputs.new_ones(n * S, R, dtype=torch.float64)
     gradients = Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
     seen = tuple((path, tuple(c.x.shape), tuple(c.shape)) for path, called in calls.items() for c in called)
-    signature = (tuple(outputs.shape), R, S, seen)
+    given = tuple(tuple(t.shape) for t in tensors(batch))
+    signature = (given, tuple(outputs.shape), R, S, seen)
     return Traced(gradients, outputs.detach(), cotangents.detach(), signature, _merged(batch, n, calls))
 
 
