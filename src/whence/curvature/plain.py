@@ -276,7 +276,7 @@ def second(each: Function, theta: Vectors, v: Iterable[Vectors]) -> tuple[Vector
         weights = torch.ones_like(terms).requires_grad_()
         total = (weights * terms).sum()
         with _name_checkpoints():
-        slope = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+            slope = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
     curves, along = [], []
     for one in v:
         with torch.enable_grad():
