@@ -507,14 +507,11 @@ def picture_pieces(draw: Draw, dims: int) -> tuple[nn.Module, int]:
         "dropout": lambda: nn.Dropout(0.5),
     }
     layers += [more[name]() for name in draw.sample(list(more), draw.randint(0, 2))]
-    layers += (
-        [nn.Flatten()]
-        if draw.chance(0.6)
-        else [(nn.AdaptiveAvgPool1d if dims == 1 else nn.AdaptiveAvgPool2d)(1), nn.Flatten()]
-    )
-    net = nn.Sequential(*layers).double()
-    shape = (1, 2, *[4] * dims)
-    return net, net(torch.zeros(shape, dtype=torch.float64)).shape[1]
+    features = nn.Sequential(*layers).double()(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64))
+    if features.numel() > 40 or draw.chance(0.4):  # not so wide that the dense Hessian of a case takes long
+        layers.append((nn.AdaptiveAvgPool1d if dims == 1 else nn.AdaptiveAvgPool2d)(1))
+    net = nn.Sequential(*layers, nn.Flatten()).double()
+    return net, net(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64)).shape[1]
 
 
 # --- models whose outputs depend on the batch, or on chance ---
