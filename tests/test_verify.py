@@ -1,6 +1,8 @@
 """The certificate of rows: what is wrong is found out, put right where it can be, and refused where it cannot."""
 
+import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from reference import exact_scores
 from whence import (
     CG,
     EKFAC,
+    GGN,
     Classification,
     DataInf,
     Exact,
@@ -87,6 +90,14 @@ def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
     assert 4 <= first <= 20  # one, and about eight of the others
     lib.loss_gradients((x[:7], y[:7]))
     assert lib.row_check.checked == first + 1
+
+
+def test_small_data_are_checked_as_a_whole():
+    x, y = classes(4, n=40)
+    lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
+    for _, batch in lib.batches():
+        lib.loss_gradients(batch)
+    assert lib.row_check.checked == 40
 
 
 # --- planted bugs ---
@@ -317,6 +328,53 @@ def test_operations_with_a_wrong_batching_rule(p, solver):
 @pytest.mark.parametrize("own", [False, True])
 def test_a_slope_for_each_channel(own):
     check(Slopes(own), classes(1, 4))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batching_rule_that_is_wrong_where_two_sizes_agree(seed):
+    """PReLU's, where there are as many examples as cotangents: in the last batch, and for one of its two examples."""
+    torch.manual_seed(seed)
+    convolutions = nn.Conv1d(2, 4, 2, padding=2), nn.Tanh(), nn.ConvTranspose1d(4, 4, 2)
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.PReLU(32), nn.Linear(32, 2))
+    check(model, (torch.randn(8, 2, 4), torch.randint(2, (8,))), batch_size=6)
+
+
+class OneByOne(nn.Module):
+    """Calls a layer with single vectors, as many as there are examples or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        rows = [self.a(row) if float(row.detach().sum()) > 0 else self.b(row).tanh() for row in x]
+        return self.head(torch.stack(rows))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 12])
+def test_layers_that_are_called_with_single_vectors(batch_size):
+    check(OneByOne(), classes(3), batch_size=batch_size)
+
+
+def test_a_spectral_norm_in_training_mode_stays_as_it_was():
+    """Its power iteration goes on whenever the weight is read in that mode."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    x, y = classes(4)
+    copy_in_eval = copy.deepcopy(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WhenceWarning)
+        found = score(model.train(), (x, y))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    wanted = exact_scores(copy_in_eval, Classification(), (x, y), 12, (x[:3], y[:3]), 3, DAMPING)
+    torch.testing.assert_close(found.values, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_products_of_parameters_that_do_not_act():
+    """Autograd's zeros are one number that is shared; sums over batches must not be made in place of it."""
+    model = Prototypes(2.0)
+    model.unused = nn.Parameter(torch.randn(3))
+    check(model, classes(4), batch_size=5, curvature=partial(GGN, product="jvp"), tolerance=1e-8)
 
 
 def test_scores_by_forward_mode_derivatives_are_those_of_rows():

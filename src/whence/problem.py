@@ -126,7 +126,7 @@ class Problem:
         """Plan the layout and hold it against autograd; name what takes the slow path or has no gradient."""
         batch = self.batch([i % len(self.train) for i in range(3)])
         with self.observed() as model:
-            layout = plan(model, self.parameters)
+            layout = plan(model, self.parameters)  # in eval mode: reading a weight may change a spectral norm's buffers
             forward = self._forward(model)
             plain = forward(batch).detach()
             layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)
@@ -383,14 +383,16 @@ class Problem:
             InputError: if there is no per-example gradient.
         """
         used, first_users = self._first_users(traced)
-        index = self.row_check.draw(traced, first_users)
-        if index is None:
+        vmapped = bool(self.layout.slow) and not self.layout.looped
+        groups = self.row_check.draw(traced, vmapped, first_users)
+        if not groups:
             return {}
-        weights = self.row_check.weights(len(index), len(traced.cotangents))
-        errors = row_errors(traced, batch, index, weights, self._with_gradients(model), self.parameters)
+        count = sum(map(len, groups))
+        weights = self.row_check.weights(count, len(traced.cotangents))
+        errors = row_errors(traced, batch, groups, weights, self._with_gradients(model), self.parameters)
         wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[self.dtype]}
         if not wrong:
-            self.row_check.note(errors, len(index))
+            self.row_check.note(errors, count)
             self._unseen -= used
         return wrong
 

@@ -48,7 +48,7 @@ class Traced:
         gradients: the rows of all blocks.
         outputs: of the model, (n, ...), detached.
         cotangents: at the outputs, (R, n, ...).
-        signature: the shapes that the layers saw.
+        signature: the shapes of the batch, of the cotangents and of what the layers saw.
         merged: whether a layer saw the rows of all examples on one axis, and not a token of each batch entry for each:
             whose they are is then a guess.
     """
@@ -113,7 +113,8 @@ def trace(
     weights = outputs.new_ones(n * S, R, dtype=torch.float64)
     gradients = Gradients(layout.blocks, {b.name: rows[b.name] for b in layout.blocks}, weights)
     seen = tuple((path, tuple(c.x.shape), tuple(c.shape)) for path, called in calls.items() for c in called)
-    signature = (tuple(outputs.shape), R, S, seen)
+    given = tuple(tuple(t.shape) for t in tensors(batch))
+    signature = (given, tuple(outputs.shape), R, S, seen)
     return Traced(gradients, outputs.detach(), cotangents.detach(), signature, _merged(batch, n, calls))
 
 
@@ -307,6 +308,8 @@ def _found(
     layer: nn.Module, x: Tensor, arguments: Arguments, g: Tensor, use: Use, n: int
 ) -> Factored | Written | Lookup:
     """What the entry gives; a layer run on (n m, ...) inputs contributes m positions to each of the n examples."""
+    if n == 1 and x.ndim == 1 and g.ndim == 2:  # one vector, called without an axis of examples
+        x, g = x.unsqueeze(0), g.unsqueeze(1)
     kind, length = kind_of(layer, use.parts[0]), x.shape[0]
     if kind is None or length % n or g.shape[1] != length:
         raise Unfactorable(use.module, "does not see the examples on the first axis of its input")
@@ -315,6 +318,8 @@ def _found(
         found = kind.rows(layer, x, g, use.parts, *more)
     except Unfactorable as error:
         raise Unfactorable(use.module, error.why) from error
+    except (RuntimeError, LookupError, ValueError) as error:  # such as a single vector, as long as the batch
+        raise Unfactorable(use.module, f"was called with a shape {tuple(x.shape)} that its entry fails on") from error
     if isinstance(found, Scattered):
         return found.gathered(n)
     if length == n:

@@ -11,7 +11,7 @@ outputs are compared too: those of an example alone are those in its batch, or i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -42,7 +42,8 @@ class RowCheck:
 
     The first batch of every shape that the layers see is checked, a drawn share of the others, and every batch in which
     a layer does not see the examples on an axis of their own. A check takes a small part of the batch, so that all of
-    them together cost less than a twentieth of a pass. A small model is checked more often.
+    them together cost less than a twentieth of a pass. The whole batch is checked where the model is small, and where
+    rows come from vmap in a shape that is new: a batching rule may be wrong where two sizes happen to agree.
 
     Args:
         size: the number D of parameters.
@@ -58,34 +59,41 @@ class RowCheck:
     _seen: set[tuple[object, ...]] = field(default_factory=set)
     _rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def draw(self, traced: Traced, interesting: Tensor | None = None) -> Tensor | None:
-        """Choose the examples of a batch whose rows are checked now: their places (m,), or None for no check.
+    def draw(self, traced: Traced, vmapped: bool = False, interesting: Tensor | None = None) -> list[Tensor]:
+        """Choose the examples of a batch whose rows are checked now, in groups that the model is given by themselves.
 
         Args:
             traced: the batch's rows.
+            vmapped: whether some of them come from vmap.
             interesting: (n,) bool, examples that use a block which no example before used: a check is due.
+
+        Returns:
+            Places in the batch, (m,) for each group; no group for no check. No group is the whole batch, so that what
+            depends on the rest of it shows.
         """
         n = len(traced.outputs)
         new = traced.signature not in self._seen
         self._seen.add(traced.signature)
         chance = float(torch.rand((), generator=self._rng, dtype=torch.float32, device="cpu"))
-        free = self.size * self.checked < FREE
-        if interesting is not None or traced.merged or free:
+        whole = self.size * (self.checked + n) < FREE or (vmapped and new)
+        if whole:
+            count = n
+        elif interesting is not None or traced.merged:
             count = max(2, n // 16)
         elif new and (len(self._seen) <= SHAPES or chance < BUDGET * min(n, 32)):
             count = max(1, n // 32)
         elif not new and chance < SHARE:
             count = max(1, n // 64)
         else:
-            return None
+            return []
         # Without a cotangent every row of an example is 0, and comparing it would say nothing.
         active = traced.cotangents.reshape(len(traced.cotangents), n, -1).any(2).any(0).cpu()
-        if interesting is not None:
+        if interesting is not None and not whole:
             active = active & interesting.cpu()
         candidates = active.nonzero()[:, 0]
-        count = min(count, max(1, n - 1))  # not the whole batch: what depends on the rest of it must show
-        order = torch.randperm(len(candidates), generator=self._rng, device="cpu")
-        return candidates[order[:count]] if len(candidates) else None
+        drawn = candidates[torch.randperm(len(candidates), generator=self._rng, device="cpu")[:count]]
+        groups = drawn.tensor_split(2) if len(drawn) == n else (drawn,)
+        return [group for group in groups if len(group)]
 
     def draw_one(self, n: int) -> Tensor:
         """Choose one of n examples: its place, (1,)."""
@@ -103,14 +111,19 @@ class RowCheck:
 
 
 def row_errors(
-    traced: Traced, batch: Batch, index: Tensor, weights: Tensor, outputs: Outputs, parameters: Parameters
+    traced: Traced,
+    batch: Batch,
+    groups: Sequence[Tensor],
+    weights: Tensor,
+    outputs: Outputs,
+    parameters: Parameters,
 ) -> dict[str, float]:
     """Compare the rows of some examples of a batch with autograd.
 
     Args:
         traced: the rows of the batch's n examples.
         batch: the batch.
-        index: places of m of its examples, (m,).
+        groups: places of m of its examples, which the model is given a group at a time.
         weights: of their rows, (m, R).
         outputs: of the model on a batch, the parameters requiring gradients.
         parameters: the attributed ones, by name.
@@ -121,11 +134,12 @@ def row_errors(
     Raises:
         InputError: if the examples' outputs depend on the rest of the batch, or are random.
     """
-    few = take(batch, index)
-    place = index.to(traced.outputs.device)
-    together, cotangents = traced.outputs[place], traced.cotangents[:, place]
-    sums = _autograd_sums([(few, together, cotangents, weights)], outputs, parameters, batch)
-    return differences(_weighted_sums(traced, index.cpu(), weights), sums)
+    pieces = []
+    for group, own in zip(groups, weights.split([len(group) for group in groups]), strict=True):
+        place = group.to(traced.outputs.device)
+        pieces.append((take(batch, group), traced.outputs[place], traced.cotangents[:, place], own))
+    sums = _autograd_sums(pieces, outputs, parameters, batch)
+    return differences(_weighted_sums(traced, torch.cat(list(groups)).cpu(), weights), sums)
 
 
 def examine(
@@ -168,7 +182,9 @@ def examine(
     def wrong(layout: Layout) -> set[str]:
         """Find the parameters of a layout whose rows differ from autograd."""
         found = _weighted_sums(trace_rows(layout, cotangents), torch.arange(n, device="cpu"), weights)
-        return {name for name, error in differences(found, sums).items() if not error <= TOLERANCE[dtype]}
+        # A layer whose weight is used without calling it has no rows, however small its gradient is here.
+        missed = {name for name, t in found.items() if not t.any() and sums[name].any()}
+        return missed | {name for name, error in differences(found, sums).items() if not error <= TOLERANCE[dtype]}
 
     while True:
         fast = layout.only(frozenset(b.name for b in layout.blocks if layout.uses[b.name]))
@@ -262,7 +278,13 @@ def _autograd_sums(
             continue
         signed = weights.T.to(own).reshape(*own.shape[:2], *[1] * (own.ndim - 2)) * own
         pulled = InjectCotangent.apply(alone, signed.sum(0))
-        grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        try:
+            grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        except RuntimeError as error:
+            raise InputError(
+                f"The model's backward pass must work with torch.autograd.grad, but it failed: {error} "
+                "Compute outputs out of place, and checkpoint with use_reentrant=False."
+            ) from error
         for name, grad in zip(parameters, grads, strict=True):
             sums[name] = sums[name] + grad if name in sums else grad
     return sums or {name: torch.zeros_like(p) for name, p in parameters.items()}

@@ -122,7 +122,7 @@ class Curvature(ABC):
         total: Vectors = {}
         with problem.observed(), math_attention():
             for batch in batches:
-                found = part(batch)
+                found = {name: t.contiguous() for name, t in part(batch).items()}  # autograd's zeros share one number
                 total = vectors.add_(total, found) if total else found
         return vectors.scale(total, 1 / n)
 

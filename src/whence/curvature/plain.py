@@ -12,11 +12,13 @@ One right-hand side is taken at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.utils.checkpoint import CheckpointError
 
 from whence import vectors
 from whence.errors import UnsupportedError
@@ -90,7 +92,8 @@ class Linearised:
             with torch.enable_grad():
                 u = torch.zeros_like(self.value).requires_grad_()
                 pulled = (self.value * u).sum()
-                back = torch.autograd.grad(pulled, self.leaves, create_graph=True, allow_unused=True)
+                with _name_checkpoints():
+                    back = torch.autograd.grad(pulled, self.leaves, create_graph=True, allow_unused=True)
             self._transposed = u, [None if t is None else t.to_dense() if t.is_sparse else t for t in back]
         return self._transposed
 
@@ -117,11 +120,32 @@ def adjoint(here: float, there: float, scale: float, dtype: torch.dtype) -> bool
     return abs(here - there) <= tolerance * (abs(here) + abs(there)) + 100 * torch.finfo(dtype).eps * scale
 
 
+@contextmanager
+def _name_checkpoints() -> Iterator[None]:
+    """Say why a backward pass fails that runs parts of the model again: they have other parameters by then.
+
+    Raises:
+        UnsupportedError: in place of torch's own.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise UnsupportedError(
+            "The model checkpoints its activations, which products with this curvature cannot follow. Checkpoint in "
+            "training mode alone (if self.training: ...), or take GGN by rows or EmpiricalFisher."
+        ) from error
+
+
 def slopes(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a scalar, zero where it does not depend on a leaf; the graph is kept."""
+    """Gradients of a scalar, zero where it does not depend on a leaf; the graph is kept.
+
+    Raises:
+        UnsupportedError: if the backward pass runs parts of the model again, which then have other parameters.
+    """
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    with _name_checkpoints():
+        found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
     return [t.to_dense() if t.is_sparse else t for t in found]
 
 
@@ -251,7 +275,8 @@ def second(each: Function, theta: Vectors, v: Iterable[Vectors]) -> tuple[Vector
         terms = each(dict(zip(names, leaves, strict=True)))
         weights = torch.ones_like(terms).requires_grad_()
         total = (weights * terms).sum()
-        slope = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+        with _name_checkpoints():
+            slope = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
     curves, along = [], []
     for one in v:
         with torch.enable_grad():
