@@ -167,4 +167,4 @@ def test_bad_input_is_one_line(capsys):
 
 def test_nothing_to_judge_is_told(mine, capsys):
     np.savez("t.npz", masks=np.ones((6, 30), dtype=bool), targets=np.zeros((6, 1, 4)))
-    refused(capsys, "the files must be one or more with scores of queries", "evaluate --truth t.npz --scores")
+    refused(capsys, "the files must be one or more with scores of queries", "evaluate --truth t.npz")
