@@ -661,10 +661,10 @@ def test_a_task_that_is_none():
     refused("task must be an instance.*without outputs and loss", task=object())
 
 
-def test_a_model_on_two_devices():
+def test_a_model_without_all_of_its_weights():
     model = problem("mlp").model
     model[4].to("meta")
-    refused(r"the model's parameters must be on one device, got \['cpu', 'meta'\]", model=model)
+    refused(r"the model's weights must be there, got none yet in 4.weight, 4.bias", model=model)
 
 
 def test_a_model_of_two_dtypes():

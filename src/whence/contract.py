@@ -31,7 +31,7 @@ def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtyp
     try:
         return function(first, batch)
     except FAILURES as error:
-        if isinstance(error, (WhenceError, NotImplementedError)):
+        if isinstance(error, (WhenceError, NotImplementedError, torch.OutOfMemoryError)):
             raise
         raise InputError(
             f"{what} failed on a batch of shapes {shapes(batch)}: {error}. {_remedy(what, error, batch, dtype)}"

@@ -36,7 +36,7 @@ from whence.models import (
 )
 from whence.progress import track
 from whence.store import COMPUTED
-from whence.surroundings import jvp, math_attention, substituted
+from whence.surroundings import jvp, math_attention, substituted, undisturbed
 from whence.task import Task, as_task
 from whence.trace import Seeds, Traced, trace, watch_layers
 from whence.vectors import Vectors, norm
@@ -267,6 +267,7 @@ class Problem:
         loss = self.seeds_of("loss")
         return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
 
+    @undisturbed()
     def slopes(self, batch: Batch, v: Vectors) -> Tensor:
         """Derivatives of each example's training loss along Q directions, by forward mode, or by rows: (Q, n)."""
         outputs, theta = self.functional(batch)

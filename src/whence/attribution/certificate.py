@@ -87,7 +87,7 @@ def check(
     start = time.perf_counter()
     allowed = max(FLOOR, spent)
     Q = len(values)
-    drawn = torch.randperm(Q, generator=torch.Generator().manual_seed(0))[:DRAWN].sort().values
+    drawn = torch.randperm(Q, generator=torch.Generator().manual_seed(0), device="cpu")[:DRAWN].sort().values
     rows = _pick(make_rows(), drawn)
     costs = _time_products(inverse, rows.dense(), allowed)
     residual, passes = None, 0.0
@@ -172,14 +172,16 @@ def _time_products(inverse: Inverse, b: Vectors, allowed: float) -> Costs:
     problem = inverse.curvature.problem
     N = len(problem.train)
     size = min(N, problem.train.batch_size, max(SAMPLE, N // 16))
-    one = vectors.select(b, torch.tensor([0]))
+    one = vectors.select(b, torch.zeros(1, dtype=torch.long, device="cpu"))
 
     def seconds(v: Vectors) -> float:
         start = time.perf_counter()
-        inverse.curvature.product(v, torch.arange(size))
+        inverse.curvature.product(v, torch.arange(size, device="cpu"))
         return (time.perf_counter() - start) * N / size
 
-    inverse.curvature.product(one, torch.arange(1))  # the first in a process loads what PyTorch has for forward mode
+    inverse.curvature.product(
+        one, torch.arange(1, device="cpu")
+    )  # the first in a process loads what PyTorch has for forward mode
     single = seconds(one)
     if single > allowed:
         return Costs(single, single)

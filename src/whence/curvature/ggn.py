@@ -284,7 +284,7 @@ class GGN(RowCurvature):
         """Refuse, on the first batch, a loss whose second derivative autograd does not know."""
         if not self._loss_is_known:
             self.problem.per_example(self.problem.task.loss(outputs.detach(), batch), batch, "loss")
-            some = take(batch, torch.arange(min(2, len(outputs))))  # outputs in float64 may be large
+            some = take(batch, torch.arange(min(2, len(outputs)), device="cpu"))  # outputs in float64 may be large
             check_curvature(self._loss(some), outputs[:2])
             self._loss_is_known = True
 
