@@ -889,8 +889,9 @@ def _make(draw: Draw, seed: int) -> Case:
     lacking = loss == "huber" or any(isinstance(m, FORWARD_MODE_LACKS) for m in model.modules())
     if curvature in ("jvp", "hessian") and lacking and not FORWARD_MODE_OPTIONAL:
         curvature = "ggn"
-    if curvature == "hessian" and any("_WeightNorm" in type(m).__name__ for m in model.modules()):
-        curvature = "ggn"  # the kernel's second derivative is wrong in torch, and so would be the reference
+    without = any("_WeightNorm" in type(m).__name__ or isinstance(m, Prototypes) for m in model.modules())
+    if curvature == "hessian" and without:  # torch has a wrong second derivative, or none: no reference
+        curvature = "ggn"
     names_of = [name for name, p in model.named_parameters() if p.requires_grad]
     select = draw.sample(names_of, draw.randint(1, len(names_of))) if draw.chance(0.15) else None
     share = 10 ** draw.uniform(-2, 1)
