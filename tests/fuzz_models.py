@@ -507,10 +507,10 @@ def picture_pieces(draw: Draw, dims: int) -> tuple[nn.Module, int]:
         "dropout": lambda: nn.Dropout(0.5),
     }
     layers += [more[name]() for name in draw.sample(list(more), draw.randint(0, 2))]
-    features = nn.Sequential(*layers).double()(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64))
+    features = nn.Sequential(*layers).double().eval()(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64))
     if features.numel() > 40 or draw.chance(0.4):  # not so wide that the dense Hessian of a case takes long
         layers.append((nn.AdaptiveAvgPool1d if dims == 1 else nn.AdaptiveAvgPool2d)(1))
-    net = nn.Sequential(*layers, nn.Flatten()).double()
+    net = nn.Sequential(*layers, nn.Flatten()).double().eval()
     return net, net(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64)).shape[1]
 
 
