@@ -52,6 +52,7 @@ from whence import (
     RandSelect,
     Task,
     WhenceError,
+    verify,
 )
 from whence.solvers.base import Inverse
 
@@ -1296,7 +1297,8 @@ def _score(case: Case, dense: Dense, C: Tensor, damping: float, name: str, solve
         return str(error)
     wanted = dense.asked @ M @ dense.gradients.T
     error = _error(found, wanted, dense.asked, dense.gradients, M)
-    if not error <= TOLERANCE[case.dtype]:
+    # A dependence on the batch that is smaller than what rows are certified to is seen in the row error alone.
+    if not error <= (10 * verify.TOLERANCE[case.dtype] if case.notes else TOLERANCE[case.dtype]):
         wrong.append(f"scores off by {error:.1e}")
     if case.dtype == torch.float64 and name not in ("arnoldi", "projection"):
         x = dense.asked @ M
