@@ -52,6 +52,7 @@ from whence import (
     RandSelect,
     Task,
     WhenceError,
+    verify,
 )
 from whence.solvers.base import Inverse
 
@@ -507,10 +508,10 @@ def picture_pieces(draw: Draw, dims: int) -> tuple[nn.Module, int]:
         "dropout": lambda: nn.Dropout(0.5),
     }
     layers += [more[name]() for name in draw.sample(list(more), draw.randint(0, 2))]
-    features = nn.Sequential(*layers).double()(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64))
+    features = nn.Sequential(*layers).double().eval()(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64))
     if features.numel() > 40 or draw.chance(0.4):  # not so wide that the dense Hessian of a case takes long
         layers.append((nn.AdaptiveAvgPool1d if dims == 1 else nn.AdaptiveAvgPool2d)(1))
-    net = nn.Sequential(*layers, nn.Flatten()).double()
+    net = nn.Sequential(*layers, nn.Flatten()).double().eval()
     return net, net(torch.zeros(1, 2, *[4] * dims, dtype=torch.float64)).shape[1]
 
 
@@ -889,8 +890,9 @@ def _make(draw: Draw, seed: int) -> Case:
     lacking = loss == "huber" or any(isinstance(m, FORWARD_MODE_LACKS) for m in model.modules())
     if curvature in ("jvp", "hessian") and lacking and not FORWARD_MODE_OPTIONAL:
         curvature = "ggn"
-    if curvature == "hessian" and any("_WeightNorm" in type(m).__name__ for m in model.modules()):
-        curvature = "ggn"  # the kernel's second derivative is wrong in torch, and so would be the reference
+    without = any("_WeightNorm" in type(m).__name__ or isinstance(m, Prototypes) for m in model.modules())
+    if curvature == "hessian" and without:  # torch has a wrong second derivative, or none: no reference
+        curvature = "ggn"
     names_of = [name for name, p in model.named_parameters() if p.requires_grad]
     select = draw.sample(names_of, draw.randint(1, len(names_of))) if draw.chance(0.15) else None
     share = 10 ** draw.uniform(-2, 1)
@@ -1295,7 +1297,8 @@ def _score(case: Case, dense: Dense, C: Tensor, damping: float, name: str, solve
         return str(error)
     wanted = dense.asked @ M @ dense.gradients.T
     error = _error(found, wanted, dense.asked, dense.gradients, M)
-    if not error <= TOLERANCE[case.dtype]:
+    # A dependence on the batch that is smaller than what rows are certified to is seen in the row error alone.
+    if not error <= (10 * verify.TOLERANCE[case.dtype] if case.notes else TOLERANCE[case.dtype]):
         wrong.append(f"scores off by {error:.1e}")
     if case.dtype == torch.float64 and name not in ("arnoldi", "projection"):
         x = dense.asked @ M

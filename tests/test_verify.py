@@ -514,3 +514,23 @@ def test_what_is_put_out_at_padding_may_depend_on_the_batch():
     mask = torch.arange(4) < torch.tensor([4, 2, 3, 1, 3, 1, 1, 4, 1, 1, 2, 1])[:, None]
     labels = torch.randint(3, (12, 4)).where(mask, -100)
     check(Padded(), (torch.randn(12, 4, 4), labels, mask), Masked(), batch_size=5)
+
+
+class Branching(nn.Module):
+    """Control flow on the sign of the batch."""
+
+    def forward(self, x):
+        return x if float(x.detach().mean()) > 0 else 2 * x
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_groups_do_not_hide_what_depends_on_them(seed):
+    """Most groups take the branch of the batch; an example alone does not."""
+    torch.manual_seed(seed)
+    x = torch.cat([torch.rand(4, 4) + 1, -0.1 * torch.rand(1, 4), torch.rand(3, 4) + 1])
+    model = nn.Sequential(nn.Linear(4, 3), Branching())
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.fill_(0.0)
+    with pytest.raises(InputError, match="must not depend on the other examples"):
+        score(model, (x, torch.randint(3, (8,))), batch_size=8)

@@ -285,15 +285,15 @@ class Problem:
         return found if self._agrees(found, batch, v) else self.loss_gradients(batch).dot(v)[..., 0]
 
     def _agrees(self, slopes: Tensor, batch: Batch, v: Vectors) -> bool:
-        """Compare the slopes (Q, n) of one drawn example with its gradient, which is certified as all rows are.
+        """Compare the slopes (Q, n) of drawn examples with their gradients, which are certified as all rows are.
 
         Some operations have forward-mode derivatives that are wrong under vmap.
         """
-        place = self.row_check.draw_one(slopes.shape[1])
+        place = self.row_check.draw_some(slopes.shape[1])
         rows = self.loss_gradients(take(batch, place))
-        wanted = rows.dot(v)[..., 0]  # (Q, 1)
+        wanted = rows.dot(v)[..., 0]  # (Q, m)
         difference = (slopes[:, place.to(slopes.device)] - wanted).abs()
-        size = wanted.abs() + FLOOR * rows.square_norms().sqrt() * norm(v).unsqueeze(1).to(wanted)
+        size = wanted.abs() + FLOOR * rows.square_norms().sqrt().T * norm(v).unsqueeze(1).to(wanted)
         return bool((difference <= TOLERANCE[self.dtype] * size).all())
 
     def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:

@@ -34,6 +34,7 @@ SHAPES = 4  # new shapes that are always checked; of further ones as many as the
 BUDGET = 0.04  # of a pass, for the checks of new shapes
 SHARE = 1 / 24  # of the batches whose shapes were checked before
 FREE = 2**20  # parameters times examples up to which a check costs nothing to speak of
+ALONE = 16  # so many examples of a small model are given to it by themselves, others in groups
 
 
 @dataclass
@@ -75,7 +76,7 @@ class RowCheck:
         new = traced.signature not in self._seen
         self._seen.add(traced.signature)
         chance = float(torch.rand((), generator=self._rng, dtype=torch.float32, device="cpu"))
-        whole = self.size * (self.checked + n) < FREE or (vmapped and new)
+        whole = self._is_free(n) or (vmapped and new)
         if whole:
             count = n
         elif interesting is not None or traced.merged:
@@ -92,12 +93,23 @@ class RowCheck:
             active = active & interesting.cpu()
         candidates = active.nonzero()[:, 0]
         drawn = candidates[torch.randperm(len(candidates), generator=self._rng, device="cpu")[:count]]
-        groups = drawn.tensor_split(2) if len(drawn) == n else (drawn,)
+        groups = (drawn,)
+        if (
+            self._is_free(n) and self.checked + len(drawn) <= ALONE
+        ):  # a group may share what it depends on, an example alone cannot
+            groups = drawn.split(1)
+        elif len(drawn) == n:
+            groups = drawn.tensor_split(2)
         return [group for group in groups if len(group)]
 
-    def draw_one(self, n: int) -> Tensor:
-        """Choose one of n examples: its place, (1,)."""
-        return torch.randint(n, (1,), generator=self._rng, device="cpu")
+    def draw_some(self, n: int) -> Tensor:
+        """Choose places of a batch of n for another comparison: all where the model is small, else one, (m,)."""
+        order = torch.randperm(n, generator=self._rng, device="cpu")
+        return order if self._is_free(n) else order[:1]
+
+    def _is_free(self, n: int) -> bool:
+        """Whether checking n more examples costs nothing to speak of."""
+        return self.size * (self.checked + n) < FREE
 
     def weights(self, m: int, R: int) -> Tensor:
         """Draw random signs of different sizes, (m, R): rows that are exchanged must show too."""
