@@ -16,7 +16,13 @@ import whence  # noqa: E402
 from test_hf_models import IGNORE, Case, case, double, padded  # noqa: E402
 from whence.attribution import parts  # noqa: E402
 from whence.errors import InputError, UnsupportedError, WhenceWarning  # noqa: E402
-from whence.hf import CausalLM, SequenceClassification, completion_batch, pad  # noqa: E402
+from whence.hf import (  # noqa: E402
+    CausalLM,
+    SequenceClassification,
+    TokenClassification,
+    completion_batch,
+    pad,
+)
 
 __all__ = ["double"]  # the fixture that keeps models in float64
 
@@ -238,7 +244,8 @@ def convolved(padding) -> Case:
     torch.manual_seed(0)
     c = case("gpt2")  # for its data
     tokens = {k: t[[0, 2, 4]] for k, t in c.train.items()}
-    return Case(Convolved(padding).double(), CausalLM(), tokens | {"attention_mask": torch.ones_like(tokens["labels"])})
+    mask = torch.ones_like(tokens["labels"])  # no causal task: it sees the tokens on both sides
+    return Case(Convolved(padding).double(), TokenClassification(), tokens | {"attention_mask": mask})
 
 
 def test_convolutions_are_split_where_they_see_the_positions_of_the_sequence():

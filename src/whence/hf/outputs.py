@@ -42,6 +42,9 @@ def logits(model: nn.Module, batch: Mapping[str, Any], meant: Collection[str] = 
     taken = inputs_of(base)
     if taken is not None:
         inputs = {name: t for name, t in inputs.items() if name in taken or name not in BESIDE}
+        kinds = {p.kind for p in inspect.signature(type(base).forward).parameters.values()}
+        if inspect.Parameter.VAR_KEYWORD in kinds:  # the mask is read by the task too
+            taken |= {"attention_mask"}
         if unknown := [name for name in inputs if name not in taken]:
             refuse_columns(base, unknown)
     if "use_cache" in inspect.signature(type(base).forward).parameters:
