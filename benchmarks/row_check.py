@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness import machine
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def mnist_mlp() -> tuple[Any, Any, Any, int]:
@@ -46,7 +46,7 @@ def small_cnn() -> tuple[Any, Any, Any, int]:
 
 
 def gpt2() -> tuple[Any, Any, Any, int]:
-    """4 layers x 256, 4,096 words, 256 sequences of 128 tokens, all parameters of the MLP layers."""
+    """4 layers x 256, 4,096 words, 128 sequences of 128 tokens, all parameters of the MLP layers."""
     import torch
     import transformers
 
@@ -55,7 +55,7 @@ def gpt2() -> tuple[Any, Any, Any, int]:
 
     sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
     net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    ids = torch.randint(VOCABULARY, (256, LENGTH))
+    ids = torch.randint(VOCABULARY, (128, LENGTH))
     return net.eval(), CausalLM(), {"input_ids": ids, "labels": ids}, 16
 
 

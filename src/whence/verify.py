@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}
 FLOOR = 1e-2  # a parameter's gradient is measured against at least this share of all parameters'
 SHAPES = 4  # new shapes that are always checked; of further ones as many as the budget allows
 BUDGET = 0.04  # of a pass, for the checks of new shapes
-SHARE = 1 / 24  # of the batches whose shapes were checked before
+SHARE = 1 / 48  # of the batches whose shapes were checked before
 FREE = 2**20  # parameters times examples up to which a check costs nothing to speak of
 ALONE = 16  # so many examples of a small model are given to it by themselves, others in groups
 
