@@ -94,9 +94,8 @@ class RowCheck:
         candidates = active.nonzero()[:, 0]
         drawn = candidates[torch.randperm(len(candidates), generator=self._rng, device="cpu")[:count]]
         groups = (drawn,)
-        if (
-            self._is_free(n) and self.checked + len(drawn) <= ALONE
-        ):  # a group may share what it depends on, an example alone cannot
+        # A group may share what its outputs depend on; an example alone cannot.
+        if self._is_free(n) and self.checked + len(drawn) <= ALONE:
             groups = drawn.split(1)
         elif len(drawn) == n:
             groups = drawn.tensor_split(2)
