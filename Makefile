@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 .PHONY: demo test fast lint clean
 
 demo: .venv/.demo
-	$(BIN)/whence demo
+	$(BIN)/wherefrom demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -18,6 +18,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
 
 # Some systems ship Python without ensurepip: then their own pip fills the environment.
 .venv/.made:

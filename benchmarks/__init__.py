@@ -1,1 +1,1 @@
-"""Benchmarks of whence: speed against peers and the physical limit, accuracy against retraining. See README.md."""
+"""Benchmarks of wherefrom: speed against peers and the physical limit, accuracy against retraining. See README.md."""

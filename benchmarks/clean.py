@@ -32,16 +32,16 @@ def main() -> None:
     args = parser.parse_args()
     from sklearn.datasets import load_digits
 
-    import whence
-    from whence.act import clean
-    from whence.evaluate import SGDRecipe, flip_labels, train_small
+    import wherefrom
+    from wherefrom.tools.act import clean
+    from wherefrom.tools.evaluate import SGDRecipe, flip_labels, train_small
 
     torch.set_num_threads(1)
     bunch = load_digits()
     order = np.random.default_rng(0).permutation(len(bunch.target))
     x, y = torch.as_tensor(bunch.data[order] / 16).float(), torch.as_tensor(bunch.target[order]).long()
     trusted, test = (x[TRAIN:][:TRUSTED], y[TRAIN:][:TRUSTED]), (x[TRAIN + TRUSTED :], y[TRAIN + TRUSTED :])
-    task, recipe = whence.Classification(), SGDRecipe(lr=0.05, momentum=0.9, batch_size=32, epochs=40)
+    task, recipe = wherefrom.Classification(), SGDRecipe(lr=0.05, momentum=0.9, batch_size=32, epochs=40)
 
     def accuracy(labels: Tensor, kept: Tensor) -> Tensor:
         models = train_small(build, task, (x[:TRAIN][kept], labels[kept]), recipe, seeds=range(MODELS))
@@ -62,7 +62,7 @@ def main() -> None:
         for seed in range(args.flips):
             given, flipped = flip_labels(y[:TRAIN], fraction, 10, seed)
             (model,) = train_small(build, task, (x[:TRAIN], given), recipe, seeds=99)
-            influence = whence.Influence(whence.Dual()).fit(model, task, (x[:TRAIN], given))
+            influence = wherefrom.Influence(wherefrom.Dual()).fit(model, task, (x[:TRAIN], given))
             everything = torch.ones(TRAIN, dtype=torch.bool)
             before = accuracy(given, everything)
             oracle = accuracy(given, ~flipped) - before

@@ -1,4 +1,4 @@
-"""EKFAC side by side: whence, kronfluence, and the time of the scoring pass's matrix products, in one run.
+"""EKFAC side by side: wherefrom, kronfluence, and the time of the scoring pass's matrix products, in one run.
 
     python -m benchmarks.ekfac_vs_kronfluence digits concrete mnist --damping given
 
@@ -63,10 +63,10 @@ def compare(name: str, args: argparse.Namespace) -> tuple[list[str], dict[str, A
         our_scores = _median(ours, lambda r: r.phases["scores"]["cpu_s"])
         ratio = their_total / (our_fit + our_scores)
         agreement = difference(ours[0].result["scores"], reference)
-        rows.append(_row(label, "whence", our_fit, our_scores, ratio, ours, ("fit", "scores"), agreement))
+        rows.append(_row(label, "wherefrom", our_fit, our_scores, ratio, ours, ("fit", "scores"), agreement))
     bound = f"scoring matmuls alone ({physical['gflops_per_s']:g} Gflop/s)"
     rows.append(f"| {label} | {bound} | | {physical['cpu_s']:.2f} | | | | | |")
-    record = {"kronfluence": [_costs(r) for r in theirs], "whence": [_costs(r) for r in ours], "bound": physical}
+    record = {"kronfluence": [_costs(r) for r in theirs], "wherefrom": [_costs(r) for r in ours], "bound": physical}
     return rows, record
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--damping", default="given", help="given (implied by training), heuristic, or a number")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=512, help="of whence")
+    parser.add_argument("--batch-size", type=int, default=512, help="of wherefrom")
     parser.add_argument(
         "--keep-peer", action="store_true", help="take kronfluence from benchmarks/cache if it is there"
     )

@@ -86,10 +86,10 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
     import torch
     from torch.func import functional_call, grad, jvp, vjp, vmap
 
-    import whence
+    import wherefrom
 
     net, x, y = load(model)
-    problem = whence.Problem(net, whence.Classification(), (x, y), batch_size=max(256, batch), progress=False)
+    problem = wherefrom.Problem(net, wherefrom.Classification(), (x, y), batch_size=max(256, batch), progress=False)
     index = torch.randint(len(x), (batch,), generator=torch.Generator().manual_seed(0))
     rng = torch.Generator().manual_seed(1)
     right = {name: torch.randn(RHS[-1], *shape, generator=rng) for name, shape in problem.shapes.items()}
@@ -113,11 +113,13 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
 
         return vmap(one, chunk_size=VMAPPED)(v)
 
-    kept = whence.GGN(whence.Problem(net, whence.Classification(), (xb, yb), batch_size=batch, progress=False), "rows")
+    kept = wherefrom.GGN(
+        wherefrom.Problem(net, wherefrom.Classification(), (xb, yb), batch_size=batch, progress=False), "rows"
+    )
     list(kept.gradients())
 
     def fresh(how: str, v: dict[str, Any]) -> dict[str, Any]:
-        return whence.GGN(problem, how).product(v, index)  # type: ignore[arg-type]
+        return wherefrom.GGN(problem, how).product(v, index)  # type: ignore[arg-type]
 
     rows: dict[str, Callable[[], Any]] = {
         "passes": lambda: passes(RHS[-1]),

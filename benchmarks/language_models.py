@@ -1,4 +1,4 @@
-"""EKFAC of a language model side by side: whence, kronfluence, dattri-llm, bergson, and what none of them can avoid.
+"""EKFAC of a language model side by side: wherefrom, kronfluence, dattri-llm, bergson, and what none of them can avoid.
 
     python -m benchmarks.language_models --sequences 1000 --peers kronfluence dattri_llm bergson --path FOLDER
 
@@ -24,7 +24,7 @@ from benchmarks.harness import CACHE, RESULTS, Run, machine, phase, run
 WIDTH, LAYERS, VOCABULARY, LENGTH, POSITIONS = 256, 4, 4096, 128, 1024
 QUERIES = 50
 STEPS, BATCH, RATE = 120, 16, 1e-3  # of the training
-MEMORY = 1.5 * 2**30  # bytes that whence may cache
+MEMORY = 1.5 * 2**30  # bytes that wherefrom may cache
 AMPLE = 14 * 2**30  # bytes with which all of its rows are kept
 
 
@@ -43,7 +43,7 @@ def tokenizer() -> Any:
 
 
 def _text(name: str) -> str:
-    return (Path(os.environ["WHENCE_DATA"]) / "wikitext-2" / f"{name}.txt").read_text(encoding="utf-8")
+    return (Path(os.environ["WHEREFROM_DATA"]) / "wikitext-2" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def sequences(name: str, count: int) -> Any:
@@ -87,7 +87,7 @@ def _train(net: Any, x: Any) -> None:
 
 
 def ours(count: int, batch_size: int = 16, memory: float = MEMORY) -> dict[str, Any]:
-    """EKFAC fit and scores by whence. Phases ``fit`` and ``scores``.
+    """EKFAC fit and scores by wherefrom. Phases ``fit`` and ``scores``.
 
     Args:
         memory: bytes; the rows of the first sweep are kept as far as half of it holds them.
@@ -95,12 +95,12 @@ def ours(count: int, batch_size: int = 16, memory: float = MEMORY) -> dict[str, 
     Returns:
         ``scores``: (Q, N) float32.
     """
-    import whence
-    from whence.hf import CausalLM
+    import wherefrom
+    from wherefrom.hf import CausalLM
 
     net, task = model(), CausalLM()
-    influence = whence.Influence(
-        whence.EKFAC(), whence.Damping.relative(0.1), whence.EmpiricalFisher, "mlp", batch_size, memory=memory
+    influence = wherefrom.Influence(
+        wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), wherefrom.EmpiricalFisher, "mlp", batch_size, memory=memory
     )
     train, queries = ({"input_ids": t, "labels": t} for t in (sequences("valid", count), sequences("test", QUERIES)))
     with phase("fit"):
@@ -225,7 +225,7 @@ def main() -> None:
     lines = [
         f"# EKFAC of a language model, {args.sequences} sequences of {LENGTH} tokens, {QUERIES} queries, 1 thread",
         "",
-        "| library | fit, CPU s | scores, CPU s | wall s | peak MB | Pearson with whence | scale |",
+        "| library | fit, CPU s | scores, CPU s | wall s | peak MB | Pearson with wherefrom | scale |",
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
@@ -237,9 +237,9 @@ def main() -> None:
     count = {"count": args.sequences}
     parts = [run("benchmarks.language_models:unavoidable", count)]  # once more afterwards: the machine is noisy
     own = run("benchmarks.language_models:ours", count)
-    tell(row("whence", own, own.result["scores"]))
+    tell(row("wherefrom", own, own.result["scores"]))
     kept = run("benchmarks.language_models:ours", count | {"memory": AMPLE})
-    tell(row("whence, all rows kept", kept, own.result["scores"]))
+    tell(row("wherefrom, all rows kept", kept, own.result["scores"]))
     parts.append(run("benchmarks.language_models:unavoidable", count))
     for name in args.peers:
         tell(row(name, run(f"benchmarks.language_peers:{name}", count, path=args.path), own.result["scores"]))

@@ -51,7 +51,7 @@ def row(
     whole: np.ndarray | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """One line of the table and its record, from one (Q, N) score matrix per seed; ``whole`` is that of all models."""
-    from whence.evaluate import linear_datamodeling_score
+    from wherefrom.tools.evaluate import linear_datamodeling_score
 
     single = [linear_datamodeling_score(m, p.masks, p.targets, bootstrap=1).mean for m in matrices]
     mean = np.mean(np.stack(matrices).astype(np.float64), axis=0) if whole is None else whole  # (Q, N)

@@ -41,8 +41,8 @@ def _queries(setting: Setting, count: int, kind: str) -> dict[str, torch.Tensor]
 
 def fitted(count: int) -> Any:
     """The influence of a model tuned on so many sequences, fitted once and kept."""
-    import whence
-    from whence.hf import CausalLM
+    import wherefrom
+    from wherefrom.hf import CausalLM
 
     setting, home = _setting(count), CACHE / "lowrank"
     home.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,9 @@ def fitted(count: int) -> Any:
         torch.save(setting.tuned().state_dict(), weights)
     model = setting.build()
     model.load_state_dict(torch.load(weights))
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1), parameters="mlp", progress=False)
+    influence = wherefrom.Influence(
+        wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), parameters="mlp", progress=False
+    )
     if not fit.exists():
         influence.fit(model, CausalLM(), setting.train).save(fit)
     return influence.load(fit, model, CausalLM(), setting.train)
@@ -66,7 +68,8 @@ def quality(count: int, queries: int, kind: str) -> dict[str, Any]:
     """
     from scipy.stats import spearmanr
 
-    from whence import Pairing, lowrank
+    from wherefrom import Pairing
+    from wherefrom.persample import lowrank
 
     influence = fitted(count)
     inverse, problem = influence.inverse, influence.problem
@@ -93,8 +96,8 @@ def quality(count: int, queries: int, kind: str) -> dict[str, Any]:
 
 def cost(count: int, queries: int, rank: float | None) -> dict[str, Any]:
     """What `Influence.score` does without a certificate. Phases ``solve`` (the queries' directions) and ``pass``."""
-    from whence.attribution.directions import directions, pieces
-    from whence.attribution.stream import streamed
+    from wherefrom.methods.solution import directions, pieces
+    from wherefrom.methods.stream import streamed
 
     influence = fitted(count)
     batch = _queries(_setting(count), queries, "sequences")

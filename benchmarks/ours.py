@@ -1,4 +1,4 @@
-"""whence on the benchmark problems, as `harness.run` calls it; the package is imported when a function runs."""
+"""wherefrom on the benchmark problems, as `harness.run` calls it; the package is imported when a function runs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def ekfac(
     """
     import torch
 
-    import whence
+    import wherefrom
 
     p = problems.load(problem)
-    task = whence.Classification() if p.kind == "classification" else whence.Regression()
-    amount = whence.Damping.relative(0.1) if damping is None else damping
+    task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
+    amount = wherefrom.Damping.relative(0.1) if damping is None else damping
     model = p.model(seed)
-    influence = whence.Influence(solver=whence.EKFAC(labels=labels), damping=amount, batch_size=batch_size)
+    influence = wherefrom.Influence(solver=wherefrom.EKFAC(labels=labels), damping=amount, batch_size=batch_size)
     with phase("fit"):
         influence = influence.fit(model, task, (p.x, p.y))
     with phase("scores"):
         scores = influence.score((p.xq, p.yq), certify=False)
         values = torch.as_tensor(scores.values).float().cpu().numpy()
-    return {"scores": values.astype(np.float32), "version": getattr(whence, "__version__", "")}
+    return {"scores": values.astype(np.float32), "version": getattr(wherefrom, "__version__", "")}
 
 
 def attribute(
@@ -44,7 +44,7 @@ def attribute(
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Any method of `SOLVERS` or `OVER_TRAINING`; ``kind`` is that of a `whence.Damping`.
+    """Any method of `SOLVERS` or `OVER_TRAINING`; ``kind`` is that of a `wherefrom.Damping`.
 
     ``seed`` is that of the model; `TRAKS` take several models at once.
 
@@ -53,19 +53,19 @@ def attribute(
     """
     import torch
 
-    import whence
+    import wherefrom
 
     p = problems.load(problem)
-    task = whence.Classification() if p.kind == "classification" else whence.Regression()
+    task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
     model: Any = p.model(seed) if isinstance(seed, int) else [p.model(s) for s in seed]
     if solver in TRAKS:
         size, regularisation = TRAKS[solver]
-        method = whence.TRAK(size=size, regularisation=regularisation)
+        method = wherefrom.TRAK(size=size, regularisation=regularisation)
     elif solver in OVER_TRAINING:
         method = over_training(solver, p, seed)
     else:
-        amount = whence.Damping(damping, kind)
-        method = whence.Influence(build(solver, damping), amount, batch_size=batch_size, seed=seed)
+        amount = wherefrom.Damping(damping, kind)
+        method = wherefrom.Influence(build(solver, damping), amount, batch_size=batch_size, seed=seed)
     with phase("all"):
         scores = method.fit(model, task, (p.x, p.y)).score((p.xq, p.yq))
     found = {"scores": torch.as_tensor(scores.values).float().cpu().numpy()}
@@ -94,19 +94,23 @@ OVER_TRAINING = (
 
 def over_training(name: str, p: problems.Problem, seed: int) -> Any:
     """A method that takes no damping of ours, by its short name: those of a recorded run, and baselines."""
-    import whence
+    import wherefrom
 
     run = p.trajectory(seed)
     methods = {
-        "tracin": lambda: whence.TracIn(run),
-        "cosine": lambda: whence.TracIn(run, checkpoints=1, cosine=True),
-        "source": lambda: whence.SOURCE(run),
-        "fast-source": lambda: whence.SOURCE(run, average="weights"),
-        "astra-source": lambda: whence.SOURCE(run, solver=whence.ASTRA()),
-        "cg-source": lambda: whence.SOURCE(run, solver=whence.CG(whence.Nystrom(), tolerance=0.01)),
-        "cg-source1": lambda: whence.SOURCE(run, segments=1, solver=whence.CG(whence.Nystrom(), tolerance=0.05)),
-        "cg-source6": lambda: whence.SOURCE(run, segments=6, solver=whence.CG(whence.Nystrom(), tolerance=0.05)),
-        "random": lambda: whence.Random(seed),
+        "tracin": lambda: wherefrom.TracIn(run),
+        "cosine": lambda: wherefrom.TracIn(run, checkpoints=1, cosine=True),
+        "source": lambda: wherefrom.SOURCE(run),
+        "fast-source": lambda: wherefrom.SOURCE(run, average="weights"),
+        "astra-source": lambda: wherefrom.SOURCE(run, solver=wherefrom.ASTRA()),
+        "cg-source": lambda: wherefrom.SOURCE(run, solver=wherefrom.CG(wherefrom.Nystrom(), tolerance=0.01)),
+        "cg-source1": lambda: wherefrom.SOURCE(
+            run, segments=1, solver=wherefrom.CG(wherefrom.Nystrom(), tolerance=0.05)
+        ),
+        "cg-source6": lambda: wherefrom.SOURCE(
+            run, segments=6, solver=wherefrom.CG(wherefrom.Nystrom(), tolerance=0.05)
+        ),
+        "random": lambda: wherefrom.Random(seed),
     }
     return methods[name]()
 
@@ -120,34 +124,34 @@ def build(name: str, damping: float) -> Any:
     ``astra3`` has the step of the paper's table 3, 0.1 x damping. ``cg``, ``block``, ``ekfac``, ``dual``, ``nystrom``
     are conjugate gradients to a residual if one is given, as in ``nystrom@0.1``, without and with that preconditioner.
     """
-    import whence
+    import wherefrom
 
     first, _, tolerance = name.partition("@")
     inner = {
-        "cg": whence.Identity,
-        "block": whence.Identity,
-        "ekfac": whence.EKFAC,
-        "dual": whence.Dual,
-        "nystrom": whence.Nystrom,
+        "cg": wherefrom.Identity,
+        "block": wherefrom.Identity,
+        "ekfac": wherefrom.EKFAC,
+        "dual": wherefrom.Dual,
+        "nystrom": wherefrom.Nystrom,
     }
     if tolerance or first in ("dual", "nystrom"):
-        return whence.CG(inner[first](), tolerance=float(tolerance or 1e-4), block=first == "block")
+        return wherefrom.CG(inner[first](), tolerance=float(tolerance or 1e-4), block=first == "block")
     if name == "auto":
-        return whence.Auto()
+        return wherefrom.Auto()
     if name == "exact":
-        return whence.Exact()
+        return wherefrom.Exact()
     if name == "lissa":
-        return whence.Neumann()
+        return wherefrom.Neumann()
     if name == "cg10":
-        return whence.CG(preconditioner=whence.EKFAC(), steps=10)
+        return wherefrom.CG(preconditioner=wherefrom.EKFAC(), steps=10)
     if name == "astra":
-        return whence.ASTRA()
+        return wherefrom.ASTRA()
     if name == "astra3":
-        return whence.ASTRA(step=0.1 * damping)
+        return wherefrom.ASTRA(step=0.1 * damping)
     if name == "ekfac":
-        return whence.EKFAC()
+        return wherefrom.EKFAC()
     if name == "kfac":
-        return whence.KFAC()
+        return wherefrom.KFAC()
     if name == "dot":
-        return whence.Identity()
+        return wherefrom.Identity()
     raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {name!r}.")

@@ -1,6 +1,6 @@
 """The benchmark problems: a trained model, its training data, 100 queries, and retraining targets where there are any.
 
-Data folders come from the environment: WHENCE_DATA (``concrete.npz``, ``mnist.npz``) and WHENCE_GROUNDTRUTH
+Data folders come from the environment: WHEREFROM_DATA (``concrete.npz``, ``mnist.npz``) and WHEREFROM_GROUNDTRUTH
 (``digits.npz``, ``digits_models.pt``, the same for concrete). What is trained here is kept in ``benchmarks/cache``; the
 600 retrainings of mnist-cnn take a quarter of an hour of one core, once.
 """
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmarks.harness import CACHE
 
 if TYPE_CHECKING:
-    from whence.evaluate import SGDRecipe
-    from whence.trajectory import Trajectory
+    from wherefrom.tools.evaluate import SGDRecipe
+    from wherefrom.training.trajectory import Trajectory
 
 NAMES = ("digits", "concrete", "mnist")
 RETRAINED = ("digits", "concrete", "mnist-cnn")  # those with retraining targets
@@ -58,14 +58,14 @@ class Problem:
 
     def trajectory(self, seed: int = 0) -> Trajectory:
         """The training of one seed, from its checkpoints."""
-        import whence
+        import wherefrom
 
         if not self.checkpoints or self.recipe is None:
             raise ValueError(f"{self.name} has no checkpoints.")
         states, steps = self.checkpoints[seed], int(self.recipe["steps"])
         at = [round(steps * (i + 1) / len(states)) for i in range(len(states))]
         settings = {k: v for k, v in self.recipe.items() if k != "steps"}
-        return whence.Trajectory.of_sgd(list(zip(at, states, strict=True)), steps=steps, **settings)
+        return wherefrom.Trajectory.of_sgd(list(zip(at, states, strict=True)), steps=steps, **settings)
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
@@ -118,7 +118,7 @@ def _digits() -> Problem:
 
 
 def _concrete() -> Problem:
-    with np.load(folder("WHENCE_DATA") / "concrete.npz") as data:
+    with np.load(folder("WHEREFROM_DATA") / "concrete.npz") as data:
         x, y, xq, yq = (torch.as_tensor(data[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
     return _retrained("concrete", "regression", (8, 128, 128, 128, 1), x, y, xq[:100], yq[:100], 0.018)
 
@@ -127,7 +127,7 @@ def _retrained(
     name: str, kind: str, sizes: tuple[int, ...], x: Tensor, y: Tensor, xq: Tensor, yq: Tensor, damping: float
 ) -> Problem:
     """A problem with models and targets in the ground-truth folder."""
-    home = folder("WHENCE_GROUNDTRUTH")
+    home = folder("WHEREFROM_GROUNDTRUTH")
     with np.load(home / f"{name}.npz") as truth:
         masks = np.unpackbits(truth["masks"], axis=1, count=int(truth["n"])).astype(bool)
         targets = truth["targets"]
@@ -155,7 +155,7 @@ def _in_order(state: Mapping[str, Tensor], sizes: tuple[int, ...]) -> dict[str, 
 
 def _mnist() -> Problem:
     sizes = (784, 512, 256, 128, 10)
-    with np.load(folder("WHENCE_DATA") / "mnist.npz") as data:
+    with np.load(folder("WHEREFROM_DATA") / "mnist.npz") as data:
         x, xq = (torch.as_tensor(data[k]).flatten(1).float() / 255 for k in ("x_train", "x_test"))
         y, yq = (torch.as_tensor(data[k]) for k in ("y_train", "y_test"))
     file = CACHE / "mnist_model.pt"
@@ -168,10 +168,10 @@ def _mnist() -> Problem:
 
 def _mnist_cnn() -> Problem:
     """MNIST's first 2,000 training images and first 100 test images; the targets are the loss, on 100 random halves."""
-    import whence
-    from whence.evaluate import SGDRecipe
+    import wherefrom
+    from wherefrom.tools.evaluate import SGDRecipe
 
-    with np.load(folder("WHENCE_DATA") / "mnist.npz") as data:
+    with np.load(folder("WHEREFROM_DATA") / "mnist.npz") as data:
         x, xt = (torch.as_tensor(data[k]).unsqueeze(1).float() / 255 for k in ("x_train", "x_test"))
         y, yt = (torch.as_tensor(data[k]) for k in ("y_train", "y_test"))
     x, y = x[:2000], y[:2000]
@@ -181,7 +181,7 @@ def _mnist_cnn() -> Problem:
         CACHE.mkdir(parents=True, exist_ok=True)
         torch.save(_retrain_halves((x, y), (xt, yt), recipe), file)
     kept = torch.load(file, map_location="cpu", weights_only=True)
-    damping = whence.Damping.from_training(recipe.lr, recipe.steps(len(x)), recipe.momentum).value
+    damping = wherefrom.Damping.from_training(recipe.lr, recipe.steps(len(x)), recipe.momentum).value
     full, half = kept["accuracy"], kept["accuracy_halves"]
     note = f"test accuracy {full.mean():.3f} ({full.min():.3f} to {full.max():.3f}), on halves {half.mean():.3f}"
     states, masks, targets = tuple(kept["final"]), kept["masks"].numpy(), kept["targets"].numpy()
@@ -193,10 +193,10 @@ def _retrain_halves(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], recipe: SGDRecipe, repeats: int = 6
 ) -> dict[str, Any]:
     """Five models on all the data, their test accuracy, and the losses of 100 queries after training on 100 halves."""
-    import whence
-    from whence.evaluate import random_subsets, run_seed, train_small
+    import wherefrom
+    from wherefrom.tools.evaluate import random_subsets, run_seed, train_small
 
-    task = whence.Classification()
+    task = wherefrom.Classification()
     masks = random_subsets(len(train[0]), 100, 0.5, seed=0)
     seeds = [run_seed(0, m, r) for m in range(len(masks)) for r in range(repeats)]
     models = train_small(cnn, task, train, recipe, range(5))

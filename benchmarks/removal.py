@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--queries", type=int, default=20)
     args = parser.parse_args()
-    import whence
-    from whence.evaluate import SGDRecipe, flips, removal_curve, retrain_small
+    import wherefrom
+    from wherefrom.tools.evaluate import SGDRecipe, flips, removal_curve, retrain_small
 
     torch.set_num_threads(1)
     p = problems.load("digits")
-    task, train, queries = whence.Classification(), (p.x, p.y), (p.xq[: args.queries], p.yq[: args.queries])
+    task, train, queries = wherefrom.Classification(), (p.x, p.y), (p.xq[: args.queries], p.yq[: args.queries])
     methods = {
-        "influence": whence.Influence(whence.CG(whence.Nystrom(), tolerance=0.01), p.damping),
+        "influence": wherefrom.Influence(wherefrom.CG(wherefrom.Nystrom(), tolerance=0.01), p.damping),
         "ASTRA-SOURCE": ours.over_training("astra-source", p, 0),
         "TracIn": ours.over_training("tracin", p, 0),
     }

@@ -27,22 +27,22 @@ def mnist_mlp() -> tuple[Any, Any, Any, int]:
     """784-512-256-128-10 on 6,144 images."""
     import torch
 
-    import whence
+    import wherefrom
     from benchmarks.problems import mlp
 
     x, y = torch.rand(6144, 784), torch.randint(10, (6144,))
-    return mlp((784, 512, 256, 128, 10)), whence.Classification(), (x, y), 256
+    return mlp((784, 512, 256, 128, 10)), wherefrom.Classification(), (x, y), 256
 
 
 def small_cnn() -> tuple[Any, Any, Any, int]:
     """Two convolutions and two linear layers on 2,048 images."""
     import torch
 
-    import whence
+    import wherefrom
     from benchmarks.ggn_product import cnn
 
     x, y = torch.rand(2048, 1, 28, 28), torch.randint(10, (2048,))
-    return cnn(), whence.Classification(), (x, y), 256
+    return cnn(), wherefrom.Classification(), (x, y), 256
 
 
 def gpt2() -> tuple[Any, Any, Any, int]:
@@ -51,7 +51,7 @@ def gpt2() -> tuple[Any, Any, Any, int]:
     import transformers
 
     from benchmarks.language_models import LAYERS, LENGTH, POSITIONS, VOCABULARY, WIDTH
-    from whence.hf import CausalLM
+    from wherefrom.hf import CausalLM
 
     sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4}
     net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
@@ -66,14 +66,14 @@ def measure(name: str) -> str:
     """A row of the table."""
     import torch
 
-    import whence
-    from whence.verify import RowCheck
+    import wherefrom
+    from wherefrom.model.check import RowCheck
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, task, train, batch_size = PROBLEMS[name]()
     parameters = "mlp" if name == "gpt2" else None
-    problem = whence.Problem(model, task, train, parameters, batch_size, progress=False)
+    problem = wherefrom.Problem(model, task, train, parameters, batch_size, progress=False)
     problem.examine()
     checked, size = 0, sum(p.numel() for p in problem.parameters.values())
 
@@ -108,7 +108,7 @@ def measure(name: str) -> str:
 
 def _no_check() -> Any:
     """A certificate that never checks."""
-    from whence.verify import RowCheck
+    from wherefrom.model.check import RowCheck
 
     class Never(RowCheck):
         def draw(self, *_: Any, **__: Any) -> list[Any]:

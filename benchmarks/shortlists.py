@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from experiments.language.setting import Sizes, prepared
 
-import whence
+import wherefrom
 from benchmarks.harness import machine
-from whence.evaluate import tail
-from whence.hf import CausalLM
+from wherefrom.hf import CausalLM
+from wherefrom.tools.evaluate import tail
 
 BEST, SHARES = (10, 100), (0.01, 0.05, 0.1)
 
@@ -34,17 +34,17 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     return call(), time.process_time() - start
 
 
-def recalls(cheap: whence.Scores, exact: whence.Scores) -> str:
+def recalls(cheap: wherefrom.Scores, exact: wherefrom.Scores) -> str:
     """Mean recalls over the queries, as cells of a table."""
     n = exact.values.shape[1]
     lists = [cheap.top(round(share * n)).proponents for share in SHARES]
-    return " | ".join(f"{float(whence.recall(own, exact, k).mean()):.2f}" for k in BEST for own in lists)
+    return " | ".join(f"{float(wherefrom.recall(own, exact, k).mean()):.2f}" for k in BEST for own in lists)
 
 
-def stored(influence: whence.Influence, queries: Any, size: int) -> tuple[whence.Scores, str]:
+def stored(influence: wherefrom.Influence, queries: Any, size: int) -> tuple[wherefrom.Scores, str]:
     """Scores by a store, and its costs as cells of a table."""
     with tempfile.TemporaryDirectory() as folder:
-        store, build = timed(lambda: whence.GradientStore.build(influence, folder, size))
+        store, build = timed(lambda: wherefrom.GradientStore.build(influence, folder, size))
         bytes_each = sum(f.stat().st_size for f in Path(folder).iterdir()) / len(influence.problem.train)
         scores, asking = timed(lambda: store.score(queries))
     noise = scores.provenance["measured"]["sketch noise"]
@@ -62,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = prepared(Sizes(width=args.width, train=args.train))
     model, train, queries = setting.tuned(), setting.train, setting.queries
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(args.damping), parameters="mlp")
+    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(args.damping), parameters="mlp")
     _, fit = timed(lambda: influence.fit(model, CausalLM(), train))
     exact, full = timed(lambda: influence.score(queries, certify=False))
     q, n = exact.values.shape
@@ -75,11 +75,11 @@ def main() -> None:
     print(f"| method | {' | '.join(shares)} | build, CPU s | bytes each | ms a query | sketch noise |")
     print("|---|" + "---|" * 10)
     texts, asked = [*train["input_ids"]], [*queries["input_ids"]]
-    for words in (whence.TFIDF(), whence.BM25()):
+    for words in (wherefrom.TFIDF(), wherefrom.BM25()):
         _, build = timed(lambda words=words: words.fit(texts))
         cheap, asking = timed(lambda words=words: words.score(asked))
         print(f"| {words} | {recalls(cheap, exact)} | {build:.1f} | | {1e3 * asking / q:.1f} | |", flush=True)
-    plain = whence.Influence(whence.Identity(), parameters="mlp").fit(model, CausalLM(), train)
+    plain = wherefrom.Influence(wherefrom.Identity(), parameters="mlp").fit(model, CausalLM(), train)
     for name, method in (("gradients", plain), ("whitened", influence)):
         if method is plain:
             print(
@@ -91,7 +91,7 @@ def main() -> None:
     one = {name: t[:1] for name, t in queries.items()}
     index = exact.top(n // 20).proponents[0].sort().values
     _, whole = timed(lambda: influence.score(one, certify=False))
-    again, some = timed(lambda: whence.rescored(influence, one, index, certify=False))
+    again, some = timed(lambda: wherefrom.rescored(influence, one, index, certify=False))
     gap = float((again.values[0] - exact.values[0, index]).abs().max() / exact.values[0].abs().max())
     print(f"\nOne query: {whole:.2f} CPU s for all sequences, {some:.2f} for {len(index)}, off by {gap:.0e}.")
     print("Machine: " + ", ".join(f"{k} {v}" for k, v in machine().items()))

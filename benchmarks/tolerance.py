@@ -46,13 +46,13 @@ def ladder(problem: str, method: str, rungs: Sequence[float], damping: float, ki
     """
     import torch
 
-    import whence
-    from whence.gradients import pack
+    import wherefrom
+    from wherefrom.persample.gradients import pack
 
     p = problems.load(problem)
-    task = whence.Classification() if p.kind == "classification" else whence.Regression()
-    amount = whence.Damping(damping, kind)
-    influence = whence.Influence(solver=whence.EKFAC(), damping=amount).fit(p.model(seed), task, (p.x, p.y))
+    task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
+    amount = wherefrom.Damping(damping, kind)
+    influence = wherefrom.Influence(solver=wherefrom.EKFAC(), damping=amount).fit(p.model(seed), task, (p.x, p.y))
     fitted, curvature = influence.problem, influence.inverse.curvature
     b = influence.query_gradients((p.xq, p.yq), getattr(task, p.measured)).dense()
     solutions, spent = [], []
@@ -77,15 +77,15 @@ def ladder(problem: str, method: str, rungs: Sequence[float], damping: float, ki
 
 def solver(method: str, rung: float) -> Any:
     """The solver of a rung: of a tolerance, or for ASTRA of a number of steps."""
-    import whence
+    import wherefrom
 
-    inner = {"dual": whence.Dual, "nystrom": whence.Nystrom, "ekfac": whence.EKFAC}
+    inner = {"dual": wherefrom.Dual, "nystrom": wherefrom.Nystrom, "ekfac": wherefrom.EKFAC}
     if method in inner:
-        return whence.CG(preconditioner=inner[method](), tolerance=rung, steps=1000)
+        return wherefrom.CG(preconditioner=inner[method](), tolerance=rung, steps=1000)
     if method == "cg":
-        return whence.CG(tolerance=rung, steps=2000)
+        return wherefrom.CG(tolerance=rung, steps=2000)
     if method == "astra":
-        return whence.ASTRA(steps=int(rung))
+        return wherefrom.ASTRA(steps=int(rung))
     raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
 
 
@@ -161,7 +161,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def rows(p: problems.Problem, method: str, damping: str, found: dict[str, Any], reference: np.ndarray) -> list[Row]:
     """The rows of one ladder; ``found`` as from `ladder` with a leading axis of seeds, reference (S, Q, N)."""
-    from whence.evaluate import linear_datamodeling_score
+    from wherefrom.tools.evaluate import linear_datamodeling_score
 
     if p.masks is None or p.targets is None:
         raise ValueError(f"{p.name} has no retraining targets.")
@@ -272,7 +272,7 @@ def write(stem: Path, found: Sequence[Row], notes: Sequence[str], args: argparse
 
 def main() -> None:
     """Compute the tables and write them to ``benchmarks/results``, again after each problem."""
-    from whence.evaluate import linear_datamodeling_score
+    from wherefrom.tools.evaluate import linear_datamodeling_score
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("problems", nargs="*", default=list(problems.RETRAINED), help=", ".join(problems.RETRAINED))

@@ -1,6 +1,6 @@
 """Exact unrolled differentiation: does it foretell retraining, and what does it cost?
 
-    python -m benchmarks.unrolled fixed halves steps        # or some of them; digits needs WHENCE_GROUNDTRUTH
+    python -m benchmarks.unrolled fixed halves steps        # or some of them; digits needs WHEREFROM_GROUNDTRUTH
 
 fixed    initial weights and order as they were, 1% or 5% of the data dropped at random; beside it other methods
 halves   half of the data dropped, and the mean over new weights and orders: the targets of the tables of `lds`
@@ -31,7 +31,7 @@ from benchmarks import problems
 from benchmarks.harness import RESULTS, machine, phase, run
 
 if TYPE_CHECKING:
-    from whence.trajectory import Trajectory
+    from wherefrom.training.trajectory import Trajectory
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 SHARES = (0.01, 0.05)
@@ -50,7 +50,7 @@ def trained(
     activation: str, seed: int, train: Data, steps: int = 1000, widths: tuple[int, ...] = (64, 128, 64, 10)
 ) -> tuple[nn.Module, Trajectory]:
     """A recorded training run of the recipe."""
-    import whence
+    import wherefrom
 
     torch.manual_seed(seed)
     layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), ACTIVATIONS[activation]())]
@@ -58,7 +58,7 @@ def trained(
     optimiser = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-3)
     x, y = train
     with tempfile.TemporaryDirectory() as folder:
-        recorder = whence.Recorder(Path(folder) / "run", model, optimiser, every=max(1, steps // 6))
+        recorder = wherefrom.Recorder(Path(folder) / "run", model, optimiser, every=max(1, steps // 6))
         done = 0
         while done < steps:
             for index in torch.randperm(len(x)).split(32)[: steps - done]:
@@ -72,19 +72,19 @@ def trained(
 
 def fixed(activation: str, subsets: int, seed: int = 0) -> dict[str, Any]:
     """Scores of each method, and measurements after dropping shares of the data from the same run."""
-    import whence
-    from whence.evaluate import random_subsets
+    import wherefrom
+    from wherefrom.tools.evaluate import random_subsets
 
     train, queries = digits()
     model, trajectory = trained(activation, seed, train)
-    task, n = whence.Classification(), len(train[0])
+    task, n = wherefrom.Classification(), len(train[0])
     methods = {
-        "Unrolled": whence.Unrolled(trajectory, dropped=0),
-        "SOURCE": whence.SOURCE(trajectory, segments=3),
-        "SOURCE, CG": whence.SOURCE(trajectory, segments=3, solver=whence.CG(whence.EKFAC(), tolerance=0.01)),
-        "Influence, CG(Nystrom)": whence.Influence(whence.CG(whence.Nystrom(), tolerance=0.03), 0.01),
-        "Influence, EKFAC": whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1)),
-        "TracIn": whence.TracIn(trajectory),
+        "Unrolled": wherefrom.Unrolled(trajectory, dropped=0),
+        "SOURCE": wherefrom.SOURCE(trajectory, segments=3),
+        "SOURCE, CG": wherefrom.SOURCE(trajectory, segments=3, solver=wherefrom.CG(wherefrom.EKFAC(), tolerance=0.01)),
+        "Influence, CG(Nystrom)": wherefrom.Influence(wherefrom.CG(wherefrom.Nystrom(), tolerance=0.03), 0.01),
+        "Influence, EKFAC": wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1)),
+        "TracIn": wherefrom.TracIn(trajectory),
     }
     found: dict[str, Any] = {"accuracy": float((model(queries[0]).argmax(1) == queries[1]).double().mean())}
     for name, method in methods.items():
@@ -105,36 +105,40 @@ def fixed(activation: str, subsets: int, seed: int = 0) -> dict[str, Any]:
 
 def halves(seed: int) -> dict[str, Any]:
     """Scores of one model of the recipe, with ReLU as in the ground truth."""
-    import whence
+    import wherefrom
 
     train, queries = digits()
     model, trajectory = trained("relu", seed, train)
     with phase("all"):
-        scores = whence.Unrolled(trajectory, dropped=0.5 if not seed else 0).fit(model, whence.Classification(), train)
+        scores = wherefrom.Unrolled(trajectory, dropped=0.5 if not seed else 0).fit(
+            model, wherefrom.Classification(), train
+        )
         values = scores.score(queries).values.numpy()
     return {"scores": values, "smooth": scores._measured.get("metasmoothness")}
 
 
 def cost(steps: int, segment: int | None, queries: int) -> dict[str, Any]:
     """One fit and score of a larger model, 64-256-128-10, without metasmoothness."""
-    import whence
+    import wherefrom
 
     train, asked = digits()
     model, trajectory = trained("gelu", 0, train, steps, (64, 256, 128, 10))
     asked = (asked[0][:queries], asked[1][:queries])
     short = trained("gelu", 0, train, 4, (64, 256, 128, 10))  # everything is loaded and warm before memory is counted
-    whence.Unrolled(short[1], dropped=0).fit(short[0], whence.Classification(), train).score(asked)
+    wherefrom.Unrolled(short[1], dropped=0).fit(short[0], wherefrom.Classification(), train).score(asked)
     with phase("before"):
         pass
     with phase("all"):
-        method = whence.Unrolled(trajectory, dropped=0, segment=segment).fit(model, whence.Classification(), train)
+        method = wherefrom.Unrolled(trajectory, dropped=0, segment=segment).fit(
+            model, wherefrom.Classification(), train
+        )
         method.score(asked)
     return {}
 
 
 def lds(scores: np.ndarray, masks: np.ndarray, targets: np.ndarray) -> str:
     """Mean and interval."""
-    from whence.evaluate import linear_datamodeling_score
+    from wherefrom.tools.evaluate import linear_datamodeling_score
 
     found = linear_datamodeling_score(scores, masks, targets)
     return f"{found.mean:.3f} ({found.interval[0]:.3f} to {found.interval[1]:.3f})"
@@ -179,7 +183,7 @@ def part_halves(args: argparse.Namespace) -> list[str]:
     assert p.masks is not None and p.targets is not None
     runs = [run("benchmarks.unrolled:halves", {"seed": s}) for s in range(args.seeds)]
     each = [r.result["scores"] for r in runs]
-    from whence.evaluate import linear_datamodeling_score
+    from wherefrom.tools.evaluate import linear_datamodeling_score
 
     single = [linear_datamodeling_score(s, p.masks, p.targets, bootstrap=1).mean for s in each]
     spread = f" ± {np.std(single, ddof=1):.3f}" if len(single) > 1 else ""
@@ -235,7 +239,12 @@ def draw(points: dict[str, list[tuple[int, float, float]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "whence", "svg.fonttype": "none", "font.size": 9, "legend.frameon": False}
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "wherefrom",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "legend.frameon": False,
+    }
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 2.9))

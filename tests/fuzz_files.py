@@ -32,29 +32,31 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import whence
-from whence import cli, store
-from whence.commands import COMMANDS, config
-from whence.commands.options import Attributed
-from whence.errors import WhenceError
-from whence.evaluate import Truth, load_matrix
-from whence.evaluate.kept import read as read_runs
-from whence.evaluate.kept import write as write_runs
-from whence.store import Shards
-from whence.tables import read_table, write_table
-from whence.trajectory import LOG, Recorder, Trajectory
+import wherefrom
+from wherefrom import store
+from wherefrom.data.tables import read_table, write_table
+from wherefrom.errors import AttributionError
+from wherefrom.store import Shards
+from wherefrom.tools.cli import config
+from wherefrom.tools.cli import main as cli
+from wherefrom.tools.cli.options import Attributed
+from wherefrom.tools.cli.registry import COMMANDS
+from wherefrom.tools.evaluate import Truth, load_matrix
+from wherefrom.tools.evaluate.kept import read as read_runs
+from wherefrom.tools.evaluate.kept import write as write_runs
+from wherefrom.training.trajectory import LOG, Recorder, Trajectory
 
 ROOM = 6 * 2**30  # bytes of address space beyond those that are in use
 SOLVERS = {
-    "exact": whence.Exact("primal"),
-    "dual": whence.Dual(drop=0.0),
-    "ekfac": whence.EKFAC(),
-    "cg": whence.CG(whence.Nystrom(3)),
-    "neumann": whence.ASTRA(steps=2),
-    "arnoldi": whence.Arnoldi(rank=3, steps=5),
-    "hyperinf": whence.HyperINF(),
-    "proj": whence.RandProj(3),
-    "select": whence.RandSelect(3),
+    "exact": wherefrom.Exact("primal"),
+    "dual": wherefrom.Dual(drop=0.0),
+    "ekfac": wherefrom.EKFAC(),
+    "cg": wherefrom.CG(wherefrom.Nystrom(3)),
+    "neumann": wherefrom.ASTRA(steps=2),
+    "arnoldi": wherefrom.Arnoldi(rank=3, steps=5),
+    "hyperinf": wherefrom.HyperINF(),
+    "proj": wherefrom.RandProj(3),
+    "select": wherefrom.RandSelect(3),
     "auto": "auto",
 }
 
@@ -83,7 +85,7 @@ def tiny() -> tuple[nn.Module, Any, tuple[torch.Tensor, torch.Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
     x = torch.randn(7, 3, generator=rng, dtype=torch.float64)
-    return model, whence.Classification(), (x, torch.randint(3, (7,), generator=rng))
+    return model, wherefrom.Classification(), (x, torch.randint(3, (7,), generator=rng))
 
 
 def artefacts(folder: Path) -> dict[str, Kind]:
@@ -92,17 +94,17 @@ def artefacts(folder: Path) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for name, solver in SOLVERS.items():
         path = folder / f"{name}.safetensors"
-        whence.Influence(solver, 0.1).fit(model, task, train).save(path)
+        wherefrom.Influence(solver, 0.1).fit(model, task, train).save(path)
 
         def load(at: Path, solver: Any = solver) -> Any:
-            return whence.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.shift
+            return wherefrom.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.shift
 
         kinds[f"fit of {name}"] = Kind(path.read_bytes(), "fit", load, sealed=True)
 
-    fitted = whence.Influence(whence.CG(), 0.1).fit(model, task, train)
+    fitted = wherefrom.Influence(wherefrom.CG(), 0.1).fit(model, task, train)
     fitted.score(train, self_influence=True, folder=folder / "pieces").save(folder / "scores")
     kinds["scores"] = Kind(
-        (folder / "scores").read_bytes(), "scores", lambda at: whence.Scores.load(at / "scores"), True
+        (folder / "scores").read_bytes(), "scores", lambda at: wherefrom.Scores.load(at / "scores"), True
     )
     for path in (folder / "pieces").iterdir():
         kinds[f"piece {path.name}"] = Kind(
@@ -127,11 +129,11 @@ def artefacts(folder: Path) -> dict[str, Kind]:
     for name in (LOG, "step-00000001.safetensors"):
         kinds[f"run {name}"] = Kind(run[name], name, load_run, True)
 
-    again = whence.Influence(whence.EKFAC(), 0.1).fit(*tiny())
-    whence.GradientStore.build(again, folder / "store", size=16)
+    again = wherefrom.Influence(wherefrom.EKFAC(), 0.1).fit(*tiny())
+    wherefrom.GradientStore.build(again, folder / "store", size=16)
     (path,) = (folder / "store").iterdir()
     kinds["gradient store"] = Kind(
-        path.read_bytes(), path.name, lambda at: whence.GradientStore.build(again, at, size=16).score(train), True
+        path.read_bytes(), path.name, lambda at: wherefrom.GradientStore.build(again, at, size=16).score(train), True
     )
 
     pieces = Shards(folder / "runs", "runs", {"made of": "this"})
@@ -178,7 +180,7 @@ def others(folder: Path) -> dict[str, Kind]:
     rows = [{"text": "Lima is a capital.", "n": 3}, {"text": "\U0001f600", "n": [1, {"a": None}]}]
     lines = "\n".join(json.dumps(row) for row in rows[:1] * 3).encode()
     try:
-        from whence.hf.text import documents
+        from wherefrom.hf.text import documents
     except ImportError:
         return kinds
     texts = {
@@ -323,13 +325,13 @@ def check(kind: Kind, folder: Path, how: str, rng: random.Random) -> str:
     if how == "forged":
         try:
             forge(kind.content, path, rng)
-        except WhenceError:
+        except AttributionError:
             return "not written"
     else:
         path.write_bytes(damage(kind.content, rng))
     try:
         found = kind.read(folder)
-    except WhenceError as error:
+    except AttributionError as error:
         if len(str(error)) > 2500 or "\n" in str(error).strip():
             raise Wrong(f"no single line: {str(error)[:3000]}") from error
         return "refused"
@@ -388,7 +390,7 @@ def configuration(folder: Path, rng: random.Random) -> str:
         options = getattr(command, "keywords", {}).get("options")
         if isinstance(options, Attributed):
             options.chosen_method()
-    except WhenceError:
+    except AttributionError:
         return "refused"
     return "taken"
 
@@ -399,7 +401,7 @@ def expression(rng: random.Random) -> str:
     text = damage(rng.choice(EXPRESSIONS[slot]).encode(), rng).decode("utf-8", "surrogateescape")
     try:
         Attributed("m:f", **{slot: text}).chosen_method()
-    except WhenceError:
+    except AttributionError:
         return "refused"
     return "taken"
 
@@ -466,12 +468,12 @@ def line(folder: Path, kinds: dict[str, Kind], rng: random.Random) -> str:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             code = cli.main(words)
     except Exception as error:
-        raise Wrong(f"whence {words}: {type(error).__name__}: {error}") from error
+        raise Wrong(f"wherefrom {words}: {type(error).__name__}: {error}") from error
     finally:
         os.chdir(before)
-    lines = [text for text in said.getvalue().splitlines() if not text.startswith("whence: warning:")]
+    lines = [text for text in said.getvalue().splitlines() if not text.startswith("wherefrom: warning:")]
     if code not in (0, 2, 3) or (code == 2 and len(lines) != 1 and words):
-        raise Wrong(f"whence {words}: code {code}, {len(lines)} lines: {said.getvalue()[:1000]}")
+        raise Wrong(f"wherefrom {words}: code {code}, {len(lines)} lines: {said.getvalue()[:1000]}")
     return "refused" if code else "taken"
 
 

@@ -31,13 +31,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from whence import (
+from wherefrom import (
     ASTRA,
     CG,
     EKFAC,
     GGN,
     KFAC,
     Arnoldi,
+    AttributionError,
     DataInf,
     Dual,
     EmpiricalFisher,
@@ -51,10 +52,9 @@ from whence import (
     RandProj,
     RandSelect,
     Task,
-    WhenceError,
     verify,
 )
-from whence.solvers.base import Inverse
+from wherefrom.solvers.base import Inverse
 
 IGNORE = -100
 NO_AXES = True  # draw parameters of shape () too
@@ -1261,7 +1261,7 @@ def compare(case: Case, dense: Dense | None = None) -> Outcome:
             solver, reference = SOLVERS.get(name, (Exact(), exactly))
             try:
                 problem = _score(case, dense, C, damping, name, solver, reference)
-            except WhenceError as error:
+            except AttributionError as error:
                 refusals.append(f"{name}: {_kind(error)}")
                 continue
             except Exception as error:  # noqa: BLE001

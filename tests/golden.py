@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from problems import NAMES, TinyProblem, problem
-from whence import (
+from wherefrom import (
     ASTRA,
     CG,
     EKFAC,

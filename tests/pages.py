@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from whence.attribution import Scores
-from whence.evaluate import linear_datamodeling_score, mislabeled_curve, random_subsets
-from whence.report import Example
+from wherefrom.methods import Scores
+from wherefrom.tools.evaluate import linear_datamodeling_score, mislabeled_curve, random_subsets
+from wherefrom.tools.report import Example
 
 Q, N = 3, 20
 SCRIPT = "<script>alert('caught')</script>"

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import register_parametrization
 
-from whence.task import Classification, Regression
+from wherefrom.model.task import Classification, Regression
 
 Data = tuple[Tensor, ...]
 IGNORE = -100
 PAD = 0
 
 
-# --- losses and measurements, written independently of whence.task: (B, ..., C) -> (B,) ---
+# --- losses and measurements, written independently of wherefrom.model.task: (B, ..., C) -> (B,) ---
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:

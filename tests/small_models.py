@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 
 SIZES: dict[str, Any] = {
     "vocab_size": 23,
@@ -72,9 +72,9 @@ def products(model: nn.Module, losses: Sequence[Tensor], match: str = "mlp") -> 
     return stacked @ stacked.T
 
 
-def found(model: nn.Module, task: whence.Task, train: Any, match: str = "mlp", **options: Any) -> Tensor:
+def found(model: nn.Module, task: wherefrom.Task, train: Any, match: str = "mlp", **options: Any) -> Tensor:
     """The same by the library: every training example is a query too, and its training loss is asked about."""
-    influence = whence.Influence(whence.Identity(), damping=1.0, parameters=match, progress=False, **options)
+    influence = wherefrom.Influence(wherefrom.Identity(), damping=1.0, parameters=match, progress=False, **options)
     return influence.fit(model, task, train).score(train, measurement=task.loss).values
 
 

@@ -13,24 +13,26 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from whence import cli, loading, store
-from whence.problem import Problem
+from wherefrom import store
+from wherefrom.model.problem import Problem
+from wherefrom.tools import loading
+from wherefrom.tools.cli import main as cli
 
 MINE = """
 import functools
 import torch
 from torch import nn
-import whence
-from whence.evaluate import SGDRecipe, retrain_small, train_small
-from whence.loading import Target
-from whence.report import Example
+import wherefrom
+from wherefrom.tools.evaluate import SGDRecipe, retrain_small, train_small
+from wherefrom.tools.loading import Target
+from wherefrom.tools.report import Example
 
 g = torch.Generator().manual_seed(1)
 centres = torch.randn(3, 4, generator=g, dtype=torch.float64)
 labels = torch.randint(3, (48,), generator=g)
 inputs = centres[labels] + torch.randn(48, 4, generator=g, dtype=torch.float64)
 x, y, xq, yq = inputs[:30], labels[:30], inputs[30:34], labels[30:34]
-task, recipe = whence.Classification(), SGDRecipe(lr=0.1, batch_size=10, epochs=4)
+task, recipe = wherefrom.Classification(), SGDRecipe(lr=0.1, batch_size=10, epochs=4)
 
 def build():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
@@ -69,7 +71,7 @@ def recorded():
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     import tempfile
     folder = tempfile.mkdtemp(dir=".")  # its checkpoints are read when they are needed
-    with whence.Recorder(folder, model, optimiser, every=2) as recorder:
+    with wherefrom.Recorder(folder, model, optimiser, every=2) as recorder:
         for _ in range(6):
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
@@ -106,7 +108,7 @@ def refused(capsys, said: str, line: str, *more: str) -> None:
     capsys.readouterr()
     assert cli.main([*line.split(), *more]) == 2
     err = capsys.readouterr().err
-    assert re.search(said, err) and err.startswith("whence: ") and err.count("\n") == 1
+    assert re.search(said, err) and err.startswith("wherefrom: ") and err.count("\n") == 1
 
 
 def table(path: str) -> dict[str, list[str]]:
@@ -122,7 +124,7 @@ def whole(folder: Path) -> list[str]:
         assert ".part" not in path.name
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                kind = json.loads(file.metadata()["whence"])["kind"]
+                kind = json.loads(file.metadata()["wherefrom"])["kind"]
             store.load(path, kind)
     return [path.relative_to(folder).as_posix() for path in found]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-import whence
+import wherefrom
 from problems import problem
-from whence import InputError, Scores
-from whence.act import clean, cleanest, explain, select
-from whence.act.coverage import coverage, greedy
-from whence.evaluate import flip_labels
-from whence.tables import read_table, write_table
+from wherefrom import InputError, Scores
+from wherefrom.data.tables import read_table, write_table
+from wherefrom.tools.act import clean, cleanest, explain, select
+from wherefrom.tools.act.coverage import coverage, greedy
+from wherefrom.tools.evaluate import flip_labels
 
 # --- clean: the ranking ---------------------------------------------------------------------------------------------
 
@@ -105,7 +105,9 @@ def weighed(p, given, trusted, damping=0.05):
 def test_labels_are_weighed_as_dense_algebra_weighs_them(name, batch_size):
     p = problem(name)
     given = p.train[1].roll(2)
-    influence = whence.Influence(whence.Exact(), 0.05, batch_size=batch_size).fit(p.model, p.task, (p.train[0], given))
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05, batch_size=batch_size).fit(
+        p.model, p.task, (p.train[0], given)
+    )
     found = clean(influence.self_influence(), influence, p.train, count=p.n)
     wanted = weighed(p, given, p.train)
     assert {c.example: (c.action, c.label) for c in found.proposals} == {z: w[:2] for z, w in wanted.items()}
@@ -115,7 +117,7 @@ def test_labels_are_weighed_as_dense_algebra_weighs_them(name, batch_size):
     assert [c.given for c in found.proposals] == given[found.ranking].tolist()
 
 
-class Rating(whence.Task):
+class Rating(wherefrom.Task):
     """A number for an example, compared by its square; f wants it large."""
 
     def outputs(self, model, batch):
@@ -133,7 +135,7 @@ def test_dropping_wins_where_every_label_harms():
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.ones_(model.weight)
     x, y = torch.tensor([[3.0], [1.0], [-2.0], [0.0]], dtype=torch.float64), torch.tensor([0, 1, 0, 0])
-    influence = whence.Influence(whence.Exact(), 1.0).fit(model, Rating(), {"x": x, "y": y})
+    influence = wherefrom.Influence(wherefrom.Exact(), 1.0).fit(model, Rating(), {"x": x, "y": y})
     trusted = {"x": x[:1], "y": y[:1]}
     found = clean([9.0, 8.0, 7.0, 6.0], influence, trusted, count=3, labels_at="y")
     # s(x, y) = -3 * 2 (x - y) x / 8: of example 0: -6.75 for 0, -4.5 for 1; of 1: -0.75, 0; of 2: -3, -4.5
@@ -169,7 +171,12 @@ def blobs(seed=0, n=240, classes=3):
 @pytest.fixture(scope="module")
 def noisy():
     model, train, trusted, true, flipped = blobs()
-    return whence.Influence(whence.Exact(), 0.01).fit(model, whence.Classification(), train), trusted, true, flipped
+    return (
+        wherefrom.Influence(wherefrom.Exact(), 0.01).fit(model, wherefrom.Classification(), train),
+        trusted,
+        true,
+        flipped,
+    )
 
 
 @pytest.mark.parametrize("by", ["self-influence", "harm"])
@@ -190,13 +197,13 @@ def test_the_stand_ins_are_of_every_label_unsuspicious_and_seeded(noisy, monkeyp
     influence, *_ = noisy
     values, asked = influence.self_influence(), []
     y = influence.problem.train.data[1]
-    real = whence.Influence.score
+    real = wherefrom.Influence.score
 
     def score(self, queries, *args, **kwargs):
         asked.append(queries)
         return real(self, queries, *args, **kwargs)
 
-    monkeypatch.setattr(whence.Influence, "score", score)
+    monkeypatch.setattr(wherefrom.Influence, "score", score)
     runs = [clean(values, influence, count=30, seed=seed) for seed in (0, 0, 1)]
     (x0, y0), (x1, _), (x2, _) = asked
     assert torch.equal(x0, x1) and not torch.equal(x0, x2)
@@ -216,7 +223,7 @@ def test_positions_that_do_not_count_are_no_label():
     p = problem("mlp")
     y = p.train[1].clone()
     y[3] = -100
-    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, (p.train[0], y))
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, (p.train[0], y))
     values = torch.arange(p.n, 0, -1.0)
     found = clean(values, influence, p.queries, count=4)
     assert found.proposals[3].given == -100
@@ -225,13 +232,13 @@ def test_positions_that_do_not_count_are_no_label():
 
 def test_nothing_to_look_at_costs_nothing():
     p = problem("mlp")
-    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, p.train)
     assert clean(torch.ones(p.n), influence).proposals == ()
 
 
 def test_what_clean_refuses():
     p, lm = problem("mlp"), problem("masked_sequence")
-    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, p.train)
     ones = torch.ones(p.n)
     with pytest.raises(InputError, match="a share or a count, got both"):
         clean(ones, share=0.1, count=2)
@@ -250,7 +257,7 @@ def test_what_clean_refuses():
     for place, got in ((2, "none in a tuple"), ("label", "none in a tuple"), (0, r"\(11, \d+\) torch.float64")):
         with pytest.raises(InputError, match=f"labels at {place!r}.* got {got}.*labels_at"):
             clean(ones, influence, p.queries, count=1, labels_at=place)
-    influence = whence.Influence(whence.Identity(), 1.0).fit(lm.model, lm.task, lm.train)
+    influence = wherefrom.Influence(wherefrom.Identity(), 1.0).fit(lm.model, lm.task, lm.train)
     with pytest.raises(InputError, match="one whole number per example"):
         clean(torch.ones(lm.n), influence, count=1)
 
@@ -413,7 +420,7 @@ def test_explain_of_a_plain_matrix_and_of_nothing():
 
 def test_the_predicted_change_of_candidates_is_over_the_training_examples():
     p = problem("mlp")
-    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, p.train)
     scores = influence.score(p.queries, candidates=tuple(t[:4] for t in p.train))
     found = explain(scores, k=1)
     assert found["predicted_change"] == pytest.approx([s / p.n for s in found["score"]])

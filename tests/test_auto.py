@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from problems import TinyProblem, problem
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
@@ -28,10 +28,10 @@ from whence import (
     UnsupportedError,
     attribute,
 )
-from whence.curvature import Need
-from whence.solvers import auto
+from wherefrom.curvature import Need
+from wherefrom.solvers import auto
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 TIGHT = 1e-6
 
 
@@ -290,7 +290,7 @@ def test_an_unmet_tolerance_moves_on_and_ends_converged(hasty, caplog):
     p = problem("mlp")
     damping, b = small(p.ggn()), torch.cat([right_hand_sides(p), torch.zeros(1, p.dim).double()])
     solver = Auto(1e-9, tight(p))
-    with caplog.at_level(logging.INFO, logger="whence"):
+    with caplog.at_level(logging.INFO, logger="wherefrom"):
         inverse = solver.fit(GGN(library(p)), damping)
         solution = inverse(p.unflatten(b))
     assert solution.converged.all() and (residual(p, p.ggn(), damping, solution.x, b)[:3] <= 1e-9).all()
@@ -308,7 +308,7 @@ def test_an_unmet_tolerance_moves_on_and_ends_converged(hasty, caplog):
         wanted = residual(p, p.ggn(), damping, p.unflatten(x), b[:3])
         close(torch.tensor(said, dtype=torch.float64), wanted, 1e-9)  # of the query, not of what was left of it
     assert (solution.history[:, 3] == 0).all()
-    report, lines = inverse.report(), [r.getMessage() for r in caplog.records if r.name == "whence"]
+    report, lines = inverse.report(), [r.getMessage() for r in caplog.records if r.name == "wherefrom"]
     assert "Nystrom" in report["solver"] and "Dual" in report["then"] and "Exact" in report["then"]
     assert any("chose CG(preconditioner=Nystrom" in s and "130 parameters" in s for s in lines)
     moves = [s for s in lines if s.startswith("3 queries above 1e-09: going on with")]
@@ -365,7 +365,7 @@ def test_what_cannot_be_fitted_is_passed_over(hasty, monkeypatch, caplog):
     curvature = GGN(library(p), "rows")
     inverse = Auto(1e-9, tight(p)).fit(curvature, damping)
     inverse.choices[2] = auto.Choice(Exact(form="primal"), "the dual is out of order")
-    with caplog.at_level(logging.INFO, logger="whence"):
+    with caplog.at_level(logging.INFO, logger="wherefrom"):
         solution = inverse(p.unflatten(b))
     assert solution.converged.all()
     close(p.flatten(solution.x), dense(p.ggn(), damping, b), 1e-7)
@@ -377,7 +377,7 @@ def test_an_indefinite_hessian_ends_with_exact(large, caplog):
     p = problem("mlp")
     values = torch.linalg.eigvalsh(p.hessian())
     damping, b = -0.4 * float(values[0]), right_hand_sides(p)
-    with caplog.at_level(logging.INFO, logger="whence"):
+    with caplog.at_level(logging.INFO, logger="wherefrom"):
         inverse = Auto(TIGHT).fit(Hessian(library(p)), damping)
     assert isinstance(inverse.choices[0].solver, Exact) and "Exact" in inverse.report()["solver"]
     assert "cannot be fitted (Nystrom needs a positive semi-definite curvature" in caplog.text
@@ -394,7 +394,7 @@ def test_an_indefinite_hessian_found_while_solving_ends_with_exact(large, caplog
     inverse = Auto(TIGHT, memory=1.2e5).fit(Hessian(library(p)), damping)
     assert inverse.choices[0].solver.preconditioner == EKFAC()
     inverse.choices[1:] = [auto.Choice(Exact(), "for a test")]
-    with caplog.at_level(logging.INFO, logger="whence"):
+    with caplog.at_level(logging.INFO, logger="wherefrom"):
         solution = inverse(p.unflatten(b))
     assert "cannot solve this (CG met a direction of non-positive curvature" in caplog.text
     assert solution.converged.all() and solution.history.shape == (solution.steps + 1, 3)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import whence
+import wherefrom
 from problems import PAD, TinyProblem, problem
-from whence import (
+from wherefrom import (
     CG,
     Classification,
     Embeddings,
@@ -114,7 +114,7 @@ def test_relative_influence_needs_positive_lengths():
 def test_solves_that_fall_short_are_named_by_their_number():
     p = problem("mlp")
     influence = Influence(CG(tolerance=1e-9, steps=2), DAMPING, batch_size=4).fit(p.model, p.task, p.train)
-    with pytest.warns(whence.ConvergenceWarning, match=r"11 of 11 training examples .* \[0, 1, 2, 3, 4, 5") as said:
+    with pytest.warns(wherefrom.ConvergenceWarning, match=r"11 of 11 training examples .* \[0, 1, 2, 3, 4, 5") as said:
         response_norms(influence)
     assert len(said) == 1
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import whence
+import wherefrom
 from problems import problem
-from whence import BM25, CG, EKFAC, TFIDF, Exact, Influence, InputError, Scores, recall, rescored, shortlist
-from whence.data import Examples
-from whence.hf import CausalLM, pad
+from wherefrom import BM25, CG, EKFAC, TFIDF, Exact, Influence, InputError, Scores, recall, rescored, shortlist
+from wherefrom.data.examples import Examples
+from wherefrom.hf import CausalLM, pad
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -97,16 +97,16 @@ def test_the_numbers_are_kept(tmp_path):
     again = rescored(influence, p.queries, [8, 2, 5], self_influence=True, folder=tmp_path / "run")
     assert torch.equal(found.values, again.values)
     found.save(tmp_path / "scores")
-    for kept in (Scores.load(tmp_path / "scores"), found.relative(), whence.ensemble([found, found])):
+    for kept in (Scores.load(tmp_path / "scores"), found.relative(), wherefrom.ensemble([found, found])):
         assert kept.numbers is not None and kept.numbers.tolist() == [8, 2, 5]
     loaded = Scores.load(tmp_path / "scores")
     for f in dataclasses.fields(Scores):
         a, b = getattr(found, f.name), getattr(loaded, f.name)
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f.name
     with pytest.raises(InputError, match="of the same training examples"):
-        whence.ensemble([found, dataclasses.replace(found, numbers=torch.tensor([8, 2, 6]))])
+        wherefrom.ensemble([found, dataclasses.replace(found, numbers=torch.tensor([8, 2, 6]))])
     with pytest.raises(InputError, match="of the same training examples"):
-        whence.ensemble([found, dataclasses.replace(found, numbers=None)])
+        wherefrom.ensemble([found, dataclasses.replace(found, numbers=None)])
 
 
 @pytest.mark.parametrize("index", [[11], [-1], [0.5], [True, False], [[0, 1]], []])

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from problems import problem
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
@@ -24,7 +24,7 @@ from whence import (
     RandProj,
     attribute,
 )
-from whence.attribution import certificate
+from wherefrom.methods import certificate
 
 APPROXIMATE = [EKFAC(), KFAC(), DataInf(), Identity(), Arnoldi(rank=4, steps=10), Nystrom(rank=5), RandProj(16)]
 DAMPING = 0.05
@@ -38,7 +38,7 @@ def _no_floor_of_time(monkeypatch):
 
 @pytest.mark.parametrize("solver", APPROXIMATE, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence"])
-@pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_agreement_is_that_with_the_dense_answer(name, solver, monkeypatch):
     monkeypatch.setattr(certificate, "TOLERANCE", 1e-9)  # at the usual one the ranks of so few examples may move
     p = problem(name)
@@ -53,7 +53,7 @@ def test_agreement_is_that_with_the_dense_answer(name, solver, monkeypatch):
     assert f"ranks as the accurate answer does: {agreement['rank correlation']:.2f}" in str(found)
 
 
-@pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_scores_are_the_same_with_and_without_a_certificate():
     p = problem("mlp")
     for solver in (*APPROXIMATE, HyperINF()):

@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 
-import whence
-from whence import cli, demo, loading, vectors
-from whence.attribution import Scores
-from whence.commands import spectrum
-from whence.errors import DivergenceError, InputError
-from whence.solvers.neumann import corollary
+import wherefrom
+from wherefrom.errors import DivergenceError, InputError
+from wherefrom.methods import Scores
+from wherefrom.persample import vectors
+from wherefrom.solvers.neumann import corollary
+from wherefrom.tools import demo, loading
+from wherefrom.tools.cli import main as cli
+from wherefrom.tools.cli import spectrum
 
 
 def small(monkeypatch):
@@ -64,8 +66,8 @@ def test_the_demo_is_reproducible_and_its_seed_matters(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--queries", "0"], "whence: queries must be in 1..40, got 0."),
-        (["--examples", "5000"], "whence: examples must be in 100..1300, got 5000."),
+        (["--queries", "0"], "wherefrom: queries must be in 1..40, got 0."),
+        (["--examples", "5000"], "wherefrom: examples must be in 100..1300, got 5000."),
     ],
 )
 def test_bad_input_is_one_line(argv, said, capsys):
@@ -84,7 +86,7 @@ def test_a_report_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     argv = ["demo", "--out", str(tmp_path / "file" / "r.html"), "--examples", "100", "--no-lds"]
     assert cli.main(argv) == 2
-    assert "Traceback" not in (shown := capsys.readouterr().err) and shown.startswith("whence: ")
+    assert "Traceback" not in (shown := capsys.readouterr().err) and shown.startswith("wherefrom: ")
 
 
 @pytest.mark.parametrize(
@@ -106,17 +108,17 @@ def test_a_report_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 def test_arguments_that_do_not_parse(argv, said, capsys):
     assert cli.main(argv) == 2
     shown = capsys.readouterr()
-    assert re.search(said, shown.err) and shown.err.startswith("whence: ") and shown.err.count("\n") == 1
+    assert re.search(said, shown.err) and shown.err.startswith("wherefrom: ") and shown.err.count("\n") == 1
     assert not shown.out
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (InputError("x must be\n1, got 2."), 2, "whence: x must be 1, got 2.\n"),
-        (DivergenceError("CG gave NaN."), 3, "whence: CG gave NaN.\n"),
-        (PermissionError(13, "Permission denied", "r.html"), 2, "whence: [Errno 13] Permission denied: 'r.html'\n"),
-        (KeyboardInterrupt(), 130, "whence: interrupted\n"),
+        (InputError("x must be\n1, got 2."), 2, "wherefrom: x must be 1, got 2.\n"),
+        (DivergenceError("CG gave NaN."), 3, "wherefrom: CG gave NaN.\n"),
+        (PermissionError(13, "Permission denied", "r.html"), 2, "wherefrom: [Errno 13] Permission denied: 'r.html'\n"),
+        (KeyboardInterrupt(), 130, "wherefrom: interrupted\n"),
     ],
 )
 def test_exit_codes(error, code, said, capsys, monkeypatch):
@@ -138,18 +140,18 @@ def test_no_convergence_has_its_own_code(monkeypatch, capsys):
     import warnings
 
     def run(*_):
-        warnings.warn("1 of 2 queries did not converge", whence.ConvergenceWarning, stacklevel=1)
+        warnings.warn("1 of 2 queries did not converge", wherefrom.ConvergenceWarning, stacklevel=1)
         return Scores(torch.zeros(2, 3), None, torch.tensor([True, False]))
 
     monkeypatch.setattr(demo, "run", run)
     assert cli.main(["demo"]) == 3
-    assert capsys.readouterr().err == "whence: warning: 1 of 2 queries did not converge\n"
+    assert capsys.readouterr().err == "wherefrom: warning: 1 of 2 queries did not converge\n"
 
 
 def test_help_and_version(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "whence demo" in text and "Exit codes" in text
+    assert "wherefrom demo" in text and "Exit codes" in text
     assert "Judge one or more files of scores" in text and "For example" not in text
     assert cli.main([]) == 2
     assert capsys.readouterr().out == text
@@ -157,18 +159,21 @@ def test_help_and_version(capsys):
     text = capsys.readouterr().out
     assert all(option in text for option in ("--out", "--seed", "--queries", "--examples", "--no-lds"))
     assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"whence {whence.__version__}\n"
+    assert capsys.readouterr().out == f"wherefrom {wherefrom.__version__}\n"
 
 
 def test_it_runs_as_a_program():
     done = subprocess.run(
-        [sys.executable, "-m", "whence.cli", "--version"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "wherefrom.tools.cli.main", "--version"], capture_output=True, text=True, timeout=120
     )
-    assert done.stdout == f"whence {whence.__version__}\n" and done.returncode == 0
+    assert done.stdout == f"wherefrom {wherefrom.__version__}\n" and done.returncode == 0
 
 
 def test_the_library_does_not_load_what_only_the_report_needs():
-    code = "import sys, whence, whence.cli, whence.report; print({'jinja2', 'matplotlib', 'tyro'} & set(sys.modules))"
+    code = (
+        "import sys, wherefrom, wherefrom.tools.cli.main, wherefrom.tools.report; "
+        "print({'jinja2', 'matplotlib', 'tyro'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120).stdout == "set()\n"
 
 
@@ -176,7 +181,7 @@ def test_the_library_does_not_load_what_only_the_report_needs():
 
 MINE = """
 import torch
-import whence
+import wherefrom
 
 g = torch.Generator().manual_seed(1)
 x, y = torch.randn(60, 4, generator=g, dtype=torch.float64), torch.randint(0, 3, (60,), generator=g)
@@ -184,7 +189,7 @@ x, y = torch.randn(60, 4, generator=g, dtype=torch.float64), torch.randint(0, 3,
 def problem():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
-    return model, whence.Classification(), (x, y)
+    return model, wherefrom.Classification(), (x, y)
 
 def asked(count=2):
     return [*problem(), (x[:count], y[:count])]
@@ -199,7 +204,7 @@ def needy(count, *rest, flag=True):
     return problem()
 
 def wrong_model():
-    return "model", whence.Classification(), (x, y)
+    return "model", wherefrom.Classification(), (x, y)
 
 def unpaired():
     return *problem()[:2], (x, y[:-1])
@@ -231,10 +236,10 @@ def measure(argv, capsys) -> str:
     return shown.out
 
 
-def curvature(kind=whence.GGN, parameters=None):
+def curvature(kind=wherefrom.GGN, parameters=None):
     with loading.from_here():
         target = loading.load("mine:problem")
-    return kind(whence.Problem(target.model, target.task, target.train, parameters))
+    return kind(wherefrom.Problem(target.model, target.task, target.train, parameters))
 
 
 def row(text: str) -> dict[str, str]:
@@ -249,19 +254,19 @@ def row(text: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("argv", "kind", "parameters", "seed"),
     [
-        (["mine:problem"], whence.GGN, None, 0),
-        (["mine:asked", "--batch-size", "7"], whence.GGN, None, 0),
-        (["mine:problem", "--curvature", "fisher", "--seed", "3"], whence.EmpiricalFisher, None, 3),
-        (["--parameters", "^2", "mine:problem"], whence.GGN, "^2", 0),
+        (["mine:problem"], wherefrom.GGN, None, 0),
+        (["mine:asked", "--batch-size", "7"], wherefrom.GGN, None, 0),
+        (["mine:problem", "--curvature", "fisher", "--seed", "3"], wherefrom.EmpiricalFisher, None, 3),
+        (["--parameters", "^2", "mine:problem"], wherefrom.GGN, "^2", 0),
     ],
 )
 def test_the_spectrum_is_the_one_measured(mine, capsys, argv, kind, parameters, seed):
     text = measure(argv, capsys)
     c = curvature(kind, parameters)
-    measured = whence.spectrum(c, seed=seed)
+    measured = wherefrom.spectrum(c, seed=seed)
     assert str(measured) in text
     assert f"{kind.__name__} of {next(a for a in argv if a.startswith('mine'))}, {c.problem.coverage()}" in text
-    damping = min(whence.Damping.per_example().resolve(c).values())
+    damping = min(wherefrom.Damping.per_example().resolve(c).values())
     plan = corollary(measured, damping)
     found = row(text)
     assert found.pop("sampling error / |x|") == f"at most {spectrum.sampling_error(plan, damping):.3g}"
@@ -275,12 +280,12 @@ def test_the_spectrum_is_the_one_measured(mine, capsys, argv, kind, parameters, 
         },
         rel=5e-3,
     )
-    assert repr(whence.Auto().choices(c)[0].solver) in " ".join(text.split())
+    assert repr(wherefrom.Auto().choices(c)[0].solver) in " ".join(text.split())
 
 
 def test_the_damping_can_be_given_and_the_seed_matters(mine, capsys):
     first = measure(["mine:problem", "--damping", "0.5"], capsys)
-    measured = whence.spectrum(curvature())
+    measured = wherefrom.spectrum(curvature())
     assert row(first)["damping"] == "0.5"
     assert int(row(first)["steps"].replace(",", "")) == corollary(measured, 0.5).steps
     assert measure(["mine:problem", "--damping", "0.5"], capsys) == first
@@ -288,7 +293,7 @@ def test_the_damping_can_be_given_and_the_seed_matters(mine, capsys):
 
 
 def test_an_indefinite_hessian_is_told(mine, capsys):
-    smallest = whence.spectrum(curvature(whence.Hessian)).smallest
+    smallest = wherefrom.spectrum(curvature(wherefrom.Hessian)).smallest
     assert smallest < -1e-3
     text = measure(["mine:problem", "--curvature", "hessian", "--damping", f"{-smallest / 2:.6f}"], capsys)
     assert "No plan" in text and "step size" not in text
@@ -298,7 +303,7 @@ def test_an_indefinite_hessian_is_told(mine, capsys):
     assert row(text)["sampling error / |x|"] == "no bound"
 
 
-def dense(c: whence.Curvature) -> torch.Tensor:
+def dense(c: wherefrom.Curvature) -> torch.Tensor:
     shapes = c.problem.shapes
     eye = torch.eye(sum(s.numel() for s in shapes.values()), dtype=torch.float64)
     return vectors.flatten(c.product(vectors.unflatten(eye, shapes)))
@@ -314,7 +319,7 @@ def test_what_is_said_of_cg_is_true(mine, capsys, damping):
     condition = float(re.search(r"condition number of C \+ damping is at most (\S+)\. ", text)[1].replace(",", ""))
     assert float(torch.linalg.cond(A)) <= condition * 1.005
     b = torch.randn(4, len(C), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    solution = whence.CG(tolerance=None, steps=steps).fit(c, damping)(vectors.unflatten(b, c.problem.shapes))
+    solution = wherefrom.CG(tolerance=None, steps=steps).fit(c, damping)(vectors.unflatten(b, c.problem.shapes))
     exact = torch.linalg.solve(A, b.T).T
     off = vectors.flatten({name: solution.x[name] for name in c.problem.shapes}) - exact
     assert bool((((off @ A) * off).sum(1) <= 1e-4 * ((exact @ A) * exact).sum(1)).all())
@@ -325,7 +330,7 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     c = curvature()
     C, shapes = dense(c), c.problem.shapes
     damping = 0.05
-    inverse = whence.Neumann(batch=5).fit(c, damping)
+    inverse = wherefrom.Neumann(batch=5).fit(c, damping)
     plan, bound = inverse.plan, spectrum.sampling_error(inverse.plan, damping)
     values, directions = torch.linalg.eigh(C)
     b = torch.cat([directions.T, torch.randn(20, len(C), generator=torch.Generator().manual_seed(0)).double()])
@@ -338,9 +343,9 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     assert spectrum.sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
 
 
-def made(largest: float, trace: float, constant: float = 1.0, examples: int = 100) -> whence.Spectrum:
-    e = whence.curvature.spectrum.Estimate
-    return whence.Spectrum(
+def made(largest: float, trace: float, constant: float = 1.0, examples: int = 100) -> wherefrom.Spectrum:
+    e = wherefrom.curvature.lanczos.Estimate
+    return wherefrom.Spectrum(
         e(trace, 0.0), e(1.0, 0.0), e(largest, 0.0), 0.0, largest, e(1.0, 0.0), e(constant, 0.1), examples, 50, 32
     )
 
@@ -361,13 +366,13 @@ def test_the_readings_follow_the_spectrum():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["mine"], "the target must be module:function, got 'mine'. .*For example: whence.demo:problem."),
+        (["mine"], "the target must be module:function, got 'mine'. .*For example: wherefrom.tools.demo:problem."),
         (["mine.py:problem"], "mine.py cannot be imported. ModuleNotFoundError: No module named 'mine.py'"),
         (["./mine:problem"], "the target must be module:function"),
         (["mine:"], "the target must be module:function"),
         (
             ["missing:problem"],
-            "ModuleNotFoundError: No module named 'missing'. Run whence in the folder that holds miss",
+            "ModuleNotFoundError: No module named 'missing'. Run wherefrom in the folder that holds miss",
         ),
         (
             ["broken:problem"],
@@ -397,7 +402,7 @@ def test_a_bad_target_is_one_line(mine, capsys, argv, said):
     before = list(sys.path)
     assert cli.main(["spectrum", *argv]) == 2
     shown = capsys.readouterr()
-    assert re.search(said, shown.err) and shown.err.startswith("whence: ") and shown.err.count("\n") == 1
+    assert re.search(said, shown.err) and shown.err.startswith("wherefrom: ") and shown.err.count("\n") == 1
     assert "step size" not in shown.out and sys.path == before
 
 
@@ -411,7 +416,9 @@ def test_a_bug_of_the_users_is_not_hidden(mine, command):
 def test_spectrum_as_a_program(mine, capsys):
     """With a script that lies elsewhere, as an installed one does: the current directory is not on its path."""
     (mine / "bin").mkdir()
-    (mine / "bin" / "program.py").write_text("import sys\nfrom whence.cli import main\nsys.exit(main())\n")
+    (mine / "bin" / "program.py").write_text(
+        "import sys\nfrom wherefrom.tools.cli.main import main\nsys.exit(main())\n"
+    )
 
     def program(*argv: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "bin/program.py", "spectrum", *argv]
@@ -422,27 +429,27 @@ def test_spectrum_as_a_program(mine, capsys):
     assert row(done.stdout) == row(measure(["mine:problem", "--damping", "0.1"], capsys))
     done = program("absent:problem")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("whence: absent cannot be imported.") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("wherefrom: absent cannot be imported.") and done.stderr.count("\n") == 1
 
 
 def test_spectrum_help_has_an_example(capsys):
     assert cli.main(["spectrum", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "whence spectrum whence.demo:problem" in text and "(model, task, train)" in text
+    assert "wherefrom spectrum wherefrom.tools.demo:problem" in text and "(model, task, train)" in text
     options = ("--damping", "--curvature {ggn,hessian,fisher}", "--parameters", "--batch-size", "--seed")
     assert all(option in text for option in options)
 
 
 def test_the_demo_gives_a_target(monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, epochs=1))
-    target = loading.load("whence.demo:problem")
-    assert isinstance(target.task, whence.Classification)
+    target = loading.load("wherefrom.tools.demo:problem")
+    assert isinstance(target.task, wherefrom.Classification)
     assert len(target.train[0]) == len(target.train[1]) == 1000 and len(target.queries[0]) == demo.ASKED
     assert demo.accuracy(target.model, *target.queries) > 0.5
 
 
 @pytest.mark.slow
 def test_a_newcomer_can_measure_the_demo(capsys):
-    text = measure(["whence.demo:problem"], capsys)
+    text = measure(["wherefrom.tools.demo:problem"], capsys)
     assert "parameters D, examples N                   17,226, 1,000" in text
     assert row(text)["steps"] and 'solver="auto" would start with' in text

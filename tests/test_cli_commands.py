@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import whence
+import wherefrom
 from targets import MINE, load, placed, refused, run, stopped, table, whole
 
 
@@ -26,9 +26,9 @@ def mine(tmp_path, monkeypatch):
 def test_scores_are_those_of_the_library(mine, capsys):
     run("score mine:problem --damping 0.05 --out r", "--solver", "CG(preconditioner=EKFAC(), tolerance=1e-9)")
     target = load()
-    influence = whence.Influence(whence.CG(whence.EKFAC(), tolerance=1e-9), 0.05)
+    influence = wherefrom.Influence(wherefrom.CG(wherefrom.EKFAC(), tolerance=1e-9), 0.05)
     expected = influence.fit(target.model, target.task, target.train).score(target.queries)
-    found = whence.Scores.load("r/scores.safetensors")
+    found = wherefrom.Scores.load("r/scores.safetensors")
     torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(found.residual, expected.residual, rtol=1e-3, atol=1e-12)
     queries = table("r/queries.csv")
@@ -50,18 +50,18 @@ def test_a_fit_is_made_once(mine, capsys, monkeypatch):
     run("fit mine:problem --damping 0.05 --out r --solver EKFAC()")
     assert "lambda" in capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(whence.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
+        patched.setattr(wherefrom.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
         run("score mine:problem --damping 0.05 --out r --solver EKFAC()")
         assert "The fit is taken from r/fit.safetensors." in capsys.readouterr().out
         run("self-influence mine:problem --damping 0.05 --out r --solver EKFAC() --batch-size 7")
     target = load()
-    fitted = whence.Influence(whence.EKFAC(), 0.05).fit(target.model, target.task, target.train)
+    fitted = wherefrom.Influence(wherefrom.EKFAC(), 0.05).fit(target.model, target.task, target.train)
     expected = fitted.self_influence()
     found = table("r/self-influence.csv")
     assert [int(j) for j in found["example"]] == expected.argsort(descending=True).tolist()
     assert [float(v) for v in found["self-influence"]] == pytest.approx(expected.sort(descending=True).values.tolist())
     assert found["rank"] == [str(i + 1) for i in range(30)]
-    monkeypatch.setattr(whence.Influence, "self_influence", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(wherefrom.Influence, "self_influence", lambda *_: pytest.fail("made again"))
     run("self-influence mine:problem --damping 0.05 --out r --solver EKFAC()")
 
 
@@ -69,7 +69,7 @@ def test_top_reads_any_scores(mine, capsys):
     values = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     np.save("foreign.npy", values.numpy())
     run("top foreign.npy --k 3 --out t")
-    found, best = table("t/top.csv"), whence.Scores(values, None, torch.ones(2, dtype=torch.bool)).top(3)
+    found, best = table("t/top.csv"), wherefrom.Scores(values, None, torch.ones(2, dtype=torch.bool)).top(3)
     assert [int(j) for j in found["example"]] == torch.cat([best.proponents, best.opponents], 1).flatten().tolist()
     assert found["side"] == 2 * (3 * ["proponent"] + 3 * ["opponent"]) and found["rank"] == 4 * ["1", "2", "3"]
     assert [float(v) * 7 for v in found["predicted_change"]] == pytest.approx([float(v) for v in found["score"]])
@@ -83,27 +83,29 @@ def test_top_reads_any_scores(mine, capsys):
 @pytest.mark.parametrize(
     ("method", "target", "like"),
     [
-        ("TracIn(checkpoints=2)", "recorded", lambda t: whence.TracIn(t.run(), checkpoints=2)),
+        ("TracIn(checkpoints=2)", "recorded", lambda t: wherefrom.TracIn(t.run(), checkpoints=2)),
         ("SOURCE(segments=1, solver=CG(tolerance=1e-6))", "recorded",
-         lambda t: whence.SOURCE(t.run(), segments=1, solver=whence.CG(tolerance=1e-6))),
-        ("TRAK(size=20)", "several", lambda t: whence.TRAK(size=20, seed=4)),
-        ("GradCos()", "problem", lambda t: whence.GradCos()),
-        ("Embeddings('1')", "problem", lambda t: whence.Embeddings("1")),
-        ("Random()", "problem", lambda t: whence.Random(seed=4)),
+         lambda t: wherefrom.SOURCE(t.run(), segments=1, solver=wherefrom.CG(tolerance=1e-6))),
+        ("TRAK(size=20)", "several", lambda t: wherefrom.TRAK(size=20, seed=4)),
+        ("GradCos()", "problem", lambda t: wherefrom.GradCos()),
+        ("Embeddings('1')", "problem", lambda t: wherefrom.Embeddings("1")),
+        ("Random()", "problem", lambda t: wherefrom.Random(seed=4)),
     ],
 )  # fmt: skip
 def test_methods_are_those_of_the_library(mine, method, target, like):
     run(f"score mine:{target} --out r --seed 4", "--method", method)
     t = load(target)
     expected = like(t).fit(t.model, t.task, t.train).score(t.queries)
-    torch.testing.assert_close(whence.Scores.load("r/scores.safetensors").values, expected.values)
+    torch.testing.assert_close(wherefrom.Scores.load("r/scores.safetensors").values, expected.values)
 
 
 def test_words_come_from_how_examples_are_shown(mine, capsys):
     run("score mine:full --out r --method BM25()")
     t = load("full")
     texts, asked = ([e.text for e in t.shown(name)] for name in ("train", "queries"))
-    assert torch.equal(whence.Scores.load("r/scores.safetensors").values, whence.BM25().fit(texts).score(asked).values)
+    assert torch.equal(
+        wherefrom.Scores.load("r/scores.safetensors").values, wherefrom.BM25().fit(texts).score(asked).values
+    )
     refused(capsys, r"train for BM25\(\) must be shown as texts, got no text of example 0",
             "score mine:problem --out s --method BM25()")  # fmt: skip
 
@@ -111,8 +113,8 @@ def test_words_come_from_how_examples_are_shown(mine, capsys):
 def test_several_models_are_averaged(mine):
     run("score mine:several --out r --solver EKFAC() --damping 0.1")
     t = load("several")
-    each = [whence.Influence(whence.EKFAC(), 0.1).fit(m, t.task, t.train).score(t.queries) for m in t.model]
-    torch.testing.assert_close(whence.Scores.load("r/scores.safetensors").values, whence.ensemble(each).values)
+    each = [wherefrom.Influence(wherefrom.EKFAC(), 0.1).fit(m, t.task, t.train).score(t.queries) for m in t.model]
+    torch.testing.assert_close(wherefrom.Scores.load("r/scores.safetensors").values, wherefrom.ensemble(each).values)
     fits = [name for name in whole(mine / "r") if name.startswith("fit")]
     assert fits == ["fit-2.safetensors", "fit-3.safetensors", "fit.safetensors"]
 
@@ -120,8 +122,8 @@ def test_several_models_are_averaged(mine):
 def test_self_influence_of_tracin(mine, capsys):
     run("self-influence mine:recorded --out r --method TracIn()")
     t = load("recorded")
-    expected = whence.TracIn(t.run()).fit(t.model, t.task, t.train).self_influence()
-    found = whence.Scores.load("r/self-influence.safetensors")
+    expected = wherefrom.TracIn(t.run()).fit(t.model, t.task, t.train).self_influence()
+    found = wherefrom.Scores.load("r/self-influence.safetensors")
     torch.testing.assert_close(found.self_influence, expected)
     refused(capsys, "GradCos.. has no self-influence", "self-influence mine:problem --out s --method GradCos()")
 
@@ -166,7 +168,7 @@ def test_out_is_a_folder(mine, capsys):
         ),
         ("--damping 0.05 --solver EKFAC()", ("epochs=4", "epochs=5"), "another model "),
         ("--damping 0.05 --solver EKFAC()", ("inputs[:30], labels[:30]", "inputs[:29], labels[:29]"), "model, train "),
-        ("--damping 0.05 --solver EKFAC()", ("whence.Classification()", "Flat()"), "another task"),
+        ("--damping 0.05 --solver EKFAC()", ("wherefrom.Classification()", "Flat()"), "another task"),
     ],
 )
 def test_results_of_something_else_are_refused_by_name(mine, capsys, options, change, said):
@@ -174,7 +176,7 @@ def test_results_of_something_else_are_refused_by_name(mine, capsys, options, ch
     before = {path: path.read_bytes() for path in (mine / "r").iterdir()}
     if change:
         (mine / "mine.py").write_text(
-            MINE.replace(*change).replace("task, recipe", "class Flat(whence.Classification): pass\ntask, recipe")
+            MINE.replace(*change).replace("task, recipe", "class Flat(wherefrom.Classification): pass\ntask, recipe")
         )
         sys.modules.pop("mine")
     refused(capsys, f"r/scores.safetensors was made for .*{said}", f"score mine:problem --out r {options}")
@@ -182,12 +184,12 @@ def test_results_of_something_else_are_refused_by_name(mine, capsys, options, ch
 
 
 def test_a_measurement_that_was_edited_is_another(mine, capsys):
-    own = """class Own(whence.Classification):
+    own = """class Own(wherefrom.Classification):
     def measurement(self, outputs, batch):
         return outputs.square().sum(1) * 1
 
 """
-    text = MINE.replace("task, recipe", own + "task, recipe").replace("whence.Classification(), SGD", "Own(), SGD")
+    text = MINE.replace("task, recipe", own + "task, recipe").replace("wherefrom.Classification(), SGD", "Own(), SGD")
     (mine / "mine.py").write_text(text)
     run("score mine:problem --out r --solver EKFAC()")
     (mine / "mine.py").write_text(text.replace("* 1", "* 2"))
@@ -218,7 +220,7 @@ def test_an_interrupted_run_goes_on(mine, capsys, monkeypatch, command, after):
     capsys.readouterr()
     with stopped(monkeypatch, after):
         run(line, code=130)
-        assert capsys.readouterr().err == "whence: interrupted\n"
+        assert capsys.readouterr().err == "wherefrom: interrupted\n"
     left = whole(mine / "r")
     assert "fit.safetensors" in left and f"{command}.toml" not in left
     assert len([name for name in left if ".pieces" in name]) == after  # EKFAC's solution is made anew
@@ -226,7 +228,7 @@ def test_an_interrupted_run_goes_on(mine, capsys, monkeypatch, command, after):
         run(line)
     assert len(passes) == 8 - after
     file = "scores" if command == "score" else command
-    resumed, uninterrupted = (whence.Scores.load(f"{folder}/{file}.safetensors") for folder in ("r", "whole"))
+    resumed, uninterrupted = (wherefrom.Scores.load(f"{folder}/{file}.safetensors") for folder in ("r", "whole"))
     assert torch.equal(resumed.values, uninterrupted.values)
     if command == "self-influence":
         assert torch.equal(resumed.self_influence, uninterrupted.self_influence)
@@ -253,7 +255,17 @@ def slow():
 
 def test_ctrl_c_in_a_real_process(mine):
     (mine / "mine.py").write_text(SLOW)
-    command = [sys.executable, "-m", "whence.cli", "score", "mine:slow", "--batch-size", "1", "--solver", "Identity()"]
+    command = [
+        sys.executable,
+        "-m",
+        "wherefrom.tools.cli.main",
+        "score",
+        "mine:slow",
+        "--batch-size",
+        "1",
+        "--solver",
+        "Identity()",
+    ]
     command += ["--damping", "1", "--no-certify"]
     process = subprocess.Popen([*command, "--out", "r"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -261,12 +273,12 @@ def test_ctrl_c_in_a_real_process(mine):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and err == "whence: interrupted\n"
+    assert process.returncode == 130 and err == "wherefrom: interrupted\n"
     left = whole(mine / "r")
     assert "scores.safetensors" not in left and len(left) > 3
     (mine / "again").touch()
     done = subprocess.run([*command, "--out", "r"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "The fit is taken from" in done.stdout
     run("score mine:problem --solver Identity() --damping 1 --out s")
-    found, expected = (whence.Scores.load(f"{folder}/scores.safetensors").values for folder in "rs")
+    found, expected = (wherefrom.Scores.load(f"{folder}/scores.safetensors").values for folder in "rs")
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 import pytest
 
-import whence
-from whence import cli
-from whence.commands import COMMANDS, config
-from whence.commands.expressions import NAMES, given, made
-from whence.commands.options import Attributed
-from whence.errors import InputError
+import wherefrom
+from wherefrom.errors import InputError
+from wherefrom.tools.cli import config
+from wherefrom.tools.cli import main as cli
+from wherefrom.tools.cli.expressions import NAMES, given, made
+from wherefrom.tools.cli.options import Attributed
+from wherefrom.tools.cli.registry import COMMANDS
 
 # --- expressions ----------------------------------------------------------------------------------------------------
 
@@ -23,16 +24,22 @@ from whence.errors import InputError
     [
         ("0.01", 0.01),
         (" -2 ", -2),
-        ("CG()", whence.CG()),
-        ("whence.CG(preconditioner=whence.EKFAC(), tolerance=0.01)", whence.CG(whence.EKFAC(), 0.01)),
-        ("CG(Nystrom(rank=7, seed=3), tolerance=None, block=True)", whence.CG(whence.Nystrom(7, 3), None, block=True)),
-        ("ASTRA(momentum=.8, start='zero')", whence.ASTRA(momentum=0.8, start="zero")),
-        ("relative(0.2)", whence.Damping.relative(0.2)),
-        ("Damping.per_example()", whence.Damping.per_example()),
-        ("whence.Damping.absolute(3)", whence.Damping.absolute(3)),
-        ("from_training(lr=[0.1, 0.3], steps=300, momentum=0.9)", whence.Damping.from_training([0.1, 0.3], 300, 0.9)),
-        ("by_parameter({'w': 0.1})", whence.Damping.by_parameter({"w": 0.1})),
-        ("GGN", whence.GGN),
+        ("CG()", wherefrom.CG()),
+        ("wherefrom.CG(preconditioner=wherefrom.EKFAC(), tolerance=0.01)", wherefrom.CG(wherefrom.EKFAC(), 0.01)),
+        (
+            "CG(Nystrom(rank=7, seed=3), tolerance=None, block=True)",
+            wherefrom.CG(wherefrom.Nystrom(7, 3), None, block=True),
+        ),
+        ("ASTRA(momentum=.8, start='zero')", wherefrom.ASTRA(momentum=0.8, start="zero")),
+        ("relative(0.2)", wherefrom.Damping.relative(0.2)),
+        ("Damping.per_example()", wherefrom.Damping.per_example()),
+        ("wherefrom.Damping.absolute(3)", wherefrom.Damping.absolute(3)),
+        (
+            "from_training(lr=[0.1, 0.3], steps=300, momentum=0.9)",
+            wherefrom.Damping.from_training([0.1, 0.3], 300, 0.9),
+        ),
+        ("by_parameter({'w': 0.1})", wherefrom.Damping.by_parameter({"w": 0.1})),
+        ("GGN", wherefrom.GGN),
     ],
 )
 def test_an_expression_is_what_python_makes_of_it(text, value):
@@ -75,20 +82,22 @@ def test_anything_else_is_refused_and_not_run(tmp_path, monkeypatch, text, said)
 
 def test_what_an_expression_leaves_out_can_be_given():
     names = given(NAMES, seed=5)
-    assert made("solver", "CG(Nystrom(3))", "", names) == whence.CG(whence.Nystrom(3, seed=5))
-    assert made("solver", "Nystrom(3, seed=2)", "", names) == whence.Nystrom(3, 2)
+    assert made("solver", "CG(Nystrom(3))", "", names) == wherefrom.CG(wherefrom.Nystrom(3, seed=5))
+    assert made("solver", "Nystrom(3, seed=2)", "", names) == wherefrom.Nystrom(3, 2)
 
 
 def test_options_become_a_method():
     found = Attributed("m:f", solver="CG()", damping="relative(0.5)", curvature="fisher", seed=3, batch_size=2)
     method = found.chosen_method()
-    assert isinstance(method, whence.Influence)
-    assert method.solver == whence.CG() and method.damping == whence.Damping.relative(0.5) and method.seed == 3
-    assert method.curvature is whence.EmpiricalFisher and method.batch_size == 2
+    assert isinstance(method, wherefrom.Influence)
+    assert method.solver == wherefrom.CG() and method.damping == wherefrom.Damping.relative(0.5) and method.seed == 3
+    assert method.curvature is wherefrom.EmpiricalFisher and method.batch_size == 2
     assert Attributed("m:f").chosen_method().solver == "auto"
     found = Attributed("m:f", method="SOURCE(segments=2, solver=ASTRA())", parameters="w", seed=3).chosen_method()
     assert (
-        found.segments == 2 and found.solver == whence.ASTRA(whence.EKFAC(seed=3), seed=3) and found.parameters == "w"
+        found.segments == 2
+        and found.solver == wherefrom.ASTRA(wherefrom.EKFAC(seed=3), seed=3)
+        and found.parameters == "w"
     )
     for more in ({"solver": "CG()"}, {"damping": 0.1}, {"curvature": "hessian"}):
         with pytest.raises(InputError, match=f"{next(iter(more))} must be left out where a method is given"):
@@ -182,8 +191,8 @@ def test_what_is_written_is_read(tmp_path):
 def test_help_has_an_example_that_parses(command, capsys):
     assert cli.main([command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"For example: whence {command} ", text)
-    example = re.search(r"For example: whence (.*)", COMMANDS[command].__doc__)[1]
+    assert re.search(rf"For example: wherefrom {command} ", text)
+    example = re.search(r"For example: wherefrom (.*)", COMMANDS[command].__doc__)[1]
     parsed = cli._parsed(COMMANDS, shlex.split(example))
     assert parsed.func is COMMANDS[command]
 

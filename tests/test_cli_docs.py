@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from whence import cli
-from whence.commands import COMMANDS, config
+from wherefrom.tools.cli import config
+from wherefrom.tools.cli import main as cli
+from wherefrom.tools.cli.registry import COMMANDS
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
 
@@ -29,17 +30,17 @@ def test_the_commands_print_what_the_page_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     Path("mine.py").write_text(blocks("python")[0], encoding="utf-8")
-    Path("whence.toml").write_text(blocks("toml")[0], encoding="utf-8")
+    Path("wherefrom.toml").write_text(blocks("toml")[0], encoding="utf-8")
     exec(compile(blocks("python")[0], "mine.py", "exec"), {"__name__": "mine"})  # flags.csv
     run = [block.partition("\n") for block in blocks("text") if "demo:problem" not in block]
     assert len(run) == 10
     for command, _, said in run:
-        assert cli.main(shlex.split(command.removeprefix("$ whence "))) == 0, command
+        assert cli.main(shlex.split(command.removeprefix("$ wherefrom "))) == 0, command
         assert masked(capsys.readouterr().out) == masked(said), command
 
 
 def test_the_page_knows_every_command_and_no_other_option():
-    assert re.findall(r"^## `whence (.*)`$", PAGE, re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^## `wherefrom (.*)`$", PAGE, re.MULTILINE) == list(COMMANDS)
     known = {f"--{name.replace('_', '-')}" for command in COMMANDS.values() for name, _ in config.options(command)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE))
     assert named - known == {"--help", "--no-certify", "--no-relabel"}

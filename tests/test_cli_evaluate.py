@@ -1,4 +1,4 @@
-"""``whence evaluate`` on real files: the numbers are the library's, ours and foreign scores alike."""
+"""``wherefrom evaluate`` on real files: the numbers are the library's, ours and foreign scores alike."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import whence
+import wherefrom
 from targets import load, placed, refused, run, table, whole
-from whence.evaluate import (
+from wherefrom.tools.evaluate import (
     Truth,
     agreement,
     linear_datamodeling_score,
@@ -40,7 +40,7 @@ def measured(folder: str = "j") -> dict[tuple[str, str], tuple[float, ...]]:
 @pytest.fixture
 def files(mine):
     """Scores of 4 queries and 30 examples in three formats, and a truth."""
-    ours = whence.Scores(draw(4, 30), None, torch.ones(4, dtype=torch.bool))
+    ours = wherefrom.Scores(draw(4, 30), None, torch.ones(4, dtype=torch.bool))
     ours.save("a/scores.safetensors")
     np.save("b.npy", draw(4, 30, seed=1).numpy())
     with open("c.csv", "w", newline="") as file:
@@ -102,7 +102,7 @@ def test_training_one_at_a_time_is_kept(mine, files, monkeypatch):
         with torch.no_grad():
             return task.measurement(model(t.queries[0]), t.queries)
 
-    expected = whence.evaluate.retrain(t.retrain, measure, masks, 2, 3)
+    expected = wherefrom.tools.evaluate.retrain(t.retrain, measure, masks, 2, 3)
     np.testing.assert_allclose(Truth.load("j/truth.npz").targets, expected.numpy(), rtol=1e-9)
     before = measured()
     calls, original = [], torch.optim.SGD.zero_grad
@@ -129,7 +129,7 @@ def test_wrong_labels(mine, files):
         csv.writer(file).writerows([["example", "wrong"], *([i, bool(f)] for i, f in enumerate(flipped))])
     run("self-influence mine:problem --out s --solver EKFAC()")
     run("evaluate s/self-influence.safetensors a/scores.safetensors --flags flags.csv --column wrong --out j")
-    found, own = measured(), whence.Scores.load("s/self-influence.safetensors").self_influence
+    found, own = measured(), wherefrom.Scores.load("s/self-influence.safetensors").self_influence
     for name, values, high in (("s self-influence", own, True), ("a", draw(4, 30).mean(0), False)):
         curve = mislabeled_curve(values, flipped, higher_is_suspicious=high)
         assert found[name, "AUC of wrong labels"] == pytest.approx((curve.auc, *curve.auc_interval))

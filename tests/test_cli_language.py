@@ -1,4 +1,4 @@
-"""``whence explain --hf``: a language model of transformers, its training texts, prompts and completions."""
+"""``wherefrom explain --hf``: a language model of transformers, its training texts, prompts and completions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import whence
+import wherefrom
 from pages import CHROMIUM, Page, browse
 from targets import placed, refused, run, stopped, table, whole
-from whence import cli
-from whence.commands import language
+from wherefrom.tools.cli import language
+from wherefrom.tools.cli import main as cli
 
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-from whence.hf import CausalLM, completion_batch, pad, sequences  # noqa: E402
+from wherefrom.hf import CausalLM, completion_batch, pad, sequences  # noqa: E402
 
 CITIES = {"france": "paris", "peru": "lima", "japan": "tokyo", "kenya": "nairobi"}
 TEXTS = [form.format(*fact) for fact in CITIES.items() for form in ("the capital of {} is {}", "in {}\ngo to {} <b>")]
@@ -69,7 +69,7 @@ def here(saved, tmp_path, monkeypatch):
 def expected(model, tokenizer, pack: bool = False):
     """The library's own: influence functions, the queries."""
     train = pad(sequences(tokenizer, TEXTS, 24, pack)[:])
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1), parameters="mlp")
+    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), parameters="mlp")
     return influence.fit(model, CausalLM(), train), completion_batch(tokenizer, [ASK[1], ASK[2]], [ASK[4], ASK[5]])
 
 
@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_library(here, capsys):
     run(LINE, *ASK, "--k", "3")
     influence, queries = expected(*here)
     scores = influence.score(queries)
-    found = whence.Scores.load("r/scores.safetensors")
+    found = wherefrom.Scores.load("r/scores.safetensors")
     torch.testing.assert_close(found.values, scores.values, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.residual, scores.residual, rtol=1e-3, atol=1e-5)
     columns = table("r/explain.csv")
@@ -153,7 +153,7 @@ def test_other_ways_to_cut_to_choose_and_to_score(here, capsys):
     run("score --hf model --dataset texts.jsonl --length 24 --pack --no-certify --out p", *ASK)
     influence, queries = expected(*here, pack=True)
     values = influence.score(queries, certify=False).values
-    torch.testing.assert_close(whence.Scores.load("p/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wherefrom.Scores.load("p/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)
     assert "packed into" in capsys.readouterr().out
     run(LINE.replace("--out r", "--out w"), *ASK, "--method", "TFIDF()")
     assert "<mark>" not in page("w") and "the capital of peru is" in page("w")
@@ -166,7 +166,7 @@ def test_other_ways_to_cut_to_choose_and_to_score(here, capsys):
 def test_a_shortlist_keeps_the_numbers(here, capsys):
     run(LINE, *ASK, "--candidates", "4", "--k", "2")
     influence, queries = expected(*here)
-    full, found = influence.score(queries).values, whence.Scores.load("r/scores-of-4.safetensors")
+    full, found = influence.score(queries).values, wherefrom.Scores.load("r/scores-of-4.safetensors")
     assert 4 <= len(found.numbers) < full.shape[1]
     torch.testing.assert_close(found.values, full[:, found.numbers], rtol=1e-4, atol=1e-5)
     columns = table("r/explain.csv")
@@ -192,10 +192,10 @@ def test_adapters_are_attributed(here, tmp_path, capsys):
     size = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     said = capsys.readouterr().out
     assert f"attributing {size:,} of {size:,} trainable parameters (100.0%); 28 frozen parameters" in said
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1))
+    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1))
     influence.fit(tuned.eval(), CausalLM(), pad(sequences(here[1], TEXTS, 24)[:]))
     values = influence.score(completion_batch(here[1], [ASK[1], ASK[2]], [ASK[4], ASK[5]]), certify=False).values
-    torch.testing.assert_close(whence.Scores.load("a/scores.safetensors").values, values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(wherefrom.Scores.load("a/scores.safetensors").values, values, rtol=1e-4, atol=1e-6)
 
 
 def test_which_parameters_count():
@@ -214,11 +214,11 @@ def test_which_parameters_count():
 def test_the_page_on_language_models_is_true(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).resolve().parent.parent / "docs" / "language-models.md").read_text(encoding="utf-8")
-    code, *_ = text.partition("```text\n$ whence")
+    code, *_ = text.partition("```text\n$ wherefrom")
     names = {"__name__": "page"}
     for block in re.findall(r"^```python\n(.*?)^```$", code, re.DOTALL | re.MULTILINE):
         exec(block, names)
-    command = re.search(r"^\$ whence (.*)$", text, re.MULTILINE)[1]
+    command = re.search(r"^\$ wherefrom (.*)$", text, re.MULTILINE)[1]
     assert cli.main(shlex.split(command)) == 0
     first = int(table("run/explain.csv")["example"][0])
     assert "peru" in names["texts"][first] and "18 documents of facts.txt" in capsys.readouterr().out
@@ -294,12 +294,12 @@ def test_a_name_on_the_hub_while_offline(here, capsys, monkeypatch):
 @pytest.mark.parametrize("package", ["transformers", "datasets"])
 def test_what_is_not_installed_is_named(here, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    refused(capsys, f'--hf needs {package}, which is not installed. Run: pip install "whence.hf."', LINE, *ASK)
+    refused(capsys, f'--hf needs {package}, which is not installed. Run: pip install "wherefrom.hf."', LINE, *ASK)
 
 
 @pytest.mark.slow
 def test_without_transformers_the_other_commands_work():
-    code = "import sys; sys.modules['transformers'] = None; from whence.commands import COMMANDS"
+    code = "import sys; sys.modules['transformers'] = None; from wherefrom.tools.cli.registry import COMMANDS"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -310,12 +310,12 @@ def test_an_interrupted_run_goes_on(here, tmp_path, capsys, monkeypatch):
         run(line, *ASK, code=130)
     left = whole(tmp_path / "r")
     assert "fit.safetensors" in left and "explain.html" not in left and len([n for n in left if ".pieces" in n]) == 2
-    monkeypatch.setattr(whence.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(wherefrom.EKFAC, "fit", lambda *_: pytest.fail("fitted again"))
     run(line, *ASK)
     assert "The fit is taken from r/fit.safetensors." in capsys.readouterr().out
-    same = [whence.Scores.load(f"{folder}/scores.safetensors").values for folder in ("r", "whole")]
+    same = [wherefrom.Scores.load(f"{folder}/scores.safetensors").values for folder in ("r", "whole")]
     assert torch.equal(*same)
-    monkeypatch.setattr(whence.Influence, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
     run("explain --config r/explain.toml --out r")
     assert [n for n in whole(tmp_path / "r") if "pieces" in n] == []
     refused(capsys, "r/scores.safetensors was made for another queries", line, "--prompt", "in peru", *ASK[3:5])
@@ -366,17 +366,17 @@ def test_only_answers_count_in_data_sets_of_conversations(here, tmp_path, capsys
         start = tokenizer(user.replace("peru", country))["input_ids"]
         answer = [*tokenizer(f" {city}")["input_ids"], *end]
         train.append({"input_ids": start + answer, "labels": [-100] * len(start) + answer})
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1), parameters="mlp")
+    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), parameters="mlp")
     influence.fit(model, CausalLM(), pad(train))
     queries = completion_batch(None, tokenizer(user)["input_ids"], tokenizer(" lima")["input_ids"])
     values = influence.score(queries, certify=False).values
-    torch.testing.assert_close(whence.Scores.load("c/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wherefrom.Scores.load("c/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)
     counted = sum(int(t != -100) for row in train for t in row["labels"])
     assert f"taken to be that of the {counted} tokens of answers alone" in capsys.readouterr().out
     if kind == "messages":
         line = "score --hf chatty --dataset chats.jsonl --no-certify --rendered --out d"
         run(line, "--prompt", user, "--completion", " lima")
-        assert torch.equal(*(whence.Scores.load(f"{f}/scores.safetensors").values for f in "cd"))
+        assert torch.equal(*(wherefrom.Scores.load(f"{f}/scores.safetensors").values for f in "cd"))
 
 
 def test_conversations_without_a_template_are_told_in_one_line(here, capsys):

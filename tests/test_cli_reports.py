@@ -1,4 +1,4 @@
-"""``whence explain``, ``report``, ``clean`` and ``select`` on real files: tables, pages, choices."""
+"""``wherefrom explain``, ``report``, ``clean`` and ``select`` on real files: tables, pages, choices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-import whence
+import wherefrom
 from targets import MINE, load, placed, refused, run, whole
-from whence.act import clean, cleanest, explain, select
-from whence.tables import read_table
+from wherefrom.data.tables import read_table
+from wherefrom.tools.act import clean, cleanest, explain, select
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def fitted():
 
     def make(name: str = "full", options: str = ""):
         t, seed = load(name), int(options.partition("--seed ")[2] or 0)
-        return t, whence.Influence(whence.EKFAC(), 0.05, seed=seed).fit(t.model, t.task, t.train)
+        return t, wherefrom.Influence(wherefrom.EKFAC(), 0.05, seed=seed).fit(t.model, t.task, t.train)
 
     return make
 
@@ -72,7 +72,7 @@ def proposed():
     (mine / "mine.py").write_text(MINE + proposed)
     run("explain mine:proposed --out r --seed 0")
     expected = fitted()[1].score(load().queries).values
-    torch.testing.assert_close(whence.Scores.load("r/scores.safetensors").values, expected)
+    torch.testing.assert_close(wherefrom.Scores.load("r/scores.safetensors").values, expected)
     assert "<h1>Mine</h1>" in page("explain") and "Noted." in page("explain")
     said, written = capsys.readouterr().out, (mine / "r" / "explain.toml").read_text()
     assert "\nNoted.\n" in said and "damping = 0.05" in written and 'solver = "EKFAC()"' in written
@@ -98,11 +98,11 @@ def test_the_full_report(mine, fitted, capsys, monkeypatch):
     t, influence = fitted()
     for factor in (0.1, 10):
         expected = influence.at(0.05 * factor).score(t.queries).values
-        torch.testing.assert_close(whence.Scores.load(f"r/scores-{factor:g}.safetensors").values, expected)
+        torch.testing.assert_close(wherefrom.Scores.load(f"r/scores-{factor:g}.safetensors").values, expected)
     text = page("report")
     assert "0.weight" in text or "layer" in text.lower()
     assert "self-influence" in text.lower() and "damping" in text.lower()
-    monkeypatch.setattr(whence.Influence, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
     run(f"report mine:full {LIKE} --sweep 0.1 10")
     refused(capsys, "sweep must be positive multiples", f"report mine:full {LIKE} --sweep -1")
     refused(capsys, "--layers and --sweep are for influence functions",

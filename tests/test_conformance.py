@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from problems import TinyProblem, problem
-from whence import (
+from wherefrom import (
     ASTRA,
     CG,
     EKFAC,
     GGN,
     KFAC,
     Arnoldi,
+    AttributionError,
     Auto,
     Dual,
     EmpiricalFisher,
@@ -29,18 +30,17 @@ from whence import (
     RandProj,
     RandSelect,
     Solver,
-    WhenceError,
     layers,
 )
-from whence.curvature import Need
-from whence.factored import Factored, Written
-from whence.gradients import Gradients
-from whence.layers import LinearKind, NormKind, kind_of
-from whence.solvers.auto import Choice
-from whence.solvers.identity import Unit
-from whence.testing import ConformanceError, check_layer, check_operator, check_solver
+from wherefrom.curvature import Need
+from wherefrom.persample.factored import Factored, Written
+from wherefrom.persample.gradients import Gradients
+from wherefrom.persample.layers import LinearKind, NormKind, kind_of
+from wherefrom.solvers.auto import Choice
+from wherefrom.solvers.identity import Unit
+from wherefrom.testing import ConformanceError, check_layer, check_operator, check_solver
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 
 
 def library(p: TinyProblem, **options) -> Problem:
@@ -529,7 +529,7 @@ class Unhashable(Scaled):
         (Nameless, "its repr must depend on its fields alone"),
         (Unequal, "its repr must depend on its fields alone"),
         (Forgetful, "after state and restore"),
-        (Needless, "Needless.needs must be a whence.Need, got 'everything'"),
+        (Needless, "Needless.needs must be a wherefrom.Need, got 'everything'"),
         (Undecorated, "must be decorated with @dataclass.frozen=True."),
         (Unhashable, "must be hashable"),
     ],
@@ -644,4 +644,4 @@ def test_a_layer_without_parameters_or_with_one_example_is_refused():
 
 
 def test_what_fails_is_an_error_of_ours_and_an_assertion():
-    assert issubclass(ConformanceError, WhenceError) and issubclass(ConformanceError, AssertionError)
+    assert issubclass(ConformanceError, AttributionError) and issubclass(ConformanceError, AssertionError)

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
-from whence import GGN, Classification, EmpiricalFisher, Hessian, InputError, Problem, Task, UnsupportedError, vectors
+from wherefrom import GGN, Classification, EmpiricalFisher, Hessian, InputError, Problem, Task, UnsupportedError
+from wherefrom.persample import vectors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 KINDS = {
     "auto": (GGN, TinyProblem.ggn, 1e-10),
     "rows": (lambda lib: GGN(lib, "rows"), TinyProblem.ggn, 1e-10),
@@ -152,7 +153,7 @@ def test_mean_eigenvalues_need_no_row_per_output_where_there_are_many():
 
 
 def test_drawn_labels_give_the_mean_eigenvalue_of_every_block(monkeypatch):
-    monkeypatch.setattr("whence.curvature.ggn.DRAWS", 400)
+    monkeypatch.setattr("wherefrom.curvature.ggn.DRAWS", 400)
     p = problem("masked_sequence")
     curvature, diagonal = GGN(library(p), "jvp"), p.ggn().diagonal()
     monkeypatch.setattr(curvature, "product", lambda v: pytest.fail("a product for every probe"))
@@ -262,7 +263,7 @@ def test_an_unknown_product_is_refused():
 def test_many_outputs_take_the_product_without_rows(monkeypatch):
     p = problem("mlp")
     v = right_hand_sides(p, 2)
-    from whence.curvature import ggn
+    from wherefrom.curvature import ggn
 
     monkeypatch.setattr(ggn, "LIMIT", 3)  # the problem has 4 outputs
     curvature = GGN(library(p))

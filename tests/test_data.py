@@ -30,10 +30,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from whence import CG, Classification, Exact, Identity, Influence, InputError, Regression, Scores, Task, attribute
-from whence.batches import batch_length, has_rows, take
-from whence.data import Examples
-from whence.errors import MESSAGE, ArtefactError, UnsupportedError, expected
+from wherefrom import CG, Classification, Exact, Identity, Influence, InputError, Regression, Scores, Task, attribute
+from wherefrom.data.batches import batch_length, has_rows, take
+from wherefrom.data.examples import Examples
+from wherefrom.errors import MESSAGE, ArtefactError, UnsupportedError, expected
 
 N, QUERIES, DAMPING = 20, 4, 0.1
 F64, CPU = torch.float64, torch.device("cpu")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import whence
+import wherefrom
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,8 +39,8 @@ def test_the_examples_run_without_a_warning(page, tmp_path, monkeypatch):
     namespace: dict[str, Any] = {"__name__": page.stem}
     for line, code in blocks(page.read_text(encoding="utf-8"), "python"):
         with warnings.catch_warnings():
-            warnings.simplefilter("error", whence.WhenceWarning)
-            warnings.simplefilter("error", whence.ConvergenceWarning)
+            warnings.simplefilter("error", wherefrom.AttributionWarning)
+            warnings.simplefilter("error", wherefrom.ConvergenceWarning)
             exec(compile("\n" * line + code, str(page), "exec", dont_inherit=True), namespace)
 
 
@@ -56,10 +56,10 @@ def test_the_examples_are_formatted(page):
 
 
 def entries() -> Iterator[tuple[Any, str]]:
-    """(module, signature) of each row of the tables in api.md; a heading such as `whence.evaluate` names the module."""
-    module: Any = whence
+    """(module, signature) of each row of the tables in api.md; a heading that names a module says where they are."""
+    module: Any = wherefrom
     for line in API.splitlines():
-        if heading := re.match(r"##+ .*`(whence[\w.]*)`", line):
+        if heading := re.match(r"##+ .*`(wherefrom[\w.]*)`", line):
             module = importlib.import_module(heading[1])
         elif row := re.match(r"\| `([^`]+)` \|", line):
             yield module, row[1]
@@ -91,10 +91,12 @@ def test_an_entry_of_the_api_page_is_as_in_the_code(module, entry):
         if value is not None:
             make = fields[key].default_factory if key in fields else dataclasses.MISSING
             default = real[key].default if make is dataclasses.MISSING else make()
-            assert eval(ast.unparse(value), vars(whence) | vars(module)) == default, key
+            assert eval(ast.unparse(value), vars(wherefrom) | vars(module)) == default, key
 
 
-@pytest.mark.parametrize("module", ["whence", "whence.evaluate", "whence.act", "whence.hf", "whence.report"])
+@pytest.mark.parametrize(
+    "module", ["wherefrom", "wherefrom.tools.evaluate", "wherefrom.tools.act", "wherefrom.hf", "wherefrom.tools.report"]
+)
 def test_every_public_name_is_on_the_api_page(module):
     listed = {re.split(r"[.(]", entry)[0] for where, entry in entries() if where.__name__ == module}
     assert set(importlib.import_module(module).__all__) - listed == set()

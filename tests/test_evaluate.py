@@ -8,8 +8,9 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
-from whence.errors import DivergenceError, InputError, UnsupportedError
-from whence.evaluate import (
+from wherefrom.errors import DivergenceError, InputError, UnsupportedError
+from wherefrom.model.task import Classification, Regression
+from wherefrom.tools.evaluate import (
     SGDRecipe,
     flip_labels,
     linear_datamodeling_score,
@@ -20,9 +21,8 @@ from whence.evaluate import (
     run_seed,
     train_small,
 )
-from whence.evaluate.small import streams
-from whence.evaluate.statistics import Bootstrap, _bootstrap_means
-from whence.task import Classification, Regression
+from wherefrom.tools.evaluate.small import streams
+from wherefrom.tools.evaluate.statistics import Bootstrap, _bootstrap_means
 
 # --- the linear datamodeling score ---
 

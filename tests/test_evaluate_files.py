@@ -10,9 +10,9 @@ import torch
 from safetensors.numpy import save_file
 from scipy.stats import pearsonr, spearmanr
 
-import whence
-from whence.errors import ArtefactError, InputError, MissingExtraError
-from whence.evaluate import Truth, agreement, linear_datamodeling_score, load_matrix
+import wherefrom
+from wherefrom.errors import ArtefactError, InputError, MissingExtraError
+from wherefrom.tools.evaluate import Truth, agreement, linear_datamodeling_score, load_matrix
 
 Q, N = 6, 25
 
@@ -109,7 +109,7 @@ def test_agreement_bad_input(matrices):
 
 def test_every_format_gives_the_same_matrix(tmp_path, matrices):
     want = matrices["exact"]
-    scores = whence.Scores(torch.tensor(want), None, torch.ones(Q, dtype=torch.bool))
+    scores = wherefrom.Scores(torch.tensor(want), None, torch.ones(Q, dtype=torch.bool))
     scores.save(tmp_path / "ours.safetensors")
     save_file({"all_modules": want, "extra": np.zeros(3)}, tmp_path / "foreign.safetensors")
     np.save(tmp_path / "plain.npy", want)
@@ -150,7 +150,7 @@ def test_bad_files(tmp_path):
     np.save(tmp_path / "object.npy", np.array([[{}]]))
     np.save(tmp_path / "flat.npy", np.zeros(3))
     np.save(tmp_path / "nan.npy", np.full((2, 2), np.nan))
-    whence.store.save(tmp_path / "other.safetensors", "influence", {"a": torch.zeros(2, 2)}, {})
+    wherefrom.store.save(tmp_path / "other.safetensors", "influence", {"a": torch.zeros(2, 2)}, {})
     good = (tmp_path / "good.npz").read_bytes()
     for path, message in (
         (tmp_path / "missing.npy", "got nothing there"),
@@ -214,10 +214,10 @@ def test_bad_truths(tmp_path):
             Truth.load(path)
 
 
-@pytest.mark.skipif("WHENCE_GROUNDTRUTH" not in os.environ, reason="WHENCE_GROUNDTRUTH does not name a folder")
+@pytest.mark.skipif("WHEREFROM_GROUNDTRUTH" not in os.environ, reason="WHEREFROM_GROUNDTRUTH does not name a folder")
 @pytest.mark.parametrize(("name", "reliability"), [("digits", 0.854), ("concrete", 0.841)])
 def test_stored_ground_truth(name, reliability):
-    stored = Truth.load(Path(os.environ["WHENCE_GROUNDTRUTH"]) / f"{name}.npz")
+    stored = Truth.load(Path(os.environ["WHEREFROM_GROUNDTRUTH"]) / f"{name}.npz")
     truth = stored.targets.mean(1)  # (M, Q)
     # The mean effect of leaving z out, from the targets themselves: in sample, so above any honest method.
     scores = np.stack([truth[~kept].mean(0) - truth[kept].mean(0) for kept in stored.masks.T], 1)  # (Q, N)

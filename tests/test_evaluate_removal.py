@@ -10,9 +10,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-import whence
-from whence.errors import InputError
-from whence.evaluate import (
+import wherefrom
+from wherefrom.errors import InputError
+from wherefrom.tools.evaluate import (
     SGDRecipe,
     expected_leave_one_out,
     flips,
@@ -21,7 +21,7 @@ from whence.evaluate import (
     retrain,
     retrain_small,
 )
-from whence.evaluate.statistics import Bootstrap, pearson, places, query_mean, reliability, spearman
+from wherefrom.tools.evaluate.statistics import Bootstrap, pearson, places, query_mean, reliability, spearman
 
 Q, N, R = 5, 30, 4
 
@@ -96,7 +96,7 @@ def test_removing_planted_proponents_raises_f():
         return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
 
     recipe = SGDRecipe(lr=0.1, momentum=0.9, batch_size=16, epochs=20, drop_last=False)
-    task = whence.Classification()
+    task = wherefrom.Classification()
     runs = functools.partial(
         retrain_small, build, task, (x, y), (xq, yq), repeats=2, recipe=recipe, seed=0, paired=True
     )
@@ -234,7 +234,9 @@ def ridge(noise, repeats=6, paired=True, harmful=0):
 
 def influence(model, train, queries):
     """Scores by the exact solver: the loss is the squared error, so mu |w|^2 is a damping of 2 mu."""
-    return whence.attribute(model, whence.Regression(), train, queries, solver=whence.Exact(), damping=2 * Ridge.mu)
+    return wherefrom.attribute(
+        model, wherefrom.Regression(), train, queries, solver=wherefrom.Exact(), damping=2 * Ridge.mu
+    )
 
 
 def test_leave_one_out_of_ridge_regression_is_what_influence_foretells():
@@ -299,7 +301,7 @@ def test_leave_one_group_out_finds_a_planted_harmful_group():
     model, train, queries, runs = ridge(noise=0.3, harmful=12)
     clean = (queries[0], queries[0].sum(1, keepdim=True))
     scores = influence(model, train, clean)
-    runs = functools.partial(runs.func, runs.args[0], lambda m: whence.Regression().measurement(m(clean[0]), clean))
+    runs = functools.partial(runs.func, runs.args[0], lambda m: wherefrom.Regression().measurement(m(clean[0]), clean))
     found = leave_one_group_out(scores, functools.partial(runs, repeats=4, seed=0, paired=True))
     assert found.intervals[-1, 1] < 0 and found.changes[-1] == found.changes.min()
     assert (found.groups[:12] == 4).sum() >= 8 and found.spearman >= 0.9

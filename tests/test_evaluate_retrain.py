@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from whence.errors import ArtefactError, DivergenceError
-from whence.evaluate import SGDRecipe, random_subsets, retrain, retrain_small, run_seed, train_small
-from whence.evaluate.ingredients import ingredients
-from whence.task import Classification
+from wherefrom.errors import ArtefactError, DivergenceError
+from wherefrom.model.task import Classification
+from wherefrom.tools.evaluate import SGDRecipe, random_subsets, retrain, retrain_small, run_seed, train_small
+from wherefrom.tools.evaluate.ingredients import ingredients
 
 N, Q = 40, 7
 DATA = torch.randn(N + Q, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -271,7 +271,7 @@ def test_ingredients_are_the_same_in_another_process(tmp_path):
         def build(width=3):
             return nn.Linear(width, len(Task.names))
         def report():
-            from whence.evaluate.ingredients import ingredients
+            from wherefrom.tools.evaluate.ingredients import ingredients
             for scale in (1, 2):
                 helper.SCALE = scale
                 print(sorted(ingredients(task=Task(), build=functools.partial(build, width=4)).items()))

@@ -20,15 +20,17 @@ import torch
 from safetensors.torch import save_file
 
 import fuzz_files
-import whence
+import wherefrom
 from targets import MINE, placed, refused, run
-from whence import cli, disk, loading, store
-from whence.commands import config
-from whence.errors import ArtefactError, InputError, WhenceError, WhenceWarning
-from whence.evaluate import Truth, load_matrix
-from whence.hf.text import documents
-from whence.tables import read_table, write_table
-from whence.trajectory import LOG, Recorder, Trajectory
+from wherefrom import disk, store
+from wherefrom.data.tables import read_table, write_table
+from wherefrom.errors import ArtefactError, AttributionError, AttributionWarning, InputError
+from wherefrom.hf.text import documents
+from wherefrom.tools import loading
+from wherefrom.tools.cli import config
+from wherefrom.tools.cli import main as cli
+from wherefrom.tools.evaluate import Truth, load_matrix
+from wherefrom.training.trajectory import LOG, Recorder, Trajectory
 
 # --- one checksum over every byte -----------------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ def test_a_header_that_was_changed_is_refused(tmp_path, field):
     """What a flipped bit may turn into something else that is valid: lambda, N, names, shapes, types, blanks."""
     model, task, train = fuzz_files.tiny()
     path = tmp_path / "file"
-    fitted = whence.Influence(whence.EKFAC(), 0.01).fit(model, task, train)
+    fitted = wherefrom.Influence(wherefrom.EKFAC(), 0.01).fit(model, task, train)
     if field == "examples":
         fitted.score(train).save(path)
     else:
@@ -102,39 +104,39 @@ def test_a_header_that_was_changed_is_refused(tmp_path, field):
     path.write_bytes(content.replace(before, after, 1))
     with pytest.raises(ArtefactError, match="checksum differs"):
         if field == "examples":
-            whence.Scores.load(path)
+            wherefrom.Scores.load(path)
         else:
-            whence.Influence(whence.EKFAC(), 0.01).load(path, model, task, train)
+            wherefrom.Influence(wherefrom.EKFAC(), 0.01).load(path, model, task, train)
 
 
 def test_another_version_says_so(tmp_path, monkeypatch):
-    save_file({"a": torch.ones(1)}, tmp_path / "old", {"whence": json.dumps({"kind": "scores", "version": 1})})
+    save_file({"a": torch.ones(1)}, tmp_path / "old", {"wherefrom": json.dumps({"kind": "scores", "version": 1})})
     with pytest.raises(ArtefactError, match="must have version 2, got 1. Write it again with this version."):
-        whence.Scores.load(tmp_path / "old")
+        wherefrom.Scores.load(tmp_path / "old")
     with monkeypatch.context() as patch:
         patch.setattr(store, "VERSION", 3)
         patch.setattr(store, "__version__", "2.0.1")
         store.save(tmp_path / "new", "scores", {"a": torch.ones(1)}, {})
-    with pytest.raises(ArtefactError, match=r"must have version 2, got 3 \(by whence '2.0.1', this is 0.1.0\)"):
-        whence.Scores.load(tmp_path / "new")
+    with pytest.raises(ArtefactError, match=r"must have version 2, got 3 \(by wherefrom '2.0.1', this is 0.1.0\)"):
+        wherefrom.Scores.load(tmp_path / "new")
 
 
 @pytest.mark.parametrize("name", ["__version__", "torch"])
 def test_another_major_version_of_the_library_or_of_torch_is_named(tmp_path, monkeypatch, name):
-    scores = whence.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool))
+    scores = wherefrom.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool))
     with monkeypatch.context() as patch:
         if name == "torch":
             patch.setattr(store.torch, "__version__", "7.1.0")
         else:
             patch.setattr(store, "__version__", "7.1.0")
         scores.save(tmp_path / "s")
-    said = rf"were written with {'torch' if name == 'torch' else 'whence'} 7.1.0, this is .* write them again"
-    with pytest.warns(WhenceWarning, match=said):
-        whence.Scores.load(tmp_path / "s")
+    said = rf"were written with {'torch' if name == 'torch' else 'wherefrom'} 7.1.0, this is .* write them again"
+    with pytest.warns(AttributionWarning, match=said):
+        wherefrom.Scores.load(tmp_path / "s")
     scores.save(tmp_path / "s")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        whence.Scores.load(tmp_path / "s")
+        wherefrom.Scores.load(tmp_path / "s")
 
 
 # --- contents that make no sense, under a checksum that fits ---------------------------------------------------------
@@ -169,26 +171,26 @@ FITS = {
 def test_a_fit_that_makes_no_sense_is_refused(tmp_path, case):
     model, task, train = fuzz_files.tiny()
     path, (change, said) = tmp_path / "fit", FITS[case]
-    whence.Influence(whence.EKFAC(), 0.1).fit(model, task, train).save(path)
+    wherefrom.Influence(wherefrom.EKFAC(), 0.1).fit(model, task, train).save(path)
     forged(path, "influence", change)
     with pytest.raises(ArtefactError, match=said.replace("|", r"\|")):
-        whence.Influence(whence.EKFAC(), 0.1).load(path, model, task, train)
+        wherefrom.Influence(wherefrom.EKFAC(), 0.1).load(path, model, task, train)
 
 
 @pytest.mark.parametrize("name", [name for name in fuzz_files.SOLVERS if name != "auto"])
 def test_a_tensor_of_another_size_is_refused_in_every_solver(tmp_path, name):
     model, task, train = fuzz_files.tiny()
     solver, path = fuzz_files.SOLVERS[name], tmp_path / "fit"
-    whence.Influence(solver, 0.1).fit(model, task, train).save(path)
+    wherefrom.Influence(solver, 0.1).fit(model, task, train).save(path)
     tensors, header = store.load(path, "influence")
     for key, t in tensors.items():
         for wrong in (t.new_ones(*t.shape, 2), t.new_ones(*(n + 1 for n in t.shape)) if t.ndim else t.new_ones(2)):
             store.save(path, "influence", tensors | {key: wrong}, header)
             with pytest.raises(ArtefactError):
-                whence.Influence(solver, 0.1).load(path, model, task, train)
+                wherefrom.Influence(solver, 0.1).load(path, model, task, train)
         store.save(path, "influence", {k: v for k, v in tensors.items() if k != key}, header)
         with pytest.raises(ArtefactError):
-            whence.Influence(solver, 0.1).load(path, model, task, train)
+            wherefrom.Influence(solver, 0.1).load(path, model, task, train)
 
 
 SCORES = {
@@ -212,10 +214,10 @@ SCORES = {
 @pytest.mark.parametrize("case", SCORES)
 def test_scores_that_make_no_sense_are_refused(tmp_path, case):
     path, (change, said) = tmp_path / "s", SCORES[case]
-    whence.Scores(torch.ones(2, 3), None, torch.ones(2, dtype=torch.bool), provenance={"examples": 3}).save(path)
+    wherefrom.Scores(torch.ones(2, 3), None, torch.ones(2, dtype=torch.bool), provenance={"examples": 3}).save(path)
     forged(path, "scores", change)
     with pytest.raises(ArtefactError, match=said):
-        whence.Scores.load(path)
+        wherefrom.Scores.load(path)
 
 
 RUNS = {
@@ -272,7 +274,7 @@ def test_checkpoints_of_another_model_step_or_of_no_number_are_refused(tmp_path)
 @pytest.mark.parametrize("piece", ["scores-solution", "scores-00000000"])
 def test_pieces_that_make_no_sense_are_refused(tmp_path, piece):
     model, task, train = fuzz_files.tiny()
-    fitted = whence.Influence(whence.CG(), 0.1).fit(model, task, train)
+    fitted = wherefrom.Influence(wherefrom.CG(), 0.1).fit(model, task, train)
     fitted.score(train, folder=tmp_path)
     path = tmp_path / f"{piece}.safetensors"
     good = path.read_bytes()
@@ -324,15 +326,15 @@ def lying(name: str, tmp_path: Path) -> Path:
 LYING = ("a.npy", "members.npz", "masks.npz", "header.safetensors", "tensor.safetensors", "rows.parquet")
 READ = """
 import resource, sys
-from whence.errors import WhenceError
-from whence.evaluate import Truth, load_matrix
+from wherefrom.errors import AttributionError
+from wherefrom.tools.evaluate import Truth, load_matrix
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**31, used + 2**31))
 for path in sys.argv[1:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         (Truth.load if "masks" in path else load_matrix)(path)
-    except WhenceError as error:
+    except AttributionError as error:
         room = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print("llocat" in str(error), room < 2**17)
 """
@@ -347,14 +349,15 @@ def test_what_claims_to_be_huge_is_refused_before_room_is_made(tmp_path):
 @pytest.mark.parametrize(
     "header",
     [b"", b"[]", b"{", b"\xff\xfe", b'{"__metadata__": []}', b"[" * 5000, b"9" * 5000,
-     b'{"__metadata__": {"whence": "{"}}',
-     b'{"__metadata__": {"whence": "[1]"}}', b'{"__metadata__": {"whence": "{}"}}', b'{"__metadata__": {"whence": 3}}',
-     b'{"__metadata__": {"whence": "{\\"version\\": 2, \\"kind\\": \\"scores\\"}"}}'],
+     b'{"__metadata__": {"wherefrom": "{"}}',
+     b'{"__metadata__": {"wherefrom": "[1]"}}', b'{"__metadata__": {"wherefrom": "{}"}}',
+     b'{"__metadata__": {"wherefrom": 3}}',
+     b'{"__metadata__": {"wherefrom": "{\\"version\\": 2, \\"kind\\": \\"scores\\"}"}}'],
 )  # fmt: skip
 def test_a_header_that_is_none_is_refused(tmp_path, header):
     path = tmp_path / "s.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    for read in (whence.Scores.load, load_matrix):
+    for read in (wherefrom.Scores.load, load_matrix):
         with pytest.raises(ArtefactError) as caught:
             read(path)
         assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
@@ -401,7 +404,7 @@ def test_whole_numbers_of_any_size_are_kept_or_refused(tmp_path):
 )
 def test_texts_that_are_none_are_refused(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(WhenceError) as caught:
+    with pytest.raises(AttributionError) as caught:
         documents(tmp_path / name)
     assert len(str(caught.value)) < 2000
     (tmp_path / "d.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
@@ -425,7 +428,7 @@ def test_a_parquet_table_of_ours_with_other_cells_is_refused(tmp_path):
 
 HOLD = """
 import sys, time
-from whence.disk import Lock
+from wherefrom.disk import Lock
 lock = Lock(sys.argv[1])
 print("held", flush=True)
 time.sleep(120)
@@ -482,7 +485,7 @@ def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(disk.fcntl, "flock", unsupported)
-    with pytest.warns(WhenceWarning, match="cannot be locked .No locks available.: let no other"):
+    with pytest.warns(AttributionWarning, match="cannot be locked .No locks available.: let no other"):
         disk.Lock(tmp_path).release()
 
 
@@ -506,7 +509,7 @@ def dead() -> int:
 
 
 WRITERS = {
-    "scores": lambda at: whence.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool)).save(at / "s"),
+    "scores": lambda at: wherefrom.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool)).save(at / "s"),
     "table": lambda at: write_table(at / "t.csv", {"a": [1]}),
     "truth": lambda at: Truth(np.ones((1, 2), dtype=bool), np.ones((1, 1, 1))).save(at / "t.npz"),
     "configuration": lambda at: config.write(at / "c.toml", {"k": 1}, {}),
@@ -534,7 +537,7 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path, 
 
 
 def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
-    lines = ["import os", "from whence.disk import whole", "with whole('file.txt') as at:"]
+    lines = ["import os", "from wherefrom.disk import whole", "with whole('file.txt') as at:"]
     lines += ["    at.write_text('half')", "    os.kill(os.getpid(), 9)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, timeout=120)
     assert done.returncode == -signal.SIGKILL
@@ -549,14 +552,14 @@ def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
 
 FULL = """
 import resource, signal, sys
-import torch, whence, numpy as np
-from whence.evaluate import Truth
-from whence.tables import write_table
-from whence.report import write_report
+import torch, wherefrom, numpy as np
+from wherefrom.tools.evaluate import Truth
+from wherefrom.data.tables import write_table
+from wherefrom.tools.report import write_report
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 rng = np.random.default_rng(0)
-scores = whence.Scores(torch.randn(9, 999), None, torch.ones(9, dtype=torch.bool))
+scores = wherefrom.Scores(torch.randn(9, 999), None, torch.ones(9, dtype=torch.bool))
 write = {
     "s": lambda: scores.save("s"),
     "t.npz": lambda: Truth(rng.random((99, 999)) < .5, rng.normal(size=(99, 9, 9))).save("t.npz"),
@@ -566,7 +569,7 @@ write = {
 for name, f in write.items():
     try:
         f()
-    except whence.ArtefactError as error:
+    except wherefrom.ArtefactError as error:
         print(error)
 """
 
@@ -596,15 +599,15 @@ def test_no_space_is_told_in_one_line(tmp_path, monkeypatch, capsys):
 def test_output_that_takes_nothing_is_told(tmp_path):
     np.save(tmp_path / "m.npy", np.eye(3))
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "whence.cli", "top", "m.npy", "--k", "1"]
+        command = [sys.executable, "-m", "wherefrom.tools.cli.main", "top", "m.npy", "--k", "1"]
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr == "whence: [Errno 28] No space left on device\n"
+    assert done.returncode == 2 and done.stderr == "wherefrom: [Errno 28] No space left on device\n"
 
 
 def test_a_terminal_without_these_letters(tmp_path):
     write_table(tmp_path / "m.csv", {"a": [1.0]})
     (tmp_path / "mine.py").write_text(MINE + "\ndef odd():\n    return full(show=lambda data, i: 'é\\ud83d')\n")
-    command = [sys.executable, "-m", "whence.cli", "self-influence", "mine:odd", "--damping", "1"]
+    command = [sys.executable, "-m", "wherefrom.tools.cli.main", "self-influence", "mine:odd", "--damping", "1"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "of Unicode text" in done.stderr
@@ -656,11 +659,21 @@ def slow():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "code", "said"), [(signal.SIGTERM, 143, "whence: terminated\n"), (signal.SIGKILL, -9, "")]
+    ("sent", "code", "said"), [(signal.SIGTERM, 143, "wherefrom: terminated\n"), (signal.SIGKILL, -9, "")]
 )
 def test_a_terminated_run_keeps_its_results_and_goes_on(mine, sent, code, said):
     (mine / "mine.py").write_text(MINE + SLOW)
-    command = [sys.executable, "-m", "whence.cli", "score", "mine:slow", "--batch-size", "1", "--solver", "Identity()"]
+    command = [
+        sys.executable,
+        "-m",
+        "wherefrom.tools.cli.main",
+        "score",
+        "mine:slow",
+        "--batch-size",
+        "1",
+        "--solver",
+        "Identity()",
+    ]
     command += ["--damping", "1", "--no-certify", "--out", "r"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -693,7 +706,7 @@ def test_the_current_folder_is_not_searched_without_a_target(mine, monkeypatch, 
     assert not seen and str(mine) not in sys.path
 
 
-SHADOWS = ("torch", "json", "numpy", "tyro", "safetensors", "whence", "math", "typing")
+SHADOWS = ("torch", "json", "numpy", "tyro", "safetensors", "wherefrom", "math", "typing")
 
 
 @pytest.mark.slow
@@ -701,7 +714,9 @@ def test_a_file_named_like_a_package_does_not_take_its_place(mine):
     for name in SHADOWS:
         (mine / f"{name}.py").write_text(f"open('taken-{name}', 'w')\nraise SystemExit(77)\n")
     (mine / "bin").mkdir()
-    (mine / "bin" / "program.py").write_text("import sys\nfrom whence.cli import main\nsys.exit(main())\n")
+    (mine / "bin" / "program.py").write_text(
+        "import sys\nfrom wherefrom.tools.cli.main import main\nsys.exit(main())\n"
+    )
     (mine / "mine.py").write_text(MINE.replace("import torch\n", "import torch, json, numpy, tyro, statistics\n"))
     for line in ("fit mine:problem --damping 1 --out r", "top r/none.npy"):
         done = subprocess.run(
@@ -751,7 +766,7 @@ def harm():
 def declared() -> Target:
     return full()
 
-def quoted() -> "whence.loading.Target":
+def quoted() -> "wherefrom.tools.loading.Target":
     return full()
 """
     )
@@ -763,7 +778,7 @@ def quoted() -> "whence.loading.Target":
     for target in (
         "mine:harm",
         "mine:problem",
-        "whence.cli:main",
+        "wherefrom.tools.cli.main:main",
         "pip:main",
         "torch.utils.collect_env:main",
         "mine:gone",
@@ -831,7 +846,7 @@ def test_a_configuration_without_measure_is_one_line(mine, capsys, text, said):
     (mine / "c.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
     if said:
         refused(capsys, said, "select mine:problem --config c.toml")
-        assert not Path("whence-run").exists()
+        assert not Path("wherefrom-run").exists()
 
 
 @pytest.mark.parametrize(
@@ -854,8 +869,8 @@ def test_arguments_without_measure_are_one_line(mine, capsys, words):
 
 
 def test_fuzzed_files_tables_and_configurations():
-    count = int(os.environ.get("WHENCE_FUZZ", "300"))
-    told, failures = fuzz_files.run(count, seed=int(os.environ.get("WHENCE_FUZZ_SEED", "1")))
+    count = int(os.environ.get("WHEREFROM_FUZZ", "300"))
+    told, failures = fuzz_files.run(count, seed=int(os.environ.get("WHEREFROM_FUZZ_SEED", "1")))
     assert not failures, "\n".join(failures)
     assert sum(told.values()) == count
 

@@ -7,8 +7,8 @@ import golden
 from problems import NAMES
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning"),
-    pytest.mark.filterwarnings("ignore::whence.errors.ConvergenceWarning"),
+    pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning"),
+    pytest.mark.filterwarnings("ignore::wherefrom.errors.ConvergenceWarning"),
 ]
 FROZEN = np.load(golden.FILE)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from problems import TinyProblem, problem
 from test_candidates import language
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     KFAC,
@@ -29,12 +29,12 @@ from whence import (
     rescored,
     shortlist,
 )
-from whence.attribution import gradient_store
-from whence.attribution.gradient_store import Sketch
-from whence.hf import CausalLM, pad
-from whence.problem import Problem
+from wherefrom.hf import CausalLM, pad
+from wherefrom.methods import gradient_store
+from wherefrom.methods.gradient_store import Sketch
+from wherefrom.model.problem import Problem
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 NAMES = ["mlp", "tied_embedding", "masked_sequence", "cnn_groups", "norms", "odd_parameters"]
 
 
@@ -308,4 +308,4 @@ def test_the_best_by_the_store_are_rescored_in_a_language_model(tmp_path):
     found = rescored(influence, queries, index)
     torch.testing.assert_close(found.values, full[:, index], rtol=1e-10, atol=1e-12)
     with safe_open(next(tmp_path.iterdir()), framework="pt") as file:
-        assert json.loads(file.metadata()["whence"])["header"]["size"] == 1024
+        assert json.loads(file.metadata()["wherefrom"])["header"]["size"] == 1024

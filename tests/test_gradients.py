@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from problems import NAMES, TinyProblem, problem
-from whence import Classification, InputError, Problem, Regression, WhenceWarning, factored, gradients
-from whence.factored import Factored
+from wherefrom import AttributionWarning, Classification, InputError, Problem, Regression
+from wherefrom.persample import factored, gradients
+from wherefrom.persample.factored import Factored
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 # Blocks that no layer entry covers, by problem; in all other problems every block is factored.
 SLOW = {
@@ -82,7 +83,7 @@ def test_which_parameters_take_the_slow_path(name):
         layout = library(p).layout
     slow = {parameter for block in layout.slow for parameter in block.shapes}
     assert slow == SLOW.get(name, set())
-    said = [str(w.message) for w in caught if issubclass(w.category, WhenceWarning)]
+    said = [str(w.message) for w in caught if issubclass(w.category, AttributionWarning)]
     assert len(said) == bool(slow)
     assert all(parameter in said[0] for parameter in sorted(slow)[:1])
     assert {q for block in layout.blocks for q in block.shapes} == set(p.shapes)

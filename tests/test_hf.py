@@ -10,9 +10,9 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
-from whence.errors import InputError  # noqa: E402
-from whence.hf import RecorderCallback  # noqa: E402
-from whence.trajectory import Trajectory  # noqa: E402
+from wherefrom.errors import InputError  # noqa: E402
+from wherefrom.hf import RecorderCallback  # noqa: E402
+from wherefrom.training.trajectory import Trajectory  # noqa: E402
 
 
 class Net(nn.Module):

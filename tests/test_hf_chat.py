@@ -12,8 +12,8 @@ datasets = pytest.importorskip("datasets")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
-from whence.errors import InputError  # noqa: E402
-from whence.hf import completion_batch, documents, pad, sequences  # noqa: E402
+from wherefrom.errors import InputError  # noqa: E402
+from wherefrom.hf import completion_batch, documents, pad, sequences  # noqa: E402
 
 IGNORE = -100
 WORDS = "<pad> <s> </s> the capital of peru is lima , yes where ? Be brief".split()

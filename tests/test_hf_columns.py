@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 transformers = pytest.importorskip("transformers")
 
 from small_models import MODELS, close, found, gpt2, llama, made, next_token_loss, products, texts  # noqa: E402
-from whence.errors import InputError  # noqa: E402
-from whence.hf import CausalLM, SequenceClassification, TokenClassification, pad  # noqa: E402
+from wherefrom.errors import InputError  # noqa: E402
+from wherefrom.hf import CausalLM, SequenceClassification, TokenClassification, pad  # noqa: E402
 
 TEXTS = texts((9, 7, 9, 8, 6))
 PROMPT = 4

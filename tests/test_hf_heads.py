@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 
-import whence  # noqa: E402
+import wherefrom  # noqa: E402
 from small_models import close, found, made, products, texts  # noqa: E402
-from whence.errors import InputError, UnsupportedError  # noqa: E402
-from whence.hf import SequenceClassification, pad  # noqa: E402
+from wherefrom.errors import InputError, UnsupportedError  # noqa: E402
+from wherefrom.hf import SequenceClassification, pad  # noqa: E402
 
 TEXTS = texts((4, 6, 5, 7, 3))
 KINDS = {
@@ -109,7 +109,7 @@ def test_accurate_scores_equal_a_dense_solve(problem, labels):
         curvature += jacobian.T @ hessian.diag() @ jacobian / len(TEXTS)
     wanted = torch.stack(asked) @ torch.linalg.solve(curvature + damping * torch.eye(size, **DOUBLE),
                                                      torch.stack(rows).T)  # fmt: skip
-    fitted = whence.Influence(whence.Exact(), damping=damping, parameters=match, progress=False)
+    fitted = wherefrom.Influence(wherefrom.Exact(), damping=damping, parameters=match, progress=False)
     fitted.fit(m, task, loader(labels))
     close(fitted.score(loader(labels)).values, wanted, 1e-8)
 

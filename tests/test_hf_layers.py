@@ -13,7 +13,7 @@ TASK = """
 import sys, warnings
 import torch
 
-class Mine(whence.Task):
+class Mine(wherefrom.Task):
     def outputs(self, model, batch):
         return model(batch[0], use_cache=False).logits[:, :-1]
 
@@ -27,8 +27,8 @@ def gpt2():
 def check(model):
     x = torch.arange(20).view(4, 5) % 13
     with warnings.catch_warnings():
-        warnings.simplefilter("error", whence.WhenceWarning)  # of the slow path
-        problem = whence.Problem(model, Mine(), (x,), progress=False)
+        warnings.simplefilter("error", wherefrom.AttributionWarning)  # of the slow path
+        problem = wherefrom.Problem(model, Mine(), (x,), progress=False)
         assert not problem.layout.slow
         rows = problem.loss_gradients((x,)).dense()
     for name, p in problem.parameters.items():
@@ -40,15 +40,15 @@ def check(model):
 """
 FIRST = """
 import transformers
-import whence
-assert "whence.hf" not in sys.modules
+import wherefrom
+assert "wherefrom.hf" not in sys.modules
 check(gpt2())
 """
 LATER = """
-import whence
+import wherefrom
 linear = torch.nn.Linear(3, 2)
-whence.Problem(linear, whence.Classification(), (torch.randn(4, 3), torch.zeros(4).long()), progress=False).layout
-assert "transformers" not in sys.modules and "whence.hf" not in sys.modules
+wherefrom.Problem(linear, wherefrom.Classification(), (torch.randn(4, 3), torch.zeros(4).long()), progress=False).layout
+assert "transformers" not in sys.modules and "wherefrom.hf" not in sys.modules
 import transformers, peft
 check(gpt2())
 check(peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).double())
@@ -62,7 +62,7 @@ def test_a_task_of_ones_own_finds_the_layers_of_gpt2(code):
     if "peft" in code:
         pytest.importorskip("peft")
     lines = code.strip().splitlines()
-    at = lines.index("import whence") + 1
+    at = lines.index("import wherefrom") + 1
     whole = "\n".join(["import sys", "import torch", *lines[:at], TASK, *lines[at:]])
     done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -16,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-import whence.task  # noqa: E402
+import wherefrom.model.task  # noqa: E402
 from problems import cross_entropy, negative_margin  # noqa: E402
-from whence import EKFAC, GGN, KFAC, EmpiricalFisher, Problem, WhenceWarning, vectors  # noqa: E402
-from whence.data import Examples  # noqa: E402
-from whence.errors import InputError  # noqa: E402
-from whence.hf import (  # noqa: E402
+from wherefrom import EKFAC, GGN, KFAC, AttributionWarning, EmpiricalFisher, Problem  # noqa: E402
+from wherefrom.data.examples import Examples  # noqa: E402
+from wherefrom.errors import InputError  # noqa: E402
+from wherefrom.hf import (  # noqa: E402
     CausalLM,
     Conv1DKind,
     SequenceClassification,
@@ -29,8 +29,9 @@ from whence.hf import (  # noqa: E402
     completion_batch,
     pad,
 )
-from whence.rows import Routed  # noqa: E402
-from whence.testing import check_layer  # noqa: E402
+from wherefrom.persample import vectors  # noqa: E402
+from wherefrom.persample.rows import Routed  # noqa: E402
+from wherefrom.testing import check_layer  # noqa: E402
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 SAME = {"rtol": 1e-10, "atol": 1e-12}
@@ -244,7 +245,7 @@ def test_gradients_equal_autograd_on_unpadded_examples(name):
     wanted, asked = c.gradients(c.loss), c.gradients(c.measurement)
     for size in (2, 5):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", WhenceWarning)
+            warnings.simplefilter("ignore", AttributionWarning)
             p = c.problem(batch_size=size)
             found = [p.loss_gradients(batch).dense() for _, batch in p.batches()]
             same(vectors.concatenate(found), wanted, **TIGHT)
@@ -257,7 +258,7 @@ def test_gradients_equal_autograd_on_unpadded_examples(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_which_parameters_take_the_slow_path(name):
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WhenceWarning)
+        warnings.simplefilter("always", AttributionWarning)
         layout = case(name).problem().layout
     slow = {parameter for block in layout.slow for parameter in block.shapes}
     assert slow == SLOW.get(name, set())
@@ -282,7 +283,7 @@ def test_padding_order_and_company_of_an_example_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
-@pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_products_equal_those_of_a_dense_gauss_newton_matrix(name):
     c = case(name)
     c.train = {k: t[:4] for k, t in c.train.items()}
@@ -295,7 +296,7 @@ def test_products_equal_those_of_a_dense_gauss_newton_matrix(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_corrected_eigenvalues_sum_to_the_mean_squared_gradient(name):
     c = case(name)
     p = c.problem(batch_size=2)
@@ -381,7 +382,7 @@ def test_how_many_labels_are_drawn_together_changes_none(monkeypatch):
     c = case("gpt2")
     logits = c.task.outputs(c.model, c.train)
     whole = c.task.resample(logits, c.train, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(whence.task, "CHUNK", 3 * VOCABULARY)
+    monkeypatch.setattr(wherefrom.model.task, "CHUNK", 3 * VOCABULARY)
     assert torch.equal(c.task.resample(logits, c.train, torch.Generator().manual_seed(0))["labels"], whole["labels"])
 
 
@@ -490,7 +491,7 @@ def test_bfloat16_models_are_converted_to_float32_exactly():
         for p in half.parameters():
             p.copy_(0.4 * torch.randn(p.shape, generator=rng))
     c = Case(half, CausalLM(), sequences("next"))
-    with pytest.warns(WhenceWarning, match="half precision"):
+    with pytest.warns(AttributionWarning, match="half precision"):
         p = c.problem()
     found = p.loss_gradients(c.train).dense()
     assert next(iter(found.values())).dtype == torch.float32 and half.dtype == torch.bfloat16
@@ -658,11 +659,11 @@ def test_columns_that_are_no_tensors_are_named():
     with pytest.raises(InputError, match=r"train\['input_ids'\] must be a list of N numbers"):
         Problem(c.model, c.task, {"input_ids": [[1, 2], [3]]})
     ragged = [{"input_ids": torch.tensor(ids)} for ids in ([1, 2], [3])]
-    with pytest.raises(InputError, match="train examples must fit into one batch.*such as whence.hf.pad"):
+    with pytest.raises(InputError, match="train examples must fit into one batch.*such as wherefrom.hf.pad"):
         next(iter(Problem(c.model, c.task, ragged).batches()))
     with pytest.raises(InputError, match="a batch must be (made|a dict) of tensors.*, got list"):
         Problem(c.model, c.task, ["a text"]).layout  # noqa: B018
-    with pytest.raises(InputError, match="a batch must be a dict of tensors such as whence.hf.pad makes, got tuple"):
+    with pytest.raises(InputError, match="a batch must be a dict of tensors such as wherefrom.hf.pad makes, got tuple"):
         Problem(c.model, c.task, (torch.ones(2, 3, dtype=torch.int64),)).layout  # noqa: B018
     with pytest.raises(InputError, match="a batch must be one with 'labels'"):
         Problem(c.model, SequenceClassification(), {"input_ids": torch.ones(2, 3, dtype=torch.int64)}).layout  # noqa: B018
@@ -674,7 +675,7 @@ def test_masks_of_pairs_of_tokens_are_the_models_own_affair():
     ids = torch.randint(3, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
     causal = torch.full((6, 6), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1).expand(3, 1, 6, 6)
     plain, masked = (
-        whence.Influence(whence.EKFAC(labels="true"), 0.1, progress=False).fit(c.model, c.task, batch)
+        wherefrom.Influence(wherefrom.EKFAC(labels="true"), 0.1, progress=False).fit(c.model, c.task, batch)
         for batch in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": causal})
     )
     query = {"input_ids": ids[:2]}
@@ -684,7 +685,7 @@ def test_masks_of_pairs_of_tokens_are_the_models_own_affair():
 def test_merged_adapters_have_no_gradient_and_a_warning_says_so():
     c = case("gpt2+lora")
     c.model.merge_adapter()
-    with pytest.warns(WhenceWarning, match="none of the selected parameters acts on the loss .* merged"):
+    with pytest.warns(AttributionWarning, match="none of the selected parameters acts on the loss .* merged"):
         assert not float(c.problem().loss_gradients(c.train).square_norms().sum())
 
 

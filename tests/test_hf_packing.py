@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 
-import whence  # noqa: E402
+import wherefrom  # noqa: E402
 from small_models import MODELS, close, found, gpt2, llama, made, next_token_loss, products, texts  # noqa: E402
-from whence.errors import InputError, UnsupportedError  # noqa: E402
-from whence.hf import CausalLM, SequenceClassification, TokenClassification, pad  # noqa: E402
+from wherefrom.errors import InputError, UnsupportedError  # noqa: E402
+from wherefrom.hf import CausalLM, SequenceClassification, TokenClassification, pad  # noqa: E402
 
 LENGTHS = ((4, 3, 5), (6, 2), (3, 3, 7, 2), (5, 7), (6,), (1, 4))  # ragged rows, one of a single document
 PACKS = [texts(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
@@ -76,7 +76,7 @@ def test_masks_of_the_loss_hold_in_packed_rows():
 def test_kronecker_factors_of_packed_rows_see_no_padding():
     m = llama()
     scores = [
-        whence.Influence(whence.EKFAC(labels="true"), 0.1, parameters="mlp", progress=False)
+        wherefrom.Influence(wherefrom.EKFAC(labels="true"), 0.1, parameters="mlp", progress=False)
         .fit(m, CausalLM(), loader(rows(), size))
         .score(loader(rows(), size))
         .values
@@ -89,7 +89,7 @@ def test_accurate_scores_of_packed_rows_are_those_of_the_documents():
     """A Gauss-Newton matrix of the mean over rows: that of rows written out by hand, from documents alone."""
     m = gpt2()
     rng = torch.Generator().manual_seed(0)
-    problem = whence.Problem(m, CausalLM(), loader(rows(), 4), "h.1.mlp.c_proj.weight", progress=False)
+    problem = wherefrom.Problem(m, CausalLM(), loader(rows(), 4), "h.1.mlp.c_proj.weight", progress=False)
     (name,) = problem.shapes
     weight, v = problem.parameters[name], torch.randn(problem.shapes[name], generator=rng, dtype=torch.float64)
     wanted = torch.zeros_like(v)
@@ -101,7 +101,7 @@ def test_accurate_scores_of_packed_rows_are_those_of_the_documents():
                 p = h.detach().softmax(0)
                 wanted += (((p.diag() - p.outer(p)) @ (jacobian @ v.flatten())) @ jacobian).view_as(v) / len(PACKS)
     for product in ("jvp", "rows"):
-        curvature = whence.GGN(problem, product=product)
+        curvature = wherefrom.GGN(problem, product=product)
         close(curvature.product({name: v.unsqueeze(0)})[name][0], wanted)
 
 

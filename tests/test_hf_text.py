@@ -13,8 +13,8 @@ datasets = pytest.importorskip("datasets")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from whence.errors import InputError  # noqa: E402
-from whence.hf import Documents, Pieces, documents, pad, sequences  # noqa: E402
+from wherefrom.errors import InputError  # noqa: E402
+from wherefrom.hf import Documents, Pieces, documents, pad, sequences  # noqa: E402
 
 TEXTS = ["a b c", "d", "", "e, f\ng"]
 

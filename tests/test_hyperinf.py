@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-import whence
+import wherefrom
 from problems import TinyProblem, problem
-from whence import (
+from wherefrom import (
     GGN,
     ConvergenceWarning,
     Damping,
@@ -25,10 +25,10 @@ from whence import (
     Regression,
     UnsupportedError,
 )
-from whence.solvers.schulz import bound, cholesky, predicted, schulz
-from whence.testing import check_solver
+from wherefrom.solvers.schulz import bound, cholesky, predicted, schulz
+from wherefrom.testing import check_solver
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 ROOT = Path(__file__).resolve().parent.parent
 SOME = ("mlp", "masked_sequence", "tied_embedding", "cnn_groups", "odd_parameters", "positions")
 
@@ -398,7 +398,7 @@ def test_with_independent_lines_the_generalised_matrix_over_r_tends_to_the_fishe
 
 
 def scores(p: TinyProblem, solver, damping=None, train=None, task=None, curvature=EmpiricalFisher) -> torch.Tensor:
-    made = whence.attribute(
+    made = wherefrom.attribute(
         p.model,
         task or p.task,
         train=train or p.train,
@@ -453,7 +453,7 @@ def test_scores_are_positive_where_the_example_helped(solver):
     p = problem("mlp")
     task = type("Loss", (type(p.task),), {"measurement": lambda self, outputs, batch: self.loss(outputs, batch)})()
     same = {"train": p.train, "queries": p.train, "curvature": EmpiricalFisher, "progress": False}
-    own = whence.attribute(p.model, task, solver=solver, damping=0.1, **same).values
+    own = wherefrom.attribute(p.model, task, solver=solver, damping=0.1, **same).values
     assert (own.diagonal() > 0).all()
 
 

@@ -11,16 +11,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-import whence
+import wherefrom
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
 from targets import stopped
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
     KFAC,
     Arnoldi,
     ArtefactError,
+    AttributionWarning,
     Auto,
     Classification,
     Damping,
@@ -36,12 +37,11 @@ from whence import (
     Regression,
     Scores,
     UnsupportedError,
-    WhenceWarning,
     attribute,
 )
-from whence.problem import Problem
+from wherefrom.model.problem import Problem
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 
 
 def scores_of(p: TinyProblem, solver=None, damping: float | Damping = 0.1, **options) -> Scores:
@@ -98,7 +98,7 @@ def test_a_positive_score_means_that_the_example_helped():
 def test_the_default_is_the_exact_answer_to_a_certified_tolerance(name, large, monkeypatch):
     """Solver and damping are chosen; a problem that counts as large is solved iteratively."""
     if large:
-        monkeypatch.setattr("whence.solvers.auto.SMALL", 0)
+        monkeypatch.setattr("wherefrom.solvers.auto.SMALL", 0)
     p = problem(name)
     scores = attribute(p.model, p.task, p.train, p.queries)
     assert scores.provenance["solver"] == repr(Auto()) and scores.provenance["tolerance"] == Auto().tolerance
@@ -157,7 +157,7 @@ def test_self_influence(name, solver):
     influence = Influence(solver, 0.1, batch_size=4).fit(p.model, p.task, p.train)
     scores = influence.score(p.queries, self_influence=True)
     g = p.unflatten(p.loss_gradients())
-    wanted = whence.vectors.dot(g, influence.inverse(g, certify=False).x)
+    wanted = wherefrom.persample.vectors.dot(g, influence.inverse(g, certify=False).x)
     close(scores.self_influence, wanted)
     close(influence.self_influence(), wanted)
     with pytest.raises(InputError, match="self-influence was not computed.*self_influence=True"):
@@ -400,7 +400,7 @@ SOLVERS = {
     "dual": Exact(form="dual"),
     "pruned": Dual(),
     "cg": CG(preconditioner=EKFAC(), tolerance=1e-11, steps=2000),
-    "astra": whence.ASTRA(batch=4, steps=5),
+    "astra": wherefrom.ASTRA(batch=4, steps=5),
     "dot": Identity(),
 }
 
@@ -410,12 +410,12 @@ SOLVERS = {
 def test_a_fit_can_be_saved_and_loaded(name, solver, tmp_path):
     p = problem(name)
     influence = Influence(SOLVERS[solver], Damping.relative(0.3)).fit(p.model, p.task, p.train)
-    influence.save(tmp_path / "deep" / "fit.whence")
+    influence.save(tmp_path / "deep" / "fit.wherefrom")
     again = problem(name)
     loaded = Influence(SOLVERS[solver], Damping.relative(0.3), batch_size=3)
-    loaded = loaded.load(tmp_path / "deep" / "fit.whence", again.model, again.task, again.train)
+    loaded = loaded.load(tmp_path / "deep" / "fit.wherefrom", again.model, again.task, again.train)
     close(loaded.score(p.queries).values, influence.score(p.queries).values, 1e-9)
-    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["fit.whence"], "nothing temporary is left"
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["fit.wherefrom"], "nothing temporary is left"
 
 
 def test_a_fit_made_for_something_else_is_refused_by_name(tmp_path):
@@ -470,10 +470,10 @@ def test_scores_of_another_loss_by_the_same_name_are_refused(tmp_path):
     first.score(p.queries, plain, folder=tmp_path)
     with pytest.raises(ArtefactError, match="was made for another first losses"):
         other.score(p.queries, plain, folder=tmp_path)
-    store = whence.GradientStore.build(first, tmp_path / "store", size=32)
+    store = wherefrom.GradientStore.build(first, tmp_path / "store", size=32)
     assert store.influence is first
     with pytest.raises(ArtefactError, match="was made for another first losses"):
-        whence.GradientStore.build(other, tmp_path / "store", size=32)
+        wherefrom.GradientStore.build(other, tmp_path / "store", size=32)
 
 
 def test_texts_that_a_loader_turns_into_tensors_count_as_data(tmp_path):
@@ -534,12 +534,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(ArtefactError, match="got nothing there"):
         Scores.load(tmp_path / "missing")
     save_file({"values": torch.zeros(2)}, tmp_path / "bad")
-    with pytest.raises(ArtefactError, match="was not written by whence"):
+    with pytest.raises(ArtefactError, match="was not written by wherefrom"):
         Scores.load(tmp_path / "bad")
     with safe_open(good, framework="pt") as file:
-        meta, tensors = json.loads(file.metadata()["whence"]), {name: file.get_tensor(name) for name in file.keys()}
-    save_file(tensors, tmp_path / "bad", {"whence": json.dumps(meta | {"version": 99})})
-    with pytest.raises(ArtefactError, match="must have version 2, got 99 .by whence "):
+        meta, tensors = json.loads(file.metadata()["wherefrom"]), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, tmp_path / "bad", {"wherefrom": json.dumps(meta | {"version": 99})})
+    with pytest.raises(ArtefactError, match="must have version 2, got 99 .by wherefrom "):
         Scores.load(tmp_path / "bad")
     Influence(EKFAC(), 0.1).fit(p.model, p.task, p.train).save(tmp_path / "fit")
     with pytest.raises(ArtefactError, match="must have kind 'scores', got 'influence'"):
@@ -648,8 +648,8 @@ def test_a_solver_that_needs_more_than_the_curvature_gives():
 
 
 def test_a_solver_that_is_no_instance():
-    refused("solver must be an instance such as whence.EKFAC", solver=EKFAC)
-    refused("solver must be an instance such as whence.EKFAC\\(\\), got 'ekfac'", solver="ekfac")
+    refused("solver must be an instance such as wherefrom.EKFAC", solver=EKFAC)
+    refused("solver must be an instance such as wherefrom.EKFAC\\(\\), got 'ekfac'", solver="ekfac")
 
 
 def test_a_model_that_is_none():
@@ -678,7 +678,7 @@ def test_a_model_in_half_precision_is_converted_and_left_alone(dtype):
     p = problem("mlp")
     model = p.model.to(dtype)
     train, queries = ((x.to(dtype), y) for x, y in (p.train, p.queries))
-    with pytest.warns(WhenceWarning, match="half precision: a float32 copy is used"):
+    with pytest.warns(AttributionWarning, match="half precision: a float32 copy is used"):
         found = attribute(model, p.task, train, queries, solver=Exact(), damping=0.1)
     assert found.values.dtype == torch.float32 and all(t.dtype == dtype for t in model.parameters())
     wide = problem("mlp").model
@@ -700,7 +700,7 @@ def test_data_without_a_length():
 def test_dropout_in_training_mode_is_warned_of_and_switched_off():
     p = problem("mlp")
     model = nn.Sequential(p.model, nn.Dropout(0.9)).train()
-    with pytest.warns(WhenceWarning, match="training mode with dropout: it is evaluated in eval mode"):
+    with pytest.warns(AttributionWarning, match="training mode with dropout: it is evaluated in eval mode"):
         found = attribute(model, p.task, p.train, p.queries, solver=Exact(), damping=0.1)
     close(found.values, scores_of(problem("mlp")).values)
     assert all(m.training for m in model.modules())
@@ -732,17 +732,19 @@ def test_nothing_is_done_before_bad_arguments_are_found(monkeypatch):
     for changes in ({"solver": EKFAC}, {"damping": -1.0}, {"solver": Dual(), "curvature": Hessian}):
         p = problem("mlp")
         p.model.forward = lambda *_: pytest.fail("the model was run")
-        with pytest.raises(whence.WhenceError):
+        with pytest.raises(wherefrom.AttributionError):
             attribute(p.model, p.task, p.train, p.queries, **({"solver": Exact(), "damping": 0.1} | changes))
 
 
 # --- candidates, blocks, and scores that go on where they stopped ----------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [whence.CG(tolerance=1e-12, steps=2000), whence.EKFAC(), whence.RandProj(rank=7)])
+@pytest.mark.parametrize(
+    "solver", [wherefrom.CG(tolerance=1e-12, steps=2000), wherefrom.EKFAC(), wherefrom.RandProj(rank=7)]
+)
 def test_candidates_are_scored_as_if_they_had_been_trained_on(solver):
     p = problem("mlp")
-    influence = whence.Influence(solver, 0.05, batch_size=4).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(solver, 0.05, batch_size=4).fit(p.model, p.task, p.train)
     for certify in (True, False):
         whole = influence.score(p.queries, certify=certify)
         some = tuple(t[[7, 2, 2, 9, 0]] for t in p.train)
@@ -753,22 +755,24 @@ def test_candidates_are_scored_as_if_they_had_been_trained_on(solver):
 
 def test_candidates_that_are_new_match_a_dense_solve():
     p = problem("mlp_regression")
-    influence = whence.Influence(whence.Exact(), 0.05).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, p.train)
     matrix = p.ggn() + 0.05 * torch.eye(p.dim, dtype=torch.float64)
     expected = p.measurement_gradients() @ torch.linalg.solve(matrix, p.loss_gradients(p.queries).T)
     torch.testing.assert_close(influence.score(p.queries, candidates=p.queries).values, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("solver", [whence.CG(tolerance=1e-12, steps=2000), whence.EKFAC(), whence.RandProj(rank=7)])
+@pytest.mark.parametrize(
+    "solver", [wherefrom.CG(tolerance=1e-12, steps=2000), wherefrom.EKFAC(), wherefrom.RandProj(rank=7)]
+)
 def test_scores_by_block_sum_to_the_scores(solver):
     p = problem("norms")
-    influence = whence.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
     index = [4, 0, 8, 9]
     parts = influence.by_block(p.queries, index)
     assert list(parts) == [b.name for b in influence.problem.blocks]
     whole = influence.score(p.queries, certify=False).values[:, index]
     torch.testing.assert_close(sum(parts.values()), whole, rtol=1e-9, atol=1e-11)
-    if isinstance(solver, whence.CG):
+    if isinstance(solver, wherefrom.CG):
         x = torch.linalg.solve(p.ggn() + 0.05 * torch.eye(p.dim, dtype=torch.float64), p.measurement_gradients().T).T
         for b in influence.problem.blocks:
             own = torch.cat([torch.arange(p.dim)[p.slices[name]] for name in b.shapes])
@@ -778,8 +782,8 @@ def test_scores_by_block_sum_to_the_scores(solver):
 
 def test_scores_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     p = problem("mlp")
-    solver = whence.CG(tolerance=1e-10, steps=500)
-    influence = whence.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    solver = wherefrom.CG(tolerance=1e-10, steps=500)
+    influence = wherefrom.Influence(solver, 0.05, batch_size=3).fit(p.model, p.task, p.train)
     whole = influence.score(p.queries)
     original, passes = Problem.loss_gradients, []
     with stopped(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
@@ -787,7 +791,7 @@ def test_scores_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3  # the solution and two batches
     products = []
     monkeypatch.setattr(Problem, "loss_gradients", lambda self, batch: passes.append(batch) or original(self, batch))
-    monkeypatch.setattr(whence.GGN, "product", lambda *_: products.append(1))
+    monkeypatch.setattr(wherefrom.GGN, "product", lambda *_: products.append(1))
     found = influence.score(p.queries, folder=tmp_path)
     assert not products and len(passes) == 2  # no solve, and the gradients of the two batches that were missing
     assert torch.equal(found.values, whole.values)
@@ -797,11 +801,11 @@ def test_scores_go_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
 
 def test_scores_of_something_else_are_refused_by_name(tmp_path):
     p = problem("mlp")
-    whence.Influence(whence.EKFAC(), 0.05).fit(p.model, p.task, p.train).score(p.queries, folder=tmp_path)
-    other = whence.Influence(whence.EKFAC(), 0.06).fit(p.model, p.task, p.train)
+    wherefrom.Influence(wherefrom.EKFAC(), 0.05).fit(p.model, p.task, p.train).score(p.queries, folder=tmp_path)
+    other = wherefrom.Influence(wherefrom.EKFAC(), 0.06).fit(p.model, p.task, p.train)
     with pytest.raises(ArtefactError, match="made for another damping, lambda"):
         other.score(p.queries, folder=tmp_path)
-    same = whence.Influence(whence.EKFAC(), 0.05).fit(p.model, p.task, p.train)
+    same = wherefrom.Influence(wherefrom.EKFAC(), 0.05).fit(p.model, p.task, p.train)
     with pytest.raises(ArtefactError, match="another queries"):
         same.score(tuple(t[:1] for t in p.queries), folder=tmp_path)
     with pytest.raises(ArtefactError, match="another queries"):
@@ -812,7 +816,9 @@ def test_scores_of_something_else_are_refused_by_name(tmp_path):
 
 def test_self_influence_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch):
     p = problem("mlp")
-    influence = whence.Influence(whence.CG(tolerance=1e-9, steps=500), 0.05, batch_size=3).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.CG(tolerance=1e-9, steps=500), 0.05, batch_size=3).fit(
+        p.model, p.task, p.train
+    )
     whole = influence.self_influence()
     original, passes = Problem.loss_gradients, []
     with stopped(monkeypatch, 2), pytest.raises(KeyboardInterrupt):
@@ -820,17 +826,19 @@ def test_self_influence_goes_on_where_a_killed_run_stopped(tmp_path, monkeypatch
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(Problem, "loss_gradients", lambda self, batch: passes.append(batch) or original(self, batch))
     assert torch.equal(influence.self_influence(folder=tmp_path), whole) and len(passes) == 2
-    other = whence.Influence(whence.CG(tolerance=1e-9, steps=500), 0.06, batch_size=3).fit(p.model, p.task, p.train)
+    other = wherefrom.Influence(wherefrom.CG(tolerance=1e-9, steps=500), 0.06, batch_size=3).fit(
+        p.model, p.task, p.train
+    )
     with pytest.raises(ArtefactError, match="made for another damping"):
         other.self_influence(folder=tmp_path)
 
 
 def test_a_resumed_run_warns_as_the_first_did(tmp_path):
     p = problem("mlp")
-    influence = whence.Influence(whence.CG(tolerance=1e-9, steps=1), 0.05).fit(p.model, p.task, p.train)
+    influence = wherefrom.Influence(wherefrom.CG(tolerance=1e-9, steps=1), 0.05).fit(p.model, p.task, p.train)
     for _ in range(2):
-        with pytest.warns(whence.ConvergenceWarning, match="queries did not converge"):
+        with pytest.warns(wherefrom.ConvergenceWarning, match="queries did not converge"):
             influence.score(p.queries, folder=tmp_path)
     for _ in range(2):
-        with pytest.warns(whence.ConvergenceWarning, match="training examples did not converge"):
+        with pytest.warns(wherefrom.ConvergenceWarning, match="training examples did not converge"):
             influence.self_influence(folder=tmp_path)

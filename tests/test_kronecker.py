@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
-from whence import (
+from wherefrom import (
     EKFAC,
     GGN,
     KFAC,
@@ -18,11 +18,11 @@ from whence import (
     Regression,
     factored,
 )
-from whence.curvature import kronecker
-from whence.curvature.eigenbasis import KroneckerBlock
-from whence.solvers.base import Pairing
+from wherefrom.curvature import kronecker
+from wherefrom.curvature.eigenbasis import KroneckerBlock
+from wherefrom.solvers.base import Pairing
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")
 
 
@@ -111,7 +111,7 @@ def test_a_restored_fit_takes_another_damping_without_another_pass(monkeypatch):
     p = problem("mlp")
     first, again = EKFAC().fit(GGN(library(p)), 0.1), GGN(library(p))
     EKFAC().restore(again, first.shift, first.state())
-    monkeypatch.setattr("whence.solvers.kronecker.fit", lambda *_: pytest.fail("the factors are there"))
+    monkeypatch.setattr("wherefrom.solvers.kronecker.fit", lambda *_: pytest.fail("the factors are there"))
     assert (EKFAC().fit(again, 0.2).factors["0"].ekfac == first.factors["0"].ekfac).all()
 
 

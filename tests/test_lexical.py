@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import whence
-from whence import BM25, TFIDF, InputError
+import wherefrom
+from wherefrom import BM25, TFIDF, InputError
 
 METHODS = [TFIDF(), BM25(), BM25(k1=0.9, b=0.0), BM25(k1=2.0, b=1.0)]
 
@@ -145,7 +145,7 @@ def test_what_is_no_list_of_texts_is_refused():
 def test_the_best_are_candidates_for_a_method_that_asks_the_model():
     found = TFIDF().fit(DOCUMENTS).score(QUERIES).top(3).proponents
     assert found.shape == (len(QUERIES), 3) and isinstance(found, torch.Tensor)
-    assert isinstance(TFIDF().fit(DOCUMENTS).score(QUERIES), whence.Scores)
+    assert isinstance(TFIDF().fit(DOCUMENTS).score(QUERIES), wherefrom.Scores)
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from whence import Damping, DataInf, EmpiricalFisher, HyperINF, Influence  # noqa: E402
-from whence.hf import SequenceClassification, pad  # noqa: E402
+from wherefrom import Damping, DataInf, EmpiricalFisher, HyperINF, Influence  # noqa: E402
+from wherefrom.hf import SequenceClassification, pad  # noqa: E402
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-12}
 LENGTHS, ASKED, RANK, WIDTH, CLASSES = (5, 2, 7, 3, 6, 4, 7, 1, 5), (4, 7, 2), 3, 8, 3

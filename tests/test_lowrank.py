@@ -11,7 +11,7 @@ from torch import nn
 
 import problems
 from problems import NAMES, TinyProblem, problem
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
@@ -35,7 +35,7 @@ from whence import (
     vectors,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SLOW = ("positions", "odd_parameters", "subclassed", "parametrized", "time_first")  # a layer without an entry
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from problems import TinyProblem, problem
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     Arnoldi,
     ArtefactError,
+    AttributionWarning,
     Classification,
     ConvergenceWarning,
     Damping,
@@ -24,16 +25,15 @@ from whence import (
     Neumann,
     Pairing,
     RandProj,
-    WhenceWarning,
     lowrank,
 )
-from whence.attribution import directions
-from whence.curvature.eigenbasis import Basis
-from whence.curvature.kronecker import fit
-from whence.factored import Factored, Written
-from whence.lowrank import LowRank
-from whence.rows import Lookup, Routed, Several
-from whence.solvers.kronecker import EigenInverse
+from wherefrom.curvature.eigenbasis import Basis
+from wherefrom.curvature.kronecker import fit
+from wherefrom.methods import directions
+from wherefrom.persample.factored import Factored, Written
+from wherefrom.persample.lowrank import LowRank
+from wherefrom.persample.rows import Lookup, Routed, Several
+from wherefrom.solvers.kronecker import EigenInverse
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
 
@@ -210,8 +210,10 @@ SOLVERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning", "ignore::whence.ConvergenceWarning")
-@pytest.mark.filterwarnings("ignore:.*changes the scores of:whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*slow path:wherefrom.errors.AttributionWarning", "ignore::wherefrom.ConvergenceWarning"
+)
+@pytest.mark.filterwarnings("ignore:.*changes the scores of:wherefrom.errors.AttributionWarning")
 @pytest.mark.parametrize(
     ("solver", "name"),
     [(solver, name) for solver in SOLVERS for name in ("mlp", "cnn_groups", "tied_embedding", "masked_sequence")]
@@ -311,7 +313,7 @@ def test_the_error_is_measured_on_training_examples_spread_over_all():
 def test_what_a_rank_costs_is_said_where_it_is_much():
     net, x, y = wide(30)
     influence = Influence(RandProj(rank=9)).fit(net, Classification(), (x, y))
-    with pytest.warns(WhenceWarning, match=r"rank 1 changes the scores of \d of 5 queries by more than half"):
+    with pytest.warns(AttributionWarning, match=r"rank 1 changes the scores of \d of 5 queries by more than half"):
         found = influence.score((x[:5], y[:5]), rank=1)
     assert found.provenance["truncation"]["error"] > 0.5
 
@@ -329,7 +331,7 @@ def test_what_matters_to_scores_is_kept_better_than_what_is_long():
 # --- many queries ---
 
 
-@pytest.mark.filterwarnings("ignore::whence.ConvergenceWarning", "ignore:.*changes the scores of")
+@pytest.mark.filterwarnings("ignore::wherefrom.ConvergenceWarning", "ignore:.*changes the scores of")
 @pytest.mark.parametrize("solver", [EKFAC(), CG(EKFAC(), tolerance=1e-2, steps=12), RandProj(rank=9)])
 @pytest.mark.parametrize(("certify", "size"), [(True, 3), (False, 1), (False, 7)])
 def test_queries_are_solved_in_pieces_that_fit_into_memory_with_the_same_scores(monkeypatch, solver, certify, size):

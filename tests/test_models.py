@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-import whence
-from whence.errors import InputError, UnsupportedError, WhenceWarning
-from whence.models import copied
+import wherefrom
+from wherefrom.errors import AttributionWarning, InputError, UnsupportedError
+from wherefrom.model.observe import copied
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-TASK = whence.Classification()
+TASK = wherefrom.Classification()
 Build = Callable[[], nn.Module]
 Batch = tuple[Tensor, Tensor]
 
@@ -123,20 +123,20 @@ def gained(shape: tuple[int, ...]) -> nn.Module:
 
 SCALARS = [Scaled, gained, ReZero, OnlyScalars]
 SOLVERS = [
-    whence.Exact(),
-    whence.Dual(),
-    whence.CG(),
-    whence.CG(preconditioner=whence.EKFAC()),
-    whence.EKFAC(),
-    whence.KFAC(),
-    whence.Identity(),
-    whence.Nystrom(rank=6),
-    whence.Arnoldi(rank=4, steps=6),
-    whence.DataInf(),
-    whence.HyperINF(),
-    whence.Neumann(steps=20),
-    whence.RandProj(rank=4),
-    whence.RandSelect(rank=2),
+    wherefrom.Exact(),
+    wherefrom.Dual(),
+    wherefrom.CG(),
+    wherefrom.CG(preconditioner=wherefrom.EKFAC()),
+    wherefrom.EKFAC(),
+    wherefrom.KFAC(),
+    wherefrom.Identity(),
+    wherefrom.Nystrom(rank=6),
+    wherefrom.Arnoldi(rank=4, steps=6),
+    wherefrom.DataInf(),
+    wherefrom.HyperINF(),
+    wherefrom.Neumann(steps=20),
+    wherefrom.RandProj(rank=4),
+    wherefrom.RandSelect(rank=2),
     "auto",
 ]
 
@@ -147,8 +147,10 @@ def test_a_scalar_parameter_scores_as_a_vector_of_one(make: Callable[..., nn.Mod
     found = []
     for shape in ((), (1,)):
         model = seeded(lambda shape=shape: make(shape))
-        curvature = whence.EmpiricalFisher if isinstance(solver, (whence.DataInf, whence.HyperINF)) else whence.GGN
-        scores = whence.attribute(model, TASK, data(), few(data()), solver=solver, damping=0.1, curvature=curvature)
+        curvature = (
+            wherefrom.EmpiricalFisher if isinstance(solver, (wherefrom.DataInf, wherefrom.HyperINF)) else wherefrom.GGN
+        )
+        scores = wherefrom.attribute(model, TASK, data(), few(data()), solver=solver, damping=0.1, curvature=curvature)
         found.append(scores.values)
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
@@ -157,8 +159,10 @@ def test_a_scalar_parameter_scores_as_a_vector_of_one(make: Callable[..., nn.Mod
 @pytest.mark.parametrize("hessian", [False, True])
 def test_a_scalar_parameter_scores_as_plain_autograd(make: Callable[..., nn.Module], hessian: bool) -> None:
     model = seeded(lambda: make(()))
-    curvature = whence.Hessian if hessian else whence.GGN
-    found = whence.attribute(model, TASK, data(), few(data()), solver=whence.Exact(), damping=2.0, curvature=curvature)
+    curvature = wherefrom.Hessian if hessian else wherefrom.GGN
+    found = wherefrom.attribute(
+        model, TASK, data(), few(data()), solver=wherefrom.Exact(), damping=2.0, curvature=curvature
+    )
     wanted = dense_scores(model, data(), few(data()), 2.0, hessian)
     torch.testing.assert_close(found.values, wanted, rtol=1e-9, atol=1e-12)
 
@@ -304,11 +308,11 @@ SLOW = [("jvp", 140), ("rows", 3), ("rows", 140), ("finite-difference", 140)]
 def test_gauss_newton_products_need_no_forward_mode(name: str, product: Any, classes: int) -> None:
     train = data(6, classes=classes)
     model, written = with_gap(name, classes)
-    curvature = functools.partial(whence.GGN, product=product)
-    solver = whence.CG(tolerance=1e-10)
+    curvature = functools.partial(wherefrom.GGN, product=product)
+    solver = wherefrom.CG(tolerance=1e-10)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = whence.attribute(model, TASK, train, few(train), solver=solver, damping=0.5, curvature=curvature)
+        found = wherefrom.attribute(model, TASK, train, few(train), solver=solver, damping=0.5, curvature=curvature)
     differs = name in APPROXIMATE and product in ("auto", "jvp") and (product, classes) != ("auto", 3)
     assert differs == any("central differences" in str(w.message) for w in caught)
     rough = differs or product == "finite-difference"
@@ -320,20 +324,22 @@ def test_gauss_newton_products_need_no_forward_mode(name: str, product: Any, cla
 def test_hessian_products_need_no_forward_mode(name: str) -> None:
     train = data(6)
     model, written = with_gap(name, 3)
-    solver = whence.CG(tolerance=1e-9)
+    solver = wherefrom.CG(tolerance=1e-9)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = whence.attribute(model, TASK, train, few(train), solver=solver, damping=3.0, curvature=whence.Hessian)
+        found = wherefrom.attribute(
+            model, TASK, train, few(train), solver=solver, damping=3.0, curvature=wherefrom.Hessian
+        )
     assert (name in NO_SECOND) == any("central differences" in str(w.message) for w in caught)
     wanted = dense_scores(written, train, few(train), 3.0, hessian=True)
     rough = name in NO_SECOND
     torch.testing.assert_close(found.values, wanted, rtol=1e-5 if rough else 1e-7, atol=1e-8 if rough else 1e-10)
 
 
-def trained(model: nn.Module, train: Batch, folder: Path, forward: nn.Module | None = None) -> whence.Trajectory:
+def trained(model: nn.Module, train: Batch, folder: Path, forward: nn.Module | None = None) -> wherefrom.Trajectory:
     """A recorded run of a few steps."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
-    recorder = whence.Recorder(folder, forward or model, optimiser, every=4)
+    recorder = wherefrom.Recorder(folder, forward or model, optimiser, every=4)
     rng = torch.Generator().manual_seed(0)
     for _ in range(8):
         index = torch.randint(len(train[0]), (3,), generator=rng)
@@ -354,7 +360,7 @@ def test_methods_of_training_need_no_forward_mode(name: str, method: str, tmp_pa
     found = []
     for i, model in enumerate(with_gap(name, 3)):
         run = trained(model, train, tmp_path / str(i))
-        fitted = getattr(whence, method)(run, **({"dropped": 0} if method == "Unrolled" else {}))
+        fitted = getattr(wherefrom, method)(run, **({"dropped": 0} if method == "Unrolled" else {}))
         if i == 0 and method == "Unrolled" and name in NO_SECOND:
             with pytest.raises(UnsupportedError, match="second derivatives"):
                 fitted.fit(model, TASK, train).score(few(train))
@@ -367,7 +373,7 @@ def test_methods_of_training_need_no_forward_mode(name: str, method: str, tmp_pa
 @pytest.mark.parametrize("name", GAPS)
 def test_slopes_need_no_forward_mode(name: str) -> None:
     model, _ = with_gap(name, 3)
-    problem = whence.Problem(model, TASK, data(6))
+    problem = wherefrom.Problem(model, TASK, data(6))
     v = {
         n: torch.randn(2, *s, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         for n, s in problem.shapes.items()
@@ -389,7 +395,7 @@ class SavedSlope(torch.autograd.Function):
         return g.unsqueeze(1) * ctx.saved_tensors[0], None
 
 
-class FusedLoss(whence.Classification):
+class FusedLoss(wherefrom.Classification):
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return SavedSlope.apply(outputs, batch[1])
 
@@ -402,13 +408,19 @@ def test_a_loss_without_second_derivative_is_no_flat_one(classes: int) -> None:
     train = data(6, classes=classes)
     model = seeded(with_gelu(written_gelu, classes))
     for product in ("auto", "jvp", "finite-difference"):
-        curvature = functools.partial(whence.GGN, product=product)
+        curvature = functools.partial(wherefrom.GGN, product=product)
         with pytest.raises(UnsupportedError, match="second derivative by the outputs"):
-            whence.attribute(
-                model, FusedLoss(), train, few(train), solver=whence.CG(), damping=1.0, curvature=curvature
+            wherefrom.attribute(
+                model, FusedLoss(), train, few(train), solver=wherefrom.CG(), damping=1.0, curvature=curvature
             )
-    found = whence.attribute(
-        model, FusedLoss(), train, few(train), solver=whence.CG(tolerance=1e-9), damping=3.0, curvature=whence.Hessian
+    found = wherefrom.attribute(
+        model,
+        FusedLoss(),
+        train,
+        few(train),
+        solver=wherefrom.CG(tolerance=1e-9),
+        damping=3.0,
+        curvature=wherefrom.Hessian,
     )
     wanted = dense_scores(model, train, few(train), 3.0, hessian=True)
     torch.testing.assert_close(found.values, wanted, rtol=1e-5, atol=1e-8)
@@ -420,14 +432,19 @@ def test_memory_that_runs_out_is_no_missing_derivative() -> None:
 
     calls = []
 
-    class Full(whence.Classification):
+    class Full(wherefrom.Classification):
         def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
             calls.append(1)
             return full(outputs) if len(calls) > 4 else super().loss(outputs, batch)
 
     with pytest.raises(torch.OutOfMemoryError):
-        whence.attribute(
-            seeded(with_gelu(written_gelu)), Full(), data(), few(data()), solver=whence.CG(), curvature=whence.Hessian
+        wherefrom.attribute(
+            seeded(with_gelu(written_gelu)),
+            Full(),
+            data(),
+            few(data()),
+            solver=wherefrom.CG(),
+            curvature=wherefrom.Hessian,
         )
 
 
@@ -510,13 +527,13 @@ def test_attributes_of_autograd_do_not_stop_a_copy(name: str, method: str, tmp_p
             model(train[0]).sum().backward()
         if method == "half":
             half = data(6, dtype=torch.bfloat16)
-            scores = whence.attribute(model.bfloat16(), TASK, half, few(half), damping=0.1)
+            scores = wherefrom.attribute(model.bfloat16(), TASK, half, few(half), damping=0.1)
         elif method == "at":
-            problem = whence.Problem(model, TASK, train).at(run.checkpoints[0].state)
-            scores = whence.attribute(problem.model, TASK, train, few(train), damping=0.1)
+            problem = wherefrom.Problem(model, TASK, train).at(run.checkpoints[0].state)
+            scores = wherefrom.attribute(problem.model, TASK, train, few(train), damping=0.1)
         else:
             options = {"dropped": 0} if method == "Unrolled" else {}
-            scores = getattr(whence, method)(run, **options).fit(model, TASK, train).score(few(train))
+            scores = getattr(wherefrom, method)(run, **options).fit(model, TASK, train).score(few(train))
         found.append(scores.values)
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
@@ -596,9 +613,9 @@ PLAIN_NAMES = ["scale", "body.0.weight", "body.0.bias", "head.weight", "head.bia
 def test_a_wrapped_model_scores_as_the_plain_one(name: str) -> None:
     model, plain = seeded(WRAPPED[name]), seeded(Nested)
     before = traces(model)
-    for solver in ("auto", whence.EKFAC(), whence.CG(tolerance=1e-10)):
+    for solver in ("auto", wherefrom.EKFAC(), wherefrom.CG(tolerance=1e-10)):
         found, wanted = (
-            whence.attribute(m, TASK, data(), few(data()), solver=solver, damping=0.1) for m in (model, plain)
+            wherefrom.attribute(m, TASK, data(), few(data()), solver=solver, damping=0.1) for m in (model, plain)
         )
         torch.testing.assert_close(found.values, wanted.values, rtol=1e-9, atol=1e-12)
     assert traces(model) == before
@@ -606,11 +623,11 @@ def test_a_wrapped_model_scores_as_the_plain_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_wrapped_model_has_the_names_of_the_plain_one(name: str) -> None:
-    problem = whence.Problem(seeded(WRAPPED[name]), TASK, data(), parameters="body")
+    problem = wherefrom.Problem(seeded(WRAPPED[name]), TASK, data(), parameters="body")
     assert list(problem.parameters) == ["body.0.weight", "body.0.bias"]
-    full = whence.Problem(seeded(WRAPPED[name]), TASK, data())
+    full = wherefrom.Problem(seeded(WRAPPED[name]), TASK, data())
     assert list(full.parameters) == PLAIN_NAMES
-    assert full.fingerprint()["model"] == whence.Problem(seeded(Nested), TASK, data()).fingerprint()["model"]
+    assert full.fingerprint()["model"] == wherefrom.Problem(seeded(Nested), TASK, data()).fingerprint()["model"]
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled child", "data parallel", "both"])
@@ -621,20 +638,20 @@ def test_a_run_of_a_wrapped_model_is_one_of_the_plain_one(name: str, tmp_path: P
         with torch.compiler.set_stance("force_eager"):
             run = trained(model, data(6), tmp_path / str(i))
         assert set(run.checkpoints[0].state) == {*PLAIN_NAMES, "shift"}
-        found.append(whence.Unrolled(run, dropped=0).fit(model, TASK, data(6)).score(few(data())).values)
+        found.append(wherefrom.Unrolled(run, dropped=0).fit(model, TASK, data(6)).score(few(data())).values)
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled child", "data parallel", "both"])
 def test_weights_of_a_wrapped_model_fit_the_plain_one(name: str) -> None:
-    problem = whence.Problem(seeded(Nested), TASK, data())
+    problem = wherefrom.Problem(seeded(Nested), TASK, data())
     other = seeded(WRAPPED[name]).state_dict()
     torch.testing.assert_close(dict(problem.at(other).model.state_dict()), dict(problem.model.state_dict()))
 
 
 def test_embeddings_of_a_wrapped_model_are_those_of_the_plain_one() -> None:
     found = [
-        whence.Embeddings("body").fit(seeded(build), TASK, data()).score(few(data())).values
+        wherefrom.Embeddings("body").fit(seeded(build), TASK, data()).score(few(data())).values
         for build in (Nested, WRAPPED["both"], WRAPPED["compiled child"])
     ]
     torch.testing.assert_close(found[1], found[0])
@@ -645,7 +662,7 @@ def test_a_wrapper_with_hooks_of_its_own_is_refused() -> None:
     model = nn.DataParallel(seeded(Nested))
     model.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     with pytest.raises(UnsupportedError, match="forward hooks of its own"):
-        whence.Problem(model, TASK, data())
+        wherefrom.Problem(model, TASK, data())
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -655,7 +672,7 @@ def test_scripted_and_traced_models_are_refused_in_one_line(nested: bool, traced
     model = seeded(mlp)
     model = nn.Sequential(make(model), nn.Identity()) if nested else make(model)
     with pytest.raises(InputError, match="scripted or traced") as caught:
-        whence.attribute(model, TASK, data(), few(data()))
+        wherefrom.attribute(model, TASK, data(), few(data()))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
 
@@ -663,9 +680,9 @@ def test_scripted_and_traced_models_are_refused_in_one_line(nested: bool, traced
 def test_a_frozen_scripted_part_is_taken() -> None:
     model = seeded(lambda: nn.Sequential(mlp(), nn.Linear(3, 3)))
     model[0].requires_grad_(False)
-    wanted = whence.attribute(model, TASK, data(), few(data()), damping=0.1).values
+    wanted = wherefrom.attribute(model, TASK, data(), few(data()), damping=0.1).values
     model[0] = torch.jit.script(model[0])
-    torch.testing.assert_close(whence.attribute(model, TASK, data(), few(data()), damping=0.1).values, wanted)
+    torch.testing.assert_close(wherefrom.attribute(model, TASK, data(), few(data()), damping=0.1).values, wanted)
 
 
 @pytest.mark.parametrize(
@@ -678,7 +695,7 @@ def test_a_frozen_scripted_part_is_taken() -> None:
 )
 def test_weights_that_are_no_numbers_are_refused(build: Build, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        whence.Problem(build(), TASK, data())
+        wherefrom.Problem(build(), TASK, data())
 
 
 # --- the model comes back as it was -------------------------------------------------------------------------------
@@ -796,27 +813,29 @@ def everything(model: nn.Module, task: Any, folder: Path) -> Iterator[Callable[[
     """Public calls that run the model."""
     train, asked = data(8), few(data())
     settings = {"damping": 1.0, "progress": False}
-    for solver in (whence.CG(steps=3), whence.EKFAC(), whence.Dual()):
-        yield lambda solver=solver: whence.attribute(model, task, train, asked, solver=solver, **settings)
-    yield lambda: whence.attribute(
-        model, task, train, asked, solver=whence.CG(steps=2), curvature=whence.Hessian, **settings
+    for solver in (wherefrom.CG(steps=3), wherefrom.EKFAC(), wherefrom.Dual()):
+        yield lambda solver=solver: wherefrom.attribute(model, task, train, asked, solver=solver, **settings)
+    yield lambda: wherefrom.attribute(
+        model, task, train, asked, solver=wherefrom.CG(steps=2), curvature=wherefrom.Hessian, **settings
     )
-    wide = functools.partial(whence.GGN, product="jvp")
-    yield lambda: whence.attribute(model, task, train, asked, solver=whence.CG(steps=2), curvature=wide, **settings)
-    fitted = whence.Influence(whence.EKFAC(), damping=1.0, progress=False)
+    wide = functools.partial(wherefrom.GGN, product="jvp")
+    yield lambda: wherefrom.attribute(
+        model, task, train, asked, solver=wherefrom.CG(steps=2), curvature=wide, **settings
+    )
+    fitted = wherefrom.Influence(wherefrom.EKFAC(), damping=1.0, progress=False)
 
     def calls() -> None:
-        fitted.fit(model, task, train).save(folder / "fit.whence")
-        fitted.load(folder / "fit.whence", model, task, train)
+        fitted.fit(model, task, train).save(folder / "fit.wherefrom")
+        fitted.load(folder / "fit.wherefrom", model, task, train)
         fitted.by_block(asked, [0, 1])
         fitted.self_influence()
-        whence.similarity(fitted, asked)
-        whence.response_norms(fitted)
-        whence.spectrum(fitted.inverse.curvature)
+        wherefrom.similarity(fitted, asked)
+        wherefrom.response_norms(fitted)
+        wherefrom.spectrum(fitted.inverse.curvature)
 
     yield calls
-    yield lambda: whence.TRAK(size=2).fit(model, task, train).score(asked)
-    yield lambda: whence.GradCos().fit(model, task, train).score(asked)
+    yield lambda: wherefrom.TRAK(size=2).fit(model, task, train).score(asked)
+    yield lambda: wherefrom.GradCos().fit(model, task, train).score(asked)
 
 
 @pytest.mark.parametrize("name", RETURNED)
@@ -826,12 +845,12 @@ def test_the_model_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     for call in everything(model, TASK, tmp_path):
         try:
             call()
-        except whence.WhenceError:
+        except wherefrom.AttributionError:
             pass
         assert traces(model) == before
 
 
-class Failing(whence.Classification):
+class Failing(wherefrom.Classification):
     """Fails at a given call of the loss."""
 
     def __init__(self, at: int, error: type[BaseException]) -> None:
@@ -854,7 +873,7 @@ def test_the_model_comes_back_after_an_error(name: str, error: type[BaseExceptio
         for call in everything(model, Failing(at, error), tmp_path):
             try:
                 call()
-            except (whence.WhenceError, RuntimeError, KeyboardInterrupt):
+            except (wherefrom.AttributionError, RuntimeError, KeyboardInterrupt):
                 pass
             assert traces(model) == before
             assert torch.backends.mha.get_fastpath_enabled()
@@ -864,7 +883,7 @@ def test_the_model_comes_back_after_an_error(name: str, error: type[BaseExceptio
 def test_an_optimiser_made_before_still_moves_the_model() -> None:
     model = seeded(SharedModules)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    whence.attribute(model, TASK, data(), few(data()), solver=whence.CG(), damping=1.0)
+    wherefrom.attribute(model, TASK, data(), few(data()), solver=wherefrom.CG(), damping=1.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     F.cross_entropy(model(data()[0]), data()[1]).backward()
     optimiser.step()
@@ -874,8 +893,8 @@ def test_an_optimiser_made_before_still_moves_the_model() -> None:
 @pytest.mark.parametrize("name", ["shared modules", "tied loose"])
 def test_shared_parameters_score_as_plain_autograd(name: str) -> None:
     model = seeded(RETURNED[name])
-    for solver in (whence.Exact(), whence.CG(tolerance=1e-10)):
-        found = whence.attribute(model, TASK, data(), few(data()), solver=solver, damping=0.5)
+    for solver in (wherefrom.Exact(), wherefrom.CG(tolerance=1e-10)):
+        found = wherefrom.attribute(model, TASK, data(), few(data()), solver=solver, damping=0.5)
         torch.testing.assert_close(found.values, dense_scores(model, data(), few(data()), 0.5), rtol=1e-8, atol=1e-10)
 
 
@@ -883,7 +902,7 @@ def test_buffers_that_a_pass_changes_are_named_once() -> None:
     model = seeded(Counts)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        whence.attribute(model, TASK, data(), few(data()), damping=1.0)
+        wherefrom.attribute(model, TASK, data(), few(data()), damping=1.0)
     said = [str(w.message) for w in caught if "changes buffers" in str(w.message)]
     assert len(said) == 1
     assert all(name in said[0] for name in ("calls", "mean", "last"))
@@ -910,7 +929,7 @@ def test_a_forward_pass_that_changes_its_weights_is_refused(behind: bool) -> Non
     model = seeded(lambda: Clamped(behind))
     before = traces(model)
     with pytest.raises(UnsupportedError, match=r"changes its own parameters: fc\.weight"):
-        whence.attribute(model, TASK, data(), few(data()), damping=1.0)
+        wherefrom.attribute(model, TASK, data(), few(data()), damping=1.0)
     assert traces(model) == before
 
 
@@ -938,8 +957,8 @@ def test_embeddings_with_max_norm_keep_their_weights(bag: bool, norm: float) -> 
     plain = seeded(lambda: Bounded(bag, norm, None))
     plain.load_state_dict(reference.state_dict())
     assert not torch.equal(plain.embed.weight, model.embed.weight)
-    with pytest.warns(WhenceWarning, match="max_norm"):
-        found = whence.attribute(model, TASK, data(), few(data()), solver=whence.CG(tolerance=1e-10), damping=0.5)
+    with pytest.warns(AttributionWarning, match="max_norm"):
+        found = wherefrom.attribute(model, TASK, data(), few(data()), solver=wherefrom.CG(tolerance=1e-10), damping=0.5)
     assert traces(model) == before
     torch.testing.assert_close(found.values, dense_scores(plain, data(), few(data()), 0.5), rtol=1e-7, atol=1e-9)
 
@@ -947,14 +966,14 @@ def test_embeddings_with_max_norm_keep_their_weights(bag: bool, norm: float) -> 
 def test_max_norm_holds_at_other_weights_too(tmp_path: Path) -> None:
     model, plain = seeded(lambda: Bounded(False)), seeded(lambda: Bounded(False, bound=None))
     run = trained(model, data(6), tmp_path / "run")
-    problem = whence.Problem(model, TASK, data())
+    problem = wherefrom.Problem(model, TASK, data())
     state = {**run.checkpoints[0].state, "embed.weight": 3 * run.checkpoints[0].state["embed.weight"]}
     found = problem.at(state).loss_gradients(problem.batch(range(6))).dense()
     plain.load_state_dict(state)
     with torch.no_grad():
         size = plain.embed.weight.norm(dim=1, keepdim=True)
         plain.embed.weight.mul_((0.8 / (size + 1e-7)).clamp(max=1))
-    wanted = whence.Problem(plain, TASK, data()).loss_gradients(problem.batch(range(6))).dense()
+    wanted = wherefrom.Problem(plain, TASK, data()).loss_gradients(problem.batch(range(6))).dense()
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
@@ -983,14 +1002,14 @@ def together(*calls: Callable[[], object]) -> list[Any]:
     return found
 
 
-SETTINGS = ["auto", whence.EKFAC(), whence.CG(tolerance=1e-10)]
+SETTINGS = ["auto", wherefrom.EKFAC(), wherefrom.CG(tolerance=1e-10)]
 
 
 @pytest.mark.parametrize("name", ["batch norm", "shared modules", "transformer", "counts"])
 def test_threads_on_one_model_give_what_one_gives(name: str) -> None:
     model = partly(seeded(RETURNED[name]))
     before = traces(model)
-    call = lambda s: whence.attribute(model, TASK, data(), few(data()), solver=s, damping=1.0, progress=False)  # noqa: E731
+    call = lambda s: wherefrom.attribute(model, TASK, data(), few(data()), solver=s, damping=1.0, progress=False)  # noqa: E731
     wanted = [call(s).values for s in SETTINGS]
     for _ in range(3):
         found = together(*(functools.partial(call, s) for s in SETTINGS * 2))
@@ -1005,7 +1024,7 @@ def test_threads_on_models_that_share_a_part() -> None:
     shared = seeded(lambda: nn.Linear(4, 5))
     models = [nn.Sequential(shared, nn.Tanh(), seeded(lambda: nn.Linear(5, 3))).train() for _ in range(3)]
     before = [traces(m) for m in models]
-    call = lambda m: whence.attribute(m, TASK, data(), few(data()), damping=1.0, progress=False).values  # noqa: E731
+    call = lambda m: wherefrom.attribute(m, TASK, data(), few(data()), damping=1.0, progress=False).values  # noqa: E731
     wanted = [call(m) for m in models]
     for found, right in zip(together(*(functools.partial(call, m) for m in models)), wanted, strict=True):
         torch.testing.assert_close(found, right)
@@ -1013,7 +1032,7 @@ def test_threads_on_models_that_share_a_part() -> None:
 
 
 def test_threads_on_one_fit() -> None:
-    fitted = whence.Influence(whence.CG(tolerance=1e-10), damping=1.0, progress=False)
+    fitted = wherefrom.Influence(wherefrom.CG(tolerance=1e-10), damping=1.0, progress=False)
     fitted.fit(seeded(SharedModules), TASK, data())
     wanted = fitted.score(few(data())).values
     for found in together(*[lambda: fitted.score(few(data())).values] * 4):
@@ -1023,7 +1042,7 @@ def test_threads_on_one_fit() -> None:
 def test_half_a_model_is_copied_whole_beside_a_thread() -> None:
     model = seeded(mlp, torch.bfloat16)
     train = data(dtype=torch.bfloat16)
-    call = lambda: whence.attribute(model, TASK, train, few(train), damping=1.0, progress=False).values  # noqa: E731
+    call = lambda: wherefrom.attribute(model, TASK, train, few(train), damping=1.0, progress=False).values  # noqa: E731
     wanted = call()
     for found in together(*[call] * 4):
         torch.testing.assert_close(found, wanted)
@@ -1068,7 +1087,7 @@ def mixed() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), Gain(()), Act(torch.tanh), nn.Linear(5, 3))
 
 
-QUICK = ["auto", whence.EKFAC(), whence.CG(preconditioner=whence.EKFAC())]
+QUICK = ["auto", wherefrom.EKFAC(), wherefrom.CG(preconditioner=wherefrom.EKFAC())]
 EVERY = [
     pytest.param(solver, dtype, id=f"{solver}-{dtype}", marks=[] if quick else pytest.mark.slow)
     for solver in SOLVERS
@@ -1081,8 +1100,10 @@ EVERY = [
 @pytest.mark.parametrize(("solver", "dtype"), EVERY)
 def test_modes_of_torch_change_no_score(solver: Any, mode: str, dtype: torch.dtype) -> None:
     train, queries, model = data(dtype=dtype), few(data(dtype=dtype)), seeded(mixed, dtype)
-    curvature = whence.EmpiricalFisher if isinstance(solver, (whence.DataInf, whence.HyperINF)) else whence.GGN
-    call = lambda: whence.attribute(  # noqa: E731
+    curvature = (
+        wherefrom.EmpiricalFisher if isinstance(solver, (wherefrom.DataInf, wherefrom.HyperINF)) else wherefrom.GGN
+    )
+    call = lambda: wherefrom.attribute(  # noqa: E731
         model, TASK, train, queries, solver=solver, damping=0.1, curvature=curvature, self_influence=True
     )
     wanted = call()
@@ -1103,19 +1124,19 @@ def test_modes_of_torch_change_no_method(mode: str, tmp_path: Path) -> None:
         found = [
             method.fit(model, TASK, train).score(few(train)).values
             for method in (
-                whence.TracIn(run),
-                whence.SOURCE(run),
-                whence.Unrolled(run, dropped=0.5),
-                whence.TRAK(size=3),
-                whence.GradCos(),
+                wherefrom.TracIn(run),
+                wherefrom.SOURCE(run),
+                wherefrom.Unrolled(run, dropped=0.5),
+                wherefrom.TRAK(size=3),
+                wherefrom.GradCos(),
             )
         ]
-        fitted = whence.Influence(whence.EKFAC(), damping=0.1).fit(model, TASK, train)
-        found += [fitted.by_block(few(train), [0, 1])["0"], whence.similarity(fitted, few(train)).values]
-        found.append(whence.GradientStore.build(fitted, folder, size=64).score(few(train)).values)
-        found.append(whence.TracIn(run).fit(model, TASK, train).self_influence())
-        hessian = whence.attribute(
-            model, TASK, train, few(train), solver=whence.CG(), damping=3.0, curvature=whence.Hessian
+        fitted = wherefrom.Influence(wherefrom.EKFAC(), damping=0.1).fit(model, TASK, train)
+        found += [fitted.by_block(few(train), [0, 1])["0"], wherefrom.similarity(fitted, few(train)).values]
+        found.append(wherefrom.GradientStore.build(fitted, folder, size=64).score(few(train)).values)
+        found.append(wherefrom.TracIn(run).fit(model, TASK, train).self_influence())
+        hessian = wherefrom.attribute(
+            model, TASK, train, few(train), solver=wherefrom.CG(), damping=3.0, curvature=wherefrom.Hessian
         )
         return [*found, hessian.values]
 
@@ -1132,10 +1153,10 @@ def test_modes_of_torch_change_no_part_used_by_itself(mode: str) -> None:
     train = data(dtype=torch.float32)
 
     def call() -> list[Tensor]:
-        problem = whence.Problem(model, TASK, train)
-        curvature = whence.GGN(problem)
+        problem = wherefrom.Problem(model, TASK, train)
+        curvature = wherefrom.GGN(problem)
         b = problem.loss_gradients(problem.batch([0, 1])).dense()
-        inverse = whence.EKFAC().fit(curvature, 0.1)
+        inverse = wherefrom.EKFAC().fit(curvature, 0.1)
         found = [*curvature.product(b).values(), *inverse(b).x.values(), *inverse.apply(b).values()]
         return [*found, problem.slopes(problem.batch([0, 1, 2]), b)]
 
@@ -1152,12 +1173,12 @@ def test_models_and_data_of_inference_mode_are_copied() -> None:
         model = seeded(normed)
         model.load_state_dict(plain.state_dict())
         made = train[0].clone(), train[1].clone()
-    wanted = whence.attribute(plain, TASK, train, few(train), damping=0.1).values
-    with pytest.warns(WhenceWarning, match="inference mode"):
-        found = whence.attribute(model, TASK, made, few(made), damping=0.1).values
+    wanted = wherefrom.attribute(plain, TASK, train, few(train), damping=0.1).values
+    with pytest.warns(AttributionWarning, match="inference mode"):
+        found = wherefrom.attribute(model, TASK, made, few(made), damping=0.1).values
     torch.testing.assert_close(found, wanted)
     examples = [(made[0][i], made[1][i]) for i in range(len(made[0]))]
-    torch.testing.assert_close(whence.attribute(plain, TASK, examples, few(made), damping=0.1).values, wanted)
+    torch.testing.assert_close(wherefrom.attribute(plain, TASK, examples, few(made), damping=0.1).values, wanted)
 
 
 def test_a_model_that_relies_on_a_default_device_keeps_it() -> None:
@@ -1174,7 +1195,7 @@ def test_a_model_that_relies_on_a_default_device_keeps_it() -> None:
 
     model, train = seeded(Looks), data()
     with default_device("meta"):
-        whence.attribute(model, TASK, train, few(train), damping=1.0)
+        wherefrom.attribute(model, TASK, train, few(train), damping=1.0)
     assert set(seen) == {"meta"}
 
 
@@ -1198,8 +1219,8 @@ class CutOff(nn.Module):
 
 def test_parameters_that_never_had_a_gradient_are_named_once() -> None:
     names = {"first.weight", "first.bias", "loose", "unused.weight", "unused.bias"}
-    for solver in (whence.EKFAC(), whence.CG(), whence.Identity()):
-        fitted = whence.Influence(solver, damping=1.0).fit(seeded(CutOff), TASK, data())
+    for solver in (wherefrom.EKFAC(), wherefrom.CG(), wherefrom.Identity()):
+        fitted = wherefrom.Influence(solver, damping=1.0).fit(seeded(CutOff), TASK, data())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fitted.score(few(data()))
@@ -1227,7 +1248,7 @@ def test_a_parameter_that_one_late_example_uses_is_not_named() -> None:
     model = seeded(Late)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = whence.attribute(model, TASK, train, few(train), solver=whence.Exact(), damping=0.5, batch_size=4)
+        found = wherefrom.attribute(model, TASK, train, few(train), solver=wherefrom.Exact(), damping=0.5, batch_size=4)
     assert not [w for w in caught if "no gradient on any" in str(w.message)]
     torch.testing.assert_close(found.values, dense_scores(model, train, few(train), 0.5), rtol=1e-8, atol=1e-10)
 
@@ -1237,7 +1258,7 @@ def test_a_parameter_that_one_late_example_uses_is_not_named() -> None:
 
 def test_bloom_whose_gelu_is_an_old_function_scores_as_plain_autograd() -> None:
     transformers = pytest.importorskip("transformers")
-    from whence.hf import CausalLM
+    from wherefrom.hf import CausalLM
 
     torch.manual_seed(0)
     config = transformers.BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=2, pad_token_id=0)
@@ -1261,15 +1282,19 @@ def test_bloom_whose_gelu_is_an_old_function_scores_as_plain_autograd() -> None:
         C += J.T @ H @ J / 4
     rows = torch.stack(g)
     wanted = rows @ torch.linalg.solve(C + 0.1 * torch.eye(len(C), dtype=torch.float64), rows.T)
-    for solver in ("auto", whence.CG(tolerance=1e-10), whence.CG(preconditioner=whence.EKFAC(), tolerance=1e-10)):
-        influence = whence.Influence(solver, damping=0.1, parameters=chosen, progress=False)
+    for solver in (
+        "auto",
+        wherefrom.CG(tolerance=1e-10),
+        wherefrom.CG(preconditioner=wherefrom.EKFAC(), tolerance=1e-10),
+    ):
+        influence = wherefrom.Influence(solver, damping=0.1, parameters=chosen, progress=False)
         found = influence.fit(model, task, batch).score(batch, measurement=task.loss)
         torch.testing.assert_close(found.values, wanted, rtol=1e-7, atol=1e-9)
 
 
 def test_tied_embeddings_with_trainable_tokens_keep_their_parameters() -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    from whence.hf import CausalLM
+    from wherefrom.hf import CausalLM
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -1281,6 +1306,6 @@ def test_tied_embeddings_with_trainable_tokens_keep_their_parameters() -> None:
     ids = torch.randint(3, 23, (4, 5))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     before = traces(model)
-    for solver in (whence.CG(steps=3), whence.EKFAC()):
-        whence.attribute(model, CausalLM(), batch, batch, solver=solver, damping=1.0)
+    for solver in (wherefrom.CG(steps=3), wherefrom.EKFAC()):
+        wherefrom.attribute(model, CausalLM(), batch, batch, solver=solver, damping=1.0)
         assert traces(model) == before

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from problems import TinyProblem, problem
-from whence import (
+from wherefrom import (
     ASTRA,
     EKFAC,
     GGN,
@@ -29,10 +29,10 @@ from whence import (
     Spectrum,
     UnsupportedError,
 )
-from whence.curvature.spectrum import Estimate
-from whence.solvers.neumann import MOST, SAFETY, corollary, preconditioned_spectrum
+from wherefrom.curvature.lanczos import Estimate
+from wherefrom.solvers.neumann import MOST, SAFETY, corollary, preconditioned_spectrum
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 PLANNED = (  # two of regression, one of convolutions, two of masked sequences
     "mlp",
     "linear_regression",
@@ -606,7 +606,7 @@ def test_a_far_start_is_no_divergence():
     assert float(history[0].min()) > 1e6 and (history[-1] < 0.1 * history[0]).all()
 
 
-@pytest.mark.filterwarnings("error::whence.errors.ConvergenceWarning")
+@pytest.mark.filterwarnings("error::wherefrom.errors.ConvergenceWarning")
 def test_what_is_solved_to_rounding_has_converged():
     class Zero(GGN):
         def product(self, v, index=None):  # unused: index

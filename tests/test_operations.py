@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
-from whence import Problem, Task, WhenceError
+from wherefrom import AttributionError, Problem, Task
 
-pytestmark = pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 N = 5
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -603,7 +603,7 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 def test_rows_are_those_of_autograd(name, dtype):
     model, x = model_and_inputs(name, dtype)
     if name in REFUSED:
-        with pytest.raises(WhenceError, match=REFUSED[name]):
+        with pytest.raises(AttributionError, match=REFUSED[name]):
             lib = Problem(model, Summed(), (x,), progress=False)
             lib.loss_gradients(lib.batch(range(N)))
         return

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from problems import TinyProblem, problem
-from whence import EKFAC, GGN, KFAC, Classification, Damping, EmpiricalFisher, Influence, Problem, Regression, Solver
-from whence.data import Examples
+from wherefrom import EKFAC, GGN, KFAC, Classification, Damping, EmpiricalFisher, Influence, Problem, Regression, Solver
+from wherefrom.data.examples import Examples
 
 SEED = 0
 

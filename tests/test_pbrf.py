@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import whence
+import wherefrom
 from problems import problem
-from whence.errors import ConvergenceWarning, InputError
-from whence.evaluate import PBRF, pbrf
-from whence.evaluate.pbrf import divergence
-from whence.solvers import neumann
+from wherefrom.errors import ConvergenceWarning, InputError
+from wherefrom.solvers import neumann
+from wherefrom.tools.evaluate import PBRF, pbrf
+from wherefrom.tools.evaluate.pbrf import divergence
 
 EXAMPLES = (3, 0, 7)
 
 
-def respond(p, examples=EXAMPLES, damping: float | whence.Damping = 0.05, **options: Any) -> PBRF:
+def respond(p, examples=EXAMPLES, damping: float | wherefrom.Damping = 0.05, **options: Any) -> PBRF:
     """The response of a tiny problem, in ragged batches."""
     options = {"batch_size": 4, "tolerance": 1e-8, "progress": False} | options
     return pbrf(p.model, p.task, p.train, p.queries, examples, damping, **options)
@@ -142,7 +142,7 @@ def test_only_the_selected_parameters_move():
 
 
 def test_damping_by_block():
-    p, damping = problem("mlp"), whence.Damping.relative(0.5)
+    p, damping = problem("mlp"), wherefrom.Damping.relative(0.5)
     found = respond(p, damping=damping)
     diagonal = torch.cat([torch.full((s.numel(),), found.damping[n], dtype=torch.float64) for n, s in p.shapes.items()])
     assert len(set(found.damping.values())) == 3
@@ -167,7 +167,7 @@ def test_how_data_are_cut_changes_nothing(options):
 
 def test_the_sign_and_scale_are_those_of_scores():
     p = problem("mlp")
-    scores = whence.attribute(p.model, p.task, p.train, p.queries, solver=whence.Exact(), damping=0.05).values
+    scores = wherefrom.attribute(p.model, p.task, p.train, p.queries, solver=wherefrom.Exact(), damping=0.05).values
     torch.testing.assert_close(respond(p).values, scores[:, EXAMPLES], rtol=1e-6, atol=1e-6)
 
 
@@ -198,8 +198,8 @@ def test_the_divergence_of_squared_error_is_the_squared_distance():
 def test_sgd_on_the_objective_is_lissa():
     """With -(theta - theta_s) / eps for LiSSA's iterate, the same minibatches, and eps to 0."""
     p, step, damping, eps, example = problem("mlp"), 0.1, 0.05, 1e-7, 7
-    solver = whence.Neumann(step=step, batch=4, steps=8, start="zero", seed=5)
-    curvature = whence.GGN(whence.Problem(p.model, p.task, p.train, progress=False))
+    solver = wherefrom.Neumann(step=step, batch=4, steps=8, start="zero", seed=5)
+    curvature = wherefrom.GGN(wherefrom.Problem(p.model, p.task, p.train, progress=False))
     inverse = solver.fit(curvature, damping)
     assert isinstance(inverse, neumann.StochasticNeumann)
     path = [p.flatten(x)[0].clone() for x, _ in inverse.iterates(p.unflatten(p.loss_gradients()[[example]]))]

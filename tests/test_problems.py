@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from problems import IGNORE, NAMES, TinyProblem, _build, problem, problems
-from whence.task import Classification, Regression
+from wherefrom.model.task import Classification, Regression
 
 CLASSIFIERS = [name for name in NAMES if isinstance(problem(name).task, Classification)]
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import whence.report
+import wherefrom.tools.report
 from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, examples, extras, fact, make_scores, of_kind, rows
-from whence.attribution import Scores
-from whence.errors import InputError, MissingExtraError
-from whence.report import Example, render, write_report
-from whence.report.page import short, signed
+from wherefrom.errors import InputError, MissingExtraError
+from wherefrom.methods import Scores
+from wherefrom.tools.report import Example, render, write_report
+from wherefrom.tools.report.page import short, signed
 
 
 @pytest.mark.parametrize("kind", ["image", "colour", "text", "row", "plain"])
@@ -150,10 +150,10 @@ def test_the_defaults_of_the_library_are_told(tmp_path):
     """What `attribute` returns, saved and loaded, has all that the section needs."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(N, 3, generator=g), torch.randint(0, 2, (N,), generator=g)
-    scores = whence.attribute(torch.nn.Linear(3, 2), whence.Classification(), (x, y), (x[:Q], y[:Q]))
+    scores = wherefrom.attribute(torch.nn.Linear(3, 2), wherefrom.Classification(), (x, y), (x[:Q], y[:Q]))
     scores.save(tmp_path / "scores")
     page = Page(render(Scores.load(tmp_path / "scores"), **examples()))
-    assert fact(page, "asked for") == repr(whence.Auto()) and str(fact(page, "chosen")).startswith("Exact(")
+    assert fact(page, "asked for") == repr(wherefrom.Auto()) and str(fact(page, "chosen")).startswith("Exact(")
     assert "decomposed in seconds" in str(fact(page, "because")) and fact(page, "steps") == "1"
     assert "All queries met the tolerance, 0.03." in page.text and "model.double()" in page.text
 
@@ -243,7 +243,7 @@ def test_writing(tmp_path):
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
 def test_a_missing_package_is_named(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf'{package}.*pip install "whence\[report\]"'):
+    with pytest.raises(MissingExtraError, match=rf'{package}.*pip install "wherefrom\[report\]"'):
         render(make_scores(), **examples())
 
 

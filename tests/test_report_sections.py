@@ -11,9 +11,9 @@ import torch
 from scipy.stats import spearmanr
 
 from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, examples, extras, make_scores, of_kind
-from whence.errors import InputError
-from whence.evaluate import RemovalCurve, tail
-from whence.report import DampingSweep, Example, Table, render
+from wherefrom.errors import InputError
+from wherefrom.tools.evaluate import RemovalCurve, tail
+from wherefrom.tools.report import DampingSweep, Example, Table, render
 
 DAMPINGS = (0.001, 0.1, 10.0)
 

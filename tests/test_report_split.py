@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pages import SCRIPT, N, Page, Q, examples, make_scores
-from whence.errors import InputError
-from whence.report import Example, Split, render
-from whence.report.split import EDGE, WINDOW, bar, card, layers, text, visible
+from wherefrom.errors import InputError
+from wherefrom.tools.report import Example, Split, render
+from wherefrom.tools.report.split import EDGE, WINDOW, bar, card, layers, text, visible
 
 TOKENS = ["The", " ca", "t\n", " ", SCRIPT, ""]
 ASKED = Example("who?", text="the cat", tokens=["the", " c", "at"], marked=1)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from problems import problem
 from test_candidates import language
-from whence import CG, EKFAC, GGN, Exact, Identity, Influence, InputError, Neumann, Task, similarity
-from whence.hf import CausalLM
+from wherefrom import CG, EKFAC, GGN, Exact, Identity, Influence, InputError, Neumann, Task, similarity
+from wherefrom.hf import CausalLM
 
 NAMES = ["mlp", "norms", "mlp_regression"]
 

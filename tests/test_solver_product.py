@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from problems import NAMES, TinyProblem, problem
-from whence import (
+from wherefrom import (
     ASTRA,
     CG,
     EKFAC,
@@ -27,7 +27,7 @@ from whence import (
     RandSelect,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 DAMPING = 0.1
 EXACT = {  # the answer itself
     "exact primal": Exact(form="primal"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from problems import NAMES, TinyProblem, problem
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
@@ -28,7 +28,7 @@ from whence import (
     vectors,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 DIRECT = {  # the answer itself, to 1e-8
     "primal": Exact(form="primal"),
     "dual": Exact(form="dual"),
@@ -186,8 +186,8 @@ def test_training_implies_a_damping():
         (lambda: Damping.of(-1), "positive finite number, got -1"),
         (lambda: Damping.of(math.nan), "positive finite number, got nan"),
         (lambda: Damping.of(math.inf), "positive finite number, got inf"),
-        (lambda: Damping.of(True), "damping must be a positive number or a whence.Damping, got True"),
-        (lambda: Damping.of("0.1"), "damping must be a positive number or a whence.Damping, got '0.1'"),
+        (lambda: Damping.of(True), "damping must be a positive number or a wherefrom.Damping, got True"),
+        (lambda: Damping.of("0.1"), "damping must be a positive number or a wherefrom.Damping, got '0.1'"),
         (lambda: Damping.relative(0.0), "damping must be a positive finite number"),
         (lambda: Damping.from_training(0.1, 0), "steps must be a positive number of optimiser steps, got 0"),
         (lambda: Damping.from_training(0.0, 10), "lr must be a positive learning rate"),

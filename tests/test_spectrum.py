@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from problems import TinyProblem, problem
-from whence import GGN, Hessian, Problem, Regression, Spectrum, Task, spectrum, vectors
-from whence.curvature import spectrum as module
-from whence.curvature.spectrum import Estimate, arnoldi, embedding, sketch
+from wherefrom import GGN, Hessian, Problem, Regression, Spectrum, Task, spectrum
+from wherefrom.curvature import spectrum as module
+from wherefrom.curvature.lanczos import Estimate, arnoldi, embedding, sketch
+from wherefrom.persample import vectors
 
 SHAPES = {"a": torch.Size([4, 3]), "b": torch.Size([28])}  # 40 numbers
 
@@ -59,7 +60,7 @@ def between(values: torch.Tensor, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "linear_regression", "masked_sequence", "odd_parameters"])
-@pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 def test_trace_and_norm_are_within_four_standard_errors(name):
     p = problem(name)
     C = p.ggn()
@@ -184,7 +185,7 @@ def test_the_constant_is_that_of_the_worst_of_the_top_eigenvectors(name):
 
 @pytest.mark.parametrize("steps", [3, 6, 30])
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence", "norms", "linear_regression"])
-@pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 def test_extreme_eigenvalues_are_within_the_bound(name, steps):
     p = problem(name)
     values = torch.linalg.eigvalsh(p.ggn())

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from whence import ArtefactError, InputError, MissingExtraError
-from whence.tables import as_table, joined, read_table, write_table
+from wherefrom import ArtefactError, InputError, MissingExtraError
+from wherefrom.data.tables import as_table, joined, read_table, write_table
 
 FLOATS = [0.1, 1 / 3, -2.5e-308, 5e-324, 1.7976931348623157e308, -0.0, 1e16, math.inf, None]
 TABLE = {
@@ -151,7 +151,7 @@ def test_another_suffix_and_a_missing_package(tmp_path, monkeypatch, use):
         use(tmp_path / "t.xlsx")
     write_table(tmp_path / "t.parquet", {"a": [1]})
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=re.escape('pip install "whence[cli]"')):
+    with pytest.raises(MissingExtraError, match=re.escape('pip install "wherefrom[cli]"')):
         use(tmp_path / "t.parquet")
     write_table(tmp_path / "t.csv", {"a": [1]})  # needs nothing
     assert next(csv.reader(open(tmp_path / "t.csv"))) == ["a"]

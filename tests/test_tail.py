@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from whence.errors import InputError
-from whence.evaluate import Tail, tail
+from wherefrom.errors import InputError
+from wherefrom.tools.evaluate import Tail, tail
 
 LN2 = np.log(2)
 
@@ -97,8 +97,8 @@ def test_scores_of_a_language_model():
     """As they come: float32, of both signs, a row for each query."""
     pytest.importorskip("transformers")
     from test_candidates import language
-    from whence import EKFAC, Influence
-    from whence.hf import CausalLM
+    from wherefrom import EKFAC, Influence
+    from wherefrom.hf import CausalLM
 
     model, train, _ = language()
     influence = Influence(EKFAC(), 0.1, parameters="mlp").fit(model.float(), CausalLM(), train)

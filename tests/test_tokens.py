@@ -12,35 +12,35 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-import whence  # noqa: E402
+import wherefrom  # noqa: E402
 from test_hf_models import IGNORE, Case, case, double, padded  # noqa: E402
-from whence.attribution import parts  # noqa: E402
-from whence.errors import InputError, UnsupportedError, WhenceWarning  # noqa: E402
-from whence.hf import (  # noqa: E402
+from wherefrom.errors import AttributionWarning, InputError, UnsupportedError  # noqa: E402
+from wherefrom.hf import (  # noqa: E402
     CausalLM,
     SequenceClassification,
     TokenClassification,
     completion_batch,
     pad,
 )
+from wherefrom.methods import parts  # noqa: E402
 
 __all__ = ["double"]  # the fixture that keeps models in float64
 
 MODELS = ["gpt2", "llama", "mixtral", "gpt2+lora", "llama+dora", "qwen3", "qwen2_moe", "bert_tokens"]
 USUAL = ["gpt2", "llama", "mixtral", "gpt2+lora"]
 SOLVERS = {
-    "identity": whence.Identity(),
-    "ekfac": whence.EKFAC(),
-    "exact": whence.Exact(),
-    "projection": whence.RandProj(rank=20),
+    "identity": wherefrom.Identity(),
+    "ekfac": wherefrom.EKFAC(),
+    "exact": wherefrom.Exact(),
+    "projection": wherefrom.RandProj(rank=20),
 }
 INDEX = [3, 0, 4, 2]
 QUERIES = completion_batch(None, [[5, 6, 7], [8, 3]], [[9, 4], [10, 11, 12]])
 
 
-def fitted(c: Case, solver="identity", size=2, damping=0.05, **options) -> whence.Influence:
+def fitted(c: Case, solver="identity", size=2, damping=0.05, **options) -> wherefrom.Influence:
     chosen = SOLVERS[solver] if isinstance(solver, str) else solver
-    influence = whence.Influence(chosen, damping, batch_size=size, progress=False, **options)
+    influence = wherefrom.Influence(chosen, damping, batch_size=size, progress=False, **options)
     return influence.fit(c.model, c.task, c.train)
 
 
@@ -160,8 +160,8 @@ def test_parts_of_float32_models_sum_to_the_scores(name, solver):
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert_tokens"])
 def test_padding_company_and_order_change_no_part(name):
     c = case(name)
-    solver = whence.EKFAC(labels="true")
-    influence = fitted(c, solver, size=5, curvature=whence.EmpiricalFisher)
+    solver = wherefrom.EKFAC(labels="true")
+    influence = fitted(c, solver, size=5, curvature=wherefrom.EmpiricalFisher)
     index = list(range(5))
     wanted = influence.by_token(queries(c), index)
     close = {"rtol": 1e-8, "atol": 1e-9 * float(wanted.abs().max())}
@@ -170,7 +170,7 @@ def test_padding_company_and_order_change_no_part(name):
     torch.testing.assert_close(influence.by_token(queries(c), [2]), wanted[:, [2]], **close)
     for left, right, size in ((3, 0, 2), (0, 4, 5), (2, 2, 1)):
         longer = Case(c.model, c.task, padded(c.train, left, right))
-        found = fitted(longer, solver, size, curvature=whence.EmpiricalFisher).by_token(queries(c), index)
+        found = fitted(longer, solver, size, curvature=wherefrom.EmpiricalFisher).by_token(queries(c), index)
         torch.testing.assert_close(found[..., :6], wanted, **close)
         assert found.shape == (2, 5, 6 + left + right) and not found[..., 6:].any()
 
@@ -281,7 +281,7 @@ def test_layers_with_other_positions_are_refused_by_name():
     assert fitted(convolved(2), parameters="head|table").by_token(QUERIES, [0]).shape == (2, 1, 6)
 
 
-@pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 def test_parameters_without_positions_are_refused_by_name():
     c = case("gpt_oss")
     with pytest.raises(UnsupportedError, match=r"layers\.0\.self_attn\.sinks takes the slow path"):
@@ -292,7 +292,7 @@ def test_parameters_without_positions_are_refused_by_name():
 def test_tasks_without_positions_are_refused():
     torch.manual_seed(0)
     x, y = torch.randn(5, 4), torch.randint(3, (5,))
-    influence = whence.Influence(whence.Identity()).fit(nn.Linear(4, 3), whence.Classification(), (x, y))
+    influence = wherefrom.Influence(wherefrom.Identity()).fit(nn.Linear(4, 3), wherefrom.Classification(), (x, y))
     with pytest.raises(UnsupportedError, match="does not say which positions"):
         influence.by_token((x, y), [0])
     with pytest.raises(UnsupportedError, match="token_measurements"):
@@ -324,8 +324,8 @@ def test_a_head_as_wide_as_the_sequence_is_long_is_no_sequence():
     }
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_labels=3)).double().eval()
     train = {"input_ids": torch.randint(9, (4, 16)), "labels": torch.tensor([0, 2, 1, 1])}
-    influence = whence.Influence(whence.Identity(), progress=False).fit(model, SequenceClassification(), train)
-    with pytest.warns(WhenceWarning, match="sees one vector of each sequence"):
+    influence = wherefrom.Influence(wherefrom.Identity(), progress=False).fit(model, SequenceClassification(), train)
+    with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
         parts = influence.by_token(train, [0, 1, 2])
     wanted = influence.score(train).values[:, :3]
     torch.testing.assert_close(parts.sum(2), wanted, rtol=1e-10, atol=1e-12 * float(wanted.abs().max()))
@@ -336,16 +336,16 @@ def test_a_head_on_one_vector_of_each_sequence_stands_at_the_first_position(name
     c = case(name)
     c.train = {k: t[[0, 2, 4]] for k, t in c.train.items()}
     asked = {k: t[:2] for k, t in c.train.items()}
-    with pytest.warns(WhenceWarning, match="sees one vector of each sequence"):
+    with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
         found = fitted(c, "ekfac").by_token(asked, [0, 1, 2])
     whole = fitted(c, "ekfac").score(asked, certify=False).values
     torch.testing.assert_close(found.sum(2), whole, rtol=1e-9, atol=1e-10 * float(whole.abs().max()))
     head = fitted(c, "ekfac", parameters="classifier")
-    with pytest.warns(WhenceWarning, match="sees one vector of each sequence"):
+    with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
         parts = head.by_token(asked, [0, 1, 2])
     assert parts[..., 0].all() and not parts[..., 1:].any()
     with warnings.catch_warnings():
-        warnings.simplefilter("error", WhenceWarning)
+        warnings.simplefilter("error", AttributionWarning)
         rest = fitted(c, parameters="lora" if "lora" in name else "layer").by_token(asked, [0, 1, 2])
     assert (rest != 0).sum() > 10
 
@@ -369,7 +369,7 @@ def test_a_norm_of_one_vector_has_one_part_and_a_norm_of_channels_is_refused():
     tokens = case("bert").train
     tokens = {k: t[2:].clone() for k, t in tokens.items()} | {"attention_mask": torch.ones(3, 6, dtype=torch.long)}
     c = Case(Pooled(False).double(), SequenceClassification(), tokens)
-    with pytest.warns(WhenceWarning, match="norm sees one vector"):
+    with pytest.warns(AttributionWarning, match="norm sees one vector"):
         parts = fitted(c, parameters="norm").by_token(tokens, [0, 2])
     torch.testing.assert_close(parts[..., 0], fitted(c, parameters="norm").score(tokens).values[:, [0, 2]])
     assert not parts[..., 1:].any()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import whence
+import wherefrom
 from problems import TinyProblem, problem
-from whence.curvature import kronecker
-from whence.errors import ArtefactError, InputError
-from whence.problem import Problem
-from whence.trajectory import LOG, Checkpoint, Recorder, Trajectory
+from wherefrom.curvature import kronecker
+from wherefrom.errors import ArtefactError, InputError
+from wherefrom.model.problem import Problem
+from wherefrom.training.trajectory import LOG, Checkpoint, Recorder, Trajectory
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
@@ -207,11 +207,11 @@ def test_tracin_is_a_weighted_sum_of_dot_products(name):
     early, late = moved(p, 1), moved(p, 2)
     trajectory = run(p, [checkpoint(0, p), checkpoint(1, early), checkpoint(4, late)], [0.1, 0.2, 0.3, 0.4], 0.5)
     terms = [at.measurement_gradients() @ at.loss_gradients().T for at in (early, late)]
-    found = whence.TracIn(trajectory, batch_size=3).fit(p.model, p.task, p.train).score(p.queries)
+    found = wherefrom.TracIn(trajectory, batch_size=3).fit(p.model, p.task, p.train).score(p.queries)
     torch.testing.assert_close(found.values, 0.2 * terms[0] + 1.8 * terms[1], **TIGHT)
-    mean = whence.TracIn(trajectory, rates=False).fit(p.model, p.task, p.train).score(p.queries)
+    mean = wherefrom.TracIn(trajectory, rates=False).fit(p.model, p.task, p.train).score(p.queries)
     torch.testing.assert_close(mean.values, (terms[0] + terms[1]) / 2, **TIGHT)
-    last = whence.TracIn(trajectory, rates=False, checkpoints=1).fit(p.model, p.task, p.train)
+    last = wherefrom.TracIn(trajectory, rates=False, checkpoints=1).fit(p.model, p.task, p.train)
     torch.testing.assert_close(last.score(p.queries).values, terms[1], **TIGHT)
     squares = late.loss_gradients().square().sum(1)
     torch.testing.assert_close(last.self_influence(), squares, **TIGHT)
@@ -222,7 +222,7 @@ def test_the_cosine_is_of_gradients_of_length_one():
     at = moved(p, 3)
     unit = nn.functional.normalize
     expected = unit(at.measurement_gradients()) @ unit(at.loss_gradients()).T
-    method = whence.TracIn(run(p, [checkpoint(1, at)], [0.1]), rates=False, cosine=True)
+    method = wherefrom.TracIn(run(p, [checkpoint(1, at)], [0.1]), rates=False, cosine=True)
     torch.testing.assert_close(method.fit(p.model, p.task, p.train).score(p.queries).values, expected, **TIGHT)
 
 
@@ -262,8 +262,8 @@ def test_source_is_the_formula_of_the_paper(name, average, inverse):
         at = dataclasses.replace(p, reference=middle, cache={})
         g = sum(q.loss_gradients() for q in pair) / 2 if average == "gradients" else at.loss_gradients()
         parts.append((duration, at.ggn(), g))
-    solver = whence.CG(tolerance=1e-12, steps=2000) if inverse else None
-    method = whence.SOURCE(trajectory, segments=2, basis=whence.Exact("primal"), solver=solver, average=average)
+    solver = wherefrom.CG(tolerance=1e-12, steps=2000) if inverse else None
+    method = wherefrom.SOURCE(trajectory, segments=2, basis=wherefrom.Exact("primal"), solver=solver, average=average)
     found = method.fit(p.model, p.task, p.train).score(p.queries)
     torch.testing.assert_close(found.values, dense_source(p, parts, inverse), rtol=1e-7, atol=1e-9)
     assert (found.residual is None) != inverse
@@ -273,8 +273,12 @@ def test_source_is_the_formula_of_the_paper(name, average, inverse):
 def test_one_segment_with_a_solver_is_influence_at_its_own_damping():
     p = problem("mlp")
     trajectory = run(p, [checkpoint(3, p)], [0.2, 0.2, 0.2])
-    found = whence.SOURCE(trajectory, segments=1, solver=whence.EKFAC()).fit(p.model, p.task, p.train).score(p.queries)
-    same = whence.Influence(whence.EKFAC(), 1 / 0.6).fit(p.model, p.task, p.train).score(p.queries)
+    found = (
+        wherefrom.SOURCE(trajectory, segments=1, solver=wherefrom.EKFAC())
+        .fit(p.model, p.task, p.train)
+        .score(p.queries)
+    )
+    same = wherefrom.Influence(wherefrom.EKFAC(), 1 / 0.6).fit(p.model, p.task, p.train).score(p.queries)
     torch.testing.assert_close(found.values, same.values, **TIGHT)
     assert found.residual is not None and same.residual is not None
     torch.testing.assert_close(found.residual, same.residual, **TIGHT)
@@ -283,7 +287,7 @@ def test_one_segment_with_a_solver_is_influence_at_its_own_damping():
 def test_one_segment_is_close_to_influence_in_every_direction():
     p = problem("mlp")
     trajectory = run(p, [checkpoint(3, p)], [0.2, 0.2, 0.2])
-    part = whence.SOURCE(trajectory, segments=1).fit(p.model, p.task, p.train)._segments[0]
+    part = wherefrom.SOURCE(trajectory, segments=1).fit(p.model, p.task, p.train)._segments[0]
     s = torch.logspace(-6, 6, 400, dtype=torch.float64)
     ratio = part.response(s) * (s + 1 / 0.6)
     assert bool((ratio >= 1 - 1e-12).all()) and float(ratio.max()) == pytest.approx(1.2985, abs=2e-4)
@@ -293,8 +297,8 @@ def test_one_segment_is_close_to_influence_in_every_direction():
 def test_two_segments_with_the_same_statistics_are_one():
     p = problem("cnn_groups")
     rates = [0.3, 0.3, 0.3, 0.3]
-    whole = whence.SOURCE(run(p, [checkpoint(4, p)], rates), segments=1)
-    halves = whence.SOURCE(run(p, [checkpoint(2, p), checkpoint(4, p)], rates), segments=2)
+    whole = wherefrom.SOURCE(run(p, [checkpoint(4, p)], rates), segments=1)
+    halves = wherefrom.SOURCE(run(p, [checkpoint(2, p), checkpoint(4, p)], rates), segments=2)
     one, two = (m.fit(p.model, p.task, p.train).score(p.queries).values for m in (whole, halves))
     torch.testing.assert_close(one, two, **TIGHT)
 
@@ -303,7 +307,7 @@ def test_a_short_run_is_tracin():
     p = problem("mlp")
     places = [moved(p, 1), p]
     trajectory = run(p, [checkpoint(s + 1, at) for s, at in enumerate(places)], [1e-7, 2e-7])
-    found = whence.SOURCE(trajectory, segments=2).fit(p.model, p.task, p.train).score(p.queries).values
+    found = wherefrom.SOURCE(trajectory, segments=2).fit(p.model, p.task, p.train).score(p.queries).values
     q = p.measurement_gradients()
     expected = 1e-7 * q @ places[0].loss_gradients().T + 2e-7 * q @ places[1].loss_gradients().T
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-12)
@@ -324,7 +328,7 @@ def test_source_comes_to_exact_unrolling_as_steps_get_small():
         tiny = dataclasses.replace(
             problem("mlp_regression"), model=model, reference=model, train=(x, y), queries=queries
         )
-        tiny = dataclasses.replace(tiny, task=whence.Regression(), cache={})
+        tiny = dataclasses.replace(tiny, task=wherefrom.Regression(), cache={})
         kept, slopes = [], []
         for step in range(steps):
             at = dataclasses.replace(tiny, reference=copy.deepcopy(model), cache={})
@@ -340,8 +344,8 @@ def test_source_comes_to_exact_unrolling_as_steps_get_small():
             exact = exact + eta * w @ g.T
             w = w @ A
         trajectory = run(final, kept, [eta] * steps)
-        method = whence.SOURCE(trajectory, segments=steps, basis=whence.Exact("primal"))
-        found = method.fit(model, whence.Regression(), (x, y)).score(queries).values
+        method = wherefrom.SOURCE(trajectory, segments=steps, basis=wherefrom.Exact("primal"))
+        found = method.fit(model, wherefrom.Regression(), (x, y)).score(queries).values
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors[0] < 0.05 and errors[1] / errors[0] == pytest.approx(0.5, abs=0.05)
 
@@ -368,13 +372,13 @@ def test_the_model_comes_back_and_misuse_is_named():
     p = problem("mlp")
     before = copy.deepcopy(p.model.state_dict())
     trajectory = run(p, [checkpoint(1, moved(p, 1)), checkpoint(2, p)], [0.1, 0.1])
-    method = whence.SOURCE(trajectory, segments=2)
+    method = wherefrom.SOURCE(trajectory, segments=2)
     with pytest.raises(InputError, match="must be fitted"):
         method.score(p.queries)
     scores = method.fit(p.model, p.task, p.train).score(p.queries)
     assert all(torch.equal(before[k], t) for k, t in p.model.state_dict().items())
     assert "SOURCE(Trajectory(2 steps of SGD, 2 checkpoints), segments=2" in scores.provenance["solver"]
     with pytest.raises(InputError, match="average must be"):
-        whence.SOURCE(trajectory, average="both").fit(p.model, p.task, p.train)  # type: ignore[arg-type]
+        wherefrom.SOURCE(trajectory, average="both").fit(p.model, p.task, p.train)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="solver must be"):
-        whence.SOURCE(trajectory, segments=2, solver=whence.EKFAC).fit(p.model, p.task, p.train)  # type: ignore[arg-type]
+        wherefrom.SOURCE(trajectory, segments=2, solver=wherefrom.EKFAC).fit(p.model, p.task, p.train)  # type: ignore[arg-type]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from problems import TinyProblem, problem
-from whence import TRAK, Classification, DivergenceError, Exact, InputError, Regression
-from whence.curvature.spectrum import embedding
+from wherefrom import TRAK, Classification, DivergenceError, Exact, InputError, Regression
+from wherefrom.curvature.lanczos import embedding
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:whence.errors.WhenceWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 NAMES = ["mlp", "mlp_regression", "mlp_regression_scalar", "masked_sequence", "tied_embedding", "cnn_groups", "norms"]
 
 
@@ -93,7 +93,7 @@ def linear(n: int = 40) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor,
 def test_without_projection_it_is_exact_for_least_squares_but_for_the_curvature_of_the_loss():
     model, train, queries = linear()
     found = TRAK().fit(model, Regression(), train).score(queries).values
-    exact = whence.attribute(model, Regression(), train, queries, solver=Exact(), damping=1e-13)
+    exact = wherefrom.attribute(model, Regression(), train, queries, solver=Exact(), damping=1e-13)
     close(found, 2 * exact.values)  # the second derivative of (h - y)^2, which TRAK leaves out
 
 

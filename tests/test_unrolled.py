@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from problems import TinyProblem, problem
-from whence.attribution.optimisers import Adam, jacobian
-from whence.errors import DivergenceError, InputError, UnsupportedError, WhenceWarning
-from whence.trajectory import Checkpoint, Trajectory
+from wherefrom.errors import AttributionWarning, DivergenceError, InputError, UnsupportedError
+from wherefrom.methods.optimisers import Adam, jacobian
+from wherefrom.training.trajectory import Checkpoint, Trajectory
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
 HEAVY = {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01, "nesterov": False}
@@ -96,12 +96,12 @@ class Run:
             columns.append((f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h))
         return -self.p.n * torch.stack(columns, 1)
 
-    def method(self, **options: Any) -> whence.Unrolled:
+    def method(self, **options: Any) -> wherefrom.Unrolled:
         model, trajectory = self.train()
-        return whence.Unrolled(trajectory, **({"dropped": 0} | options)).fit(model, self.p.task, self.p.train)
+        return wherefrom.Unrolled(trajectory, **({"dropped": 0} | options)).fit(model, self.p.task, self.p.train)
 
-    def replay(self) -> whence.Replay:
-        return whence.Replay(whence.Problem(self.p.model, self.p.task, self.p.train), self.train()[1])
+    def replay(self) -> wherefrom.Replay:
+        return wherefrom.Replay(wherefrom.Problem(self.p.model, self.p.task, self.p.train), self.train()[1])
 
 
 def masks(p: TinyProblem, count: int, seed: int = 0) -> Tensor:
@@ -131,7 +131,7 @@ def test_the_queries_are_measured_after_each_retraining(monkeypatch):
     truth = torch.stack([run.measured(m.double()) for m in subsets]).unsqueeze(1)
     replay = run.replay()
     torch.testing.assert_close(replay.measured(subsets, run.p.queries), truth, **TIGHT)
-    monkeypatch.setattr(whence.attribution.replay, "STACKED", 2 * 8 * run.p.dim)  # two models at once
+    monkeypatch.setattr(wherefrom.methods.replay, "STACKED", 2 * 8 * run.p.dim)  # two models at once
     replay.problem.train.batch_size = 2
     torch.testing.assert_close(replay.measured(subsets, run.p.queries), truth, **TIGHT)
     loss = replay.measured(subsets, run.p.queries, run.p.task.loss)
@@ -230,7 +230,7 @@ def test_segments_and_memory_change_nothing(options):
 def test_the_right_hand_sides_of_a_product_are_cut(monkeypatch):
     run = Run(problem("mlp"), "SGD", (HEAVY,))
     whole = run.method().score(run.p.queries).values
-    monkeypatch.setattr(whence.attribution.unrolled, "rhs_at_once", lambda *_: 2)
+    monkeypatch.setattr(wherefrom.methods.unrolled, "rhs_at_once", lambda *_: 2)
     torch.testing.assert_close(run.method().score(run.p.queries).values, whole, **TIGHT)
 
 
@@ -287,7 +287,7 @@ def test_what_is_measured_comes_with_the_scores(tmp_path):
     assert scores.provenance["measured"]["metasmoothness"] == pytest.approx(expected)
     assert f"metasmoothness {expected:.2g}" in str(scores)
     scores.save(tmp_path / "scores")
-    assert whence.Scores.load(tmp_path / "scores").provenance["measured"] == scores.provenance["measured"]
+    assert wherefrom.Scores.load(tmp_path / "scores").provenance["measured"] == scores.provenance["measured"]
     assert str(method) == "Unrolled(Trajectory(11 steps of SGD, 2 checkpoints), segment=None, dropped=0.3)"
 
 
@@ -295,14 +295,14 @@ def test_a_recorded_run_is_unrolled(tmp_path):
     p = problem("mlp")
     optimiser = torch.optim.SGD(p.model.parameters(), lr=0.02, momentum=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, 3, 0.5)
-    recorder = whence.Recorder(tmp_path, p.model, optimiser, every=4)
+    recorder = wherefrom.Recorder(tmp_path, p.model, optimiser, every=4)
     for index in torch.arange(22).remainder(p.n).split(3):
         recorder.saw(index)
         optimiser.zero_grad()
         p.loss(p.model(p.train[0][index]), (None, p.train[1][index])).mean().backward()
         optimiser.step()
         schedule.step()
-    method = whence.Unrolled(recorder.close(), dropped=0).fit(p.model, p.task, p.train)
+    method = wherefrom.Unrolled(recorder.close(), dropped=0).fit(p.model, p.task, p.train)
     assert method._measured["replay error"] < 1e-13
     assert method.score(p.queries).values.isfinite().all()
 
@@ -310,8 +310,8 @@ def test_a_recorded_run_is_unrolled(tmp_path):
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-def fit(run: Run, trajectory: Trajectory, model: nn.Module | None = None, **options: Any) -> whence.Unrolled:
-    return whence.Unrolled(trajectory, dropped=0, **options).fit(model or run.p.model, run.p.task, run.p.train)
+def fit(run: Run, trajectory: Trajectory, model: nn.Module | None = None, **options: Any) -> wherefrom.Unrolled:
+    return wherefrom.Unrolled(trajectory, dropped=0, **options).fit(model or run.p.model, run.p.task, run.p.train)
 
 
 def test_what_cannot_be_replayed_is_refused():
@@ -355,7 +355,7 @@ def test_a_run_that_is_not_reproduced_is_refused_or_warned_of():
         fit(run, wrong)
     first, last = (c.state for c in whole.checkpoints)
     near = {n: t + 0.01 * (t - first[n]) for n, t in last.items()}
-    with pytest.warns(WhenceWarning, match=r"got 9\.9e-03 of the way"):
+    with pytest.warns(AttributionWarning, match=r"got 9\.9e-03 of the way"):
         method = fit(run, run.recorded((first, near)))
     assert method._measured["replay error"] == pytest.approx(0.01 / 1.01)
 

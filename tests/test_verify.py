@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import whence.problem
+import wherefrom.model.problem
 from problems import NAMES, problem
 from reference import exact_scores
-from whence import (
+from wherefrom import (
     CG,
     EKFAC,
     GGN,
+    AttributionWarning,
     Classification,
     DataInf,
     Exact,
@@ -23,7 +24,6 @@ from whence import (
     InputError,
     Problem,
     UnsupportedError,
-    WhenceWarning,
     attribute,
     layers,
     verify,
@@ -55,7 +55,7 @@ def check(model, train, task=None, tolerance: float = 1e-9, **options):
     """Scores are those of plain autograd, and the row error is that of rounding."""
     task = task or Classification()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WhenceWarning)
+        warnings.simplefilter("ignore", AttributionWarning)
         found = score(model, train, task, **options)
     queries = tuple(t[:3] for t in train)
     wanted = exact_scores(model, task, train, len(train[0]), queries, 3, DAMPING)
@@ -68,7 +68,7 @@ def check(model, train, task=None, tolerance: float = 1e-9, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore::whence.errors.WhenceWarning")
+@pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_the_row_error_of_a_right_model_is_rounding(name):
     p = problem(name)
     for solver in (Identity(), EKFAC(), CG(tolerance=0.1)):
@@ -287,7 +287,7 @@ def test_kronecker_factors_of_ragged_layers_do_not_depend_on_batches():
     train = torch.randn(12, 4, 4), torch.randint(3, (12,)), mask
     model = Unpad()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WhenceWarning)
+        warnings.simplefilter("ignore", AttributionWarning)
         found = [score(model, train, Masked(), EKFAC(labels="true"), batch_size=size).values for size in (2, 5, 12)]
     torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found[2], found[0], rtol=1e-10, atol=1e-12)
@@ -363,7 +363,7 @@ def test_a_spectral_norm_in_training_mode_stays_as_it_was():
     x, y = classes(4)
     copy_in_eval = copy.deepcopy(model).eval()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WhenceWarning)
+        warnings.simplefilter("ignore", AttributionWarning)
         found = score(model.train(), (x, y))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     wanted = exact_scores(copy_in_eval, Classification(), (x, y), 12, (x[:3], y[:3]), 3, DAMPING)
@@ -381,7 +381,7 @@ def test_scores_by_forward_mode_derivatives_are_those_of_rows():
     """DataInf on a model with a slow path scores by derivatives along few directions."""
     model, train = Prototypes(2.0), classes(4)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WhenceWarning)
+        warnings.simplefilter("ignore", AttributionWarning)
         found = score(model, train, solver=DataInf(), batch_size=5)
         other = score(model, train, solver=DataInf(), batch_size=12)
     torch.testing.assert_close(found.values, other.values, rtol=1e-9, atol=1e-10)
@@ -391,7 +391,7 @@ def test_wrong_derivatives_in_forward_mode_are_found_out(monkeypatch):
     lib = Problem(Prototypes(2.0), Classification(), train := classes(4))
     v = {name: torch.randn(3, *shape) for name, shape in lib.shapes.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", WhenceWarning)
+        warnings.simplefilter("ignore", AttributionWarning)
         wanted = lib.loss_gradients(train).dot(v)[..., 0]
     torch.testing.assert_close(lib.slopes(train, v), wanted, rtol=1e-9, atol=1e-10)
     right = torch.func.jvp
@@ -400,7 +400,7 @@ def test_wrong_derivatives_in_forward_mode_are_found_out(monkeypatch):
         value, slope = right(*arguments)
         return value, 1.01 * slope
 
-    monkeypatch.setattr(whence.problem, "jvp", wrong)
+    monkeypatch.setattr(wherefrom.model.problem, "jvp", wrong)
     torch.testing.assert_close(lib.slopes(train, v), wanted, rtol=1e-9, atol=1e-10)
 
 

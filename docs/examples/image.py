@@ -12,10 +12,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-import whence
-from whence.act import clean
-from whence.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
-from whence.report import Example, Table, write_report
+import wherefrom
+from wherefrom.tools.act import clean
+from wherefrom.tools.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
+from wherefrom.tools.report import Example, Table, write_report
 
 
 def build() -> nn.Module:
@@ -30,10 +30,10 @@ def main(out: str = "image.html") -> tuple[float, float]:
     y, flipped = flip_labels(true[:1000], fraction=0.2, num_classes=10, seed=0)
     train, trusted, test = (x[:1000], y), (x[1000:1100], true[1000:1100]), (x[1100:], true[1100:])
 
-    task, recipe = whence.Classification(), SGDRecipe(lr=0.05, momentum=0.9, weight_decay=1e-3, epochs=20)
+    task, recipe = wherefrom.Classification(), SGDRecipe(lr=0.05, momentum=0.9, weight_decay=1e-3, epochs=20)
     model = train_small(build, task, train, recipe, seeds=0)[0]
 
-    influence = whence.Influence(whence.EKFAC(), whence.Damping.relative(0.1)).fit(model, task, train)
+    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1)).fit(model, task, train)
     scores = influence.score(trusted, self_influence=True)
     found = clean(scores.self_influence, influence, trusted, count=200)
 

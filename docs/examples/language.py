@@ -2,7 +2,7 @@
 
 The sentences are those of ``help()``'s topics, which come with every Python. Run it with
 ``python docs/examples/language.py``; it takes half a minute. It trains a model, saves it with its tokenizer and its
-texts in a folder, and leaves the rest to ``whence explain --hf``, whose report it writes there.
+texts in a folder, and leaves the rest to ``wherefrom explain --hf``, whose report it writes there.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from whence import cli
-from whence.hf import pad, sequences
+from wherefrom.hf import pad, sequences
+from wherefrom.tools.cli import main as cli
 
 NAMES = (
     "raise",

@@ -13,27 +13,27 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 
-import whence
-from whence.evaluate import SGDRecipe, removal_curve, retrain_small, train_small
-from whence.report import Example, write_report
+import wherefrom
+from wherefrom.tools.evaluate import SGDRecipe, removal_curve, retrain_small, train_small
+from wherefrom.tools.report import Example, write_report
 
 
 def build() -> nn.Module:
     return nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 1))
 
 
-def main(out: str = "tabular.html") -> whence.Scores:
+def main(out: str = "tabular.html") -> wherefrom.Scores:
     torch.set_num_threads(1)
     table = load_diabetes()
     x, y = torch.tensor(table.data).float(), torch.tensor(table.target).float()
     x, y = x / x[:400].std(0), (y - y[:400].mean()) / y[:400].std()
     train, queries = (x[:400], y[:400, None]), (x[400:], y[400:, None])
 
-    task, recipe = whence.Regression(), SGDRecipe(lr=0.01, momentum=0.9, weight_decay=1e-3, epochs=30)
+    task, recipe = wherefrom.Regression(), SGDRecipe(lr=0.01, momentum=0.9, weight_decay=1e-3, epochs=30)
     model = train_small(build, task, train, recipe, seeds=0)[0]
 
-    damping = whence.Damping.from_training(recipe.lr, recipe.steps(400), recipe.momentum)
-    influence = whence.Influence(damping=damping, seed=0).fit(model, task, train)
+    damping = wherefrom.Damping.from_training(recipe.lr, recipe.steps(400), recipe.momentum)
+    influence = wherefrom.Influence(damping=damping, seed=0).fit(model, task, train)
     scores = influence.score(queries, self_influence=True)
 
     runs = partial(retrain_small, build, task, train, queries, repeats=2, recipe=recipe, seed=1, paired=True)
@@ -46,7 +46,7 @@ def main(out: str = "tabular.html") -> whence.Scores:
     write_report(
         out,
         scores,
-        title="Whence does the network know a patient's progression?",
+        title="Where does the network know a patient's progression?",
         lead="Trained on 400 patients. All numbers are in standard deviations.",
         measurement="the absolute error",
         train_examples=[patient(i) for i in range(400)],

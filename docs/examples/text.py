@@ -14,9 +14,9 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 
-import whence
-from whence.evaluate import SGDRecipe, agreement, train_small
-from whence.report import Example, write_report
+import wherefrom
+from wherefrom.tools.evaluate import SGDRecipe, agreement, train_small
+from wherefrom.tools.report import Example, write_report
 
 NAMES = ("specialnames", "compound", "types", "formatstrings", "string-methods", "typesseq", "debugger", "import")
 LENGTH = 24  # words of a sentence, at most
@@ -47,7 +47,7 @@ def sentences() -> list[tuple[str, int]]:
     return [found[i] for i in order]
 
 
-def main(out: str = "text.html") -> whence.Scores:
+def main(out: str = "text.html") -> wherefrom.Scores:
     torch.set_num_threads(1)
     texts, labels = zip(*sentences(), strict=True)
     split = [re.findall(r"[a-z_]+", text.lower()) for text in texts]
@@ -60,10 +60,12 @@ def main(out: str = "text.html") -> whence.Scores:
     y, n = torch.tensor(labels), len(texts) - 40
     train, queries = (tokens[:n], y[:n]), (tokens[n:], y[n:])
 
-    task, recipe = whence.Classification(), SGDRecipe(lr=0.5, momentum=0.9, epochs=30)
+    task, recipe = wherefrom.Classification(), SGDRecipe(lr=0.5, momentum=0.9, epochs=30)
     model = train_small(lambda: MeanOfWords(len(number) + 1), task, train, recipe, seeds=0)[0]
-    scores = whence.attribute(model, task, train, queries, solver=whence.CG(whence.EKFAC(), tolerance=0.01), seed=0)
-    words = whence.TFIDF().fit(texts[:n]).score(texts[n:])
+    scores = wherefrom.attribute(
+        model, task, train, queries, solver=wherefrom.CG(wherefrom.EKFAC(), tolerance=0.01), seed=0
+    )
+    words = wherefrom.TFIDF().fit(texts[:n]).score(texts[n:])
 
     def sentence(i: int) -> Example:
         return Example(NAMES[labels[i]], text=texts[i])

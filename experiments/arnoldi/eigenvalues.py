@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import whence
+import wherefrom
 from experiments.arnoldi import problems
-from whence.curvature.spectrum import Krylov, arnoldi
-from whence.solvers.exact import dense
+from wherefrom.curvature.lanczos import Krylov, arnoldi
+from wherefrom.solvers.exact import dense
 
 N = 200
 RANKS = (5, 10, 20, 30, 50, 75, 100, 150, 200)
@@ -45,7 +45,7 @@ def distance(exact: Tensor, estimated: Tensor, p: int) -> float:
     return float((top(exact, p) - some).abs().mean())
 
 
-def krylov(curvature: whence.Curvature, n: int) -> tuple[Krylov, float]:
+def krylov(curvature: wherefrom.Curvature, n: int) -> tuple[Krylov, float]:
     """The Arnoldi process from a Gaussian start, and its CPU seconds."""
     problem, rng, begun = curvature.problem, torch.Generator().manual_seed(0), time.process_time()
     start = {name: torch.randn(1, *s, generator=rng, dtype=problem.dtype) for name, s in problem.shapes.items()}
@@ -66,7 +66,7 @@ def ritz_errors(found: Krylov, exact: Tensor) -> dict[int, list[float]]:
 def measure(draws: int) -> dict[str, Any]:
     """Everything, on seed 0."""
     case = problems.load(0)
-    curvature = whence.Hessian(case.problem())
+    curvature = wherefrom.Hessian(case.problem())
     inverse, seconds = problems.exact(curvature, 0)
     plain = inverse.values
     exact, directions = plain + problems.L2, inverse.directions
@@ -81,7 +81,7 @@ def measure(draws: int) -> dict[str, Any]:
                 turned = rows @ directions
                 values = torch.linalg.eigvalsh((turned * exact) @ turned.T)
                 projected[kind].setdefault(p, []).append(distance(exact, values, p))
-    gauss = whence.GGN(case.problem())
+    gauss = wherefrom.GGN(case.problem())
     fisher = torch.linalg.eigvalsh(dense(gauss))
     second, again = krylov(gauss, N)
     largest = top(plain, TOP).abs()

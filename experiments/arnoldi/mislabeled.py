@@ -25,9 +25,9 @@ import torch
 from benchmarks.problems import cnn, folder
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from experiments.arnoldi.problems import OUT
-from whence.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
+from wherefrom.tools.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
 
 IMAGES, NOISE, EPOCHS, RETRAINED = 3000, 0.2, 10, 5
 RECIPE = SGDRecipe(lr=0.03, momentum=0.9, weight_decay=1e-3, batch_size=32, epochs=EPOCHS)
@@ -40,7 +40,7 @@ class Case:
     """A trained network, its run and its data."""
 
     model: nn.Module
-    trajectory: whence.Trajectory
+    trajectory: wherefrom.Trajectory
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     flipped: Tensor
@@ -49,7 +49,7 @@ class Case:
 
 def load(seed: int) -> Case:
     """Other images, labels and weights for each seed."""
-    with np.load(folder("WHENCE_DATA") / "mnist.npz") as data:
+    with np.load(folder("WHEREFROM_DATA") / "mnist.npz") as data:
         x, xt = (torch.as_tensor(data[k]).unsqueeze(1).float() / 255 for k in ("x_train", "x_test"))
         y, yt = (torch.as_tensor(data[k]).long() for k in ("y_train", "y_test"))
     rng = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def load(seed: int) -> Case:
     model = cnn()
     optimiser = torch.optim.SGD(model.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay)
     with tempfile.TemporaryDirectory() as kept:
-        recorder = whence.Recorder(Path(kept) / "run", model, optimiser, IMAGES // RECIPE.batch_size)
+        recorder = wherefrom.Recorder(Path(kept) / "run", model, optimiser, IMAGES // RECIPE.batch_size)
         for _ in range(EPOCHS):
             for rows in torch.randperm(IMAGES, generator=rng).split(RECIPE.batch_size)[: IMAGES // RECIPE.batch_size]:
                 optimiser.zero_grad()
@@ -77,28 +77,28 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 def methods(case: Case, seed: int) -> dict[str, Callable[[], Tensor]]:
     """What makes each method's ranking, fit included."""
-    damping = whence.Damping.from_training(RECIPE.lr, RECIPE.steps(IMAGES), RECIPE.momentum)
+    damping = wherefrom.Damping.from_training(RECIPE.lr, RECIPE.steps(IMAGES), RECIPE.momentum)
 
-    def influence(solver: whence.Solver, **options: Any) -> Callable[[], Tensor]:
-        fitted = whence.Influence(solver, damping, seed=seed, **options)
-        return lambda: fitted.fit(case.model, whence.Classification(), case.train).self_influence()
+    def influence(solver: wherefrom.Solver, **options: Any) -> Callable[[], Tensor]:
+        fitted = wherefrom.Influence(solver, damping, seed=seed, **options)
+        return lambda: fitted.fit(case.model, wherefrom.Classification(), case.train).self_influence()
 
     def tracin(checkpoints: int) -> Callable[[], Tensor]:
-        method = whence.TracIn(case.trajectory, checkpoints=checkpoints)
-        return lambda: method.fit(case.model, whence.Classification(), case.train).self_influence()
+        method = wherefrom.TracIn(case.trajectory, checkpoints=checkpoints)
+        return lambda: method.fit(case.model, wherefrom.Classification(), case.train).self_influence()
 
     found = {
-        "CG": influence(whence.CG(whence.Nystrom(), tolerance=0.1)),
-        "EKFAC": influence(whence.EKFAC()),
-        "LiSSA, r = 10": influence(whence.Neumann(steps=10)),
-        "LiSSA, r = 100, last layer": influence(whence.Neumann(steps=100), parameters=r"^7\."),
+        "CG": influence(wherefrom.CG(wherefrom.Nystrom(), tolerance=0.1)),
+        "EKFAC": influence(wherefrom.EKFAC()),
+        "LiSSA, r = 10": influence(wherefrom.Neumann(steps=10)),
+        "LiSSA, r = 100, last layer": influence(wherefrom.Neumann(steps=100), parameters=r"^7\."),
         "TracIn, last checkpoint": tracin(1),
         "TracIn, 10 checkpoints": tracin(EPOCHS),
     }
     for p in (10, 100):
-        found[f"Arnoldi, p = {p}"] = influence(whence.Arnoldi(rank=p, sample=512, fresh=True, positive=True))
-        found[f"RandProj, p = {p}"] = influence(whence.RandProj(p))
-        found[f"RandSelect, p = {p}"] = influence(whence.RandSelect(p))
+        found[f"Arnoldi, p = {p}"] = influence(wherefrom.Arnoldi(rank=p, sample=512, fresh=True, positive=True))
+        found[f"RandProj, p = {p}"] = influence(wherefrom.RandProj(p))
+        found[f"RandSelect, p = {p}"] = influence(wherefrom.RandSelect(p))
     return found
 
 
@@ -127,7 +127,7 @@ def dropped(case: Case, scores: dict[str, Tensor], seed: int) -> dict[str, Any]:
             kept[f"{name}|{share}"] = mask
     masks = torch.stack(list(kept.values())).repeat_interleave(RETRAINED, 0)
     seeds = [1000 * (seed + 1) + r for _ in kept for r in range(RETRAINED)]
-    models = train_small(cnn, whence.Classification(), case.train, RECIPE, seeds, masks)
+    models = train_small(cnn, wherefrom.Classification(), case.train, RECIPE, seeds, masks)
     found = torch.tensor([accuracy(m, case.test) for m in models]).view(len(kept), RETRAINED)
     return dict(zip(kept, found.tolist(), strict=True))
 
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--redraw", action="store_true")
     args = parser.parse_args()
-    warnings.simplefilter("ignore", whence.ConvergenceWarning)  # LiSSA cut short
+    warnings.simplefilter("ignore", wherefrom.ConvergenceWarning)  # LiSSA cut short
     file = OUT / "mislabeled.json"
     if not args.redraw:
         OUT.mkdir(exist_ok=True)

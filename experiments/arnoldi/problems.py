@@ -1,7 +1,7 @@
 """The small network of Schioppa et al. 2022, section 5.1: 3,206 parameters, smooth, trained on relabelled MNIST.
 
 Training minimises the mean loss + L2 / 2 |theta|^2 by L-BFGS on all the data in float64, so that the objective's
-Hessian is H + L2 I: the regulariser is the damping. ``WHENCE_DATA`` names the folder with ``mnist.npz``; what is
+Hessian is H + L2 I: the regulariser is the damping. ``WHEREFROM_DATA`` names the folder with ``mnist.npz``; what is
 trained here is kept in ``out``.
 """
 
@@ -17,9 +17,9 @@ import torch
 from benchmarks.problems import folder
 from torch import Tensor, nn
 
-import whence
-from whence.evaluate import flip_labels
-from whence.solvers.exact import DenseInverse
+import wherefrom
+from wherefrom.solvers.exact import DenseInverse
+from wherefrom.tools.evaluate import flip_labels
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
@@ -39,9 +39,9 @@ class Case:
     flipped: Tensor  # (N,) True where the label was changed
     note: str
 
-    def problem(self) -> whence.Problem:
+    def problem(self) -> wherefrom.Problem:
         """For a curvature of one's own."""
-        return whence.Problem(self.model, whence.Classification(), (self.x, self.y), progress=False)
+        return wherefrom.Problem(self.model, wherefrom.Classification(), (self.x, self.y), progress=False)
 
 
 def network() -> nn.Sequential:
@@ -53,7 +53,7 @@ def network() -> nn.Sequential:
 
 def load(seed: int) -> Case:
     """The images from 600 x seed on, other relabelled ones and other initial weights for each seed."""
-    with np.load(folder("WHENCE_DATA") / "mnist.npz") as data:
+    with np.load(folder("WHEREFROM_DATA") / "mnist.npz") as data:
         x, xt = (torch.as_tensor(data[k]).unsqueeze(1).double() / 255 for k in ("x_train", "x_test"))
         y, yt = (torch.as_tensor(data[k]).long() for k in ("y_train", "y_test"))
     mine = slice(IMAGES * seed, IMAGES * (seed + 1))
@@ -109,15 +109,15 @@ def train(x: Tensor, y: Tensor, seed: int) -> dict[str, object]:
     return {"state": model.state_dict(), "slope": slope, "evaluations": evaluations, "seconds": seconds}
 
 
-def exact(curvature: whence.Hessian, seed: int) -> tuple[DenseInverse, float]:
+def exact(curvature: wherefrom.Hessian, seed: int) -> tuple[DenseInverse, float]:
     """The dense inverse of H + L2 I, and the CPU seconds that forming and decomposing H took."""
-    file, solver = OUT / f"hessian-{seed}.pt", whence.Exact(form="primal")
+    file, solver = OUT / f"hessian-{seed}.pt", wherefrom.Exact(form="primal")
     if not file.exists():
         begun = time.process_time()
         state = solver.fit(curvature, L2).state()
         torch.save({"state": state, "seconds": time.process_time() - begun}, file)
     kept = torch.load(file, weights_only=True)
-    inverse = solver.restore(curvature, whence.Damping.of(L2).resolve(curvature), kept["state"])
+    inverse = solver.restore(curvature, wherefrom.Damping.of(L2).resolve(curvature), kept["state"])
     assert isinstance(inverse, DenseInverse)
     return inverse, kept["seconds"]
 

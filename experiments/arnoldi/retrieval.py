@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-import whence
+import wherefrom
 from experiments.arnoldi import problems
 from experiments.arnoldi.problems import L2, Case
-from whence.evaluate import mislabeled_curve
-from whence.solvers.base import Inverse
+from wherefrom.solvers.base import Inverse
+from wherefrom.tools.evaluate import mislabeled_curve
 
 STEPS = 200
 RANKS = (5, 10, 20, 50, 100, 200)
@@ -51,7 +51,7 @@ def judged(inverse: Inverse, case: Case) -> dict[str, float]:
     return {"auc": curve.auc, "ap": curve.average_precision, "score": seconds, "negative": int((values < 0).sum())}
 
 
-def fitted(solver: whence.Solver, curvature: whence.Curvature, case: Case) -> dict[str, float]:
+def fitted(solver: wherefrom.Solver, curvature: wherefrom.Curvature, case: Case) -> dict[str, float]:
     """The same with the CPU seconds of the fit."""
     begun = time.process_time()
     inverse = solver.fit(curvature, L2)
@@ -62,31 +62,31 @@ def measure(seed: int, draws: int) -> dict[str, Any]:
     """All methods on one network."""
     case = problems.load(seed)
     print(case.note, flush=True)
-    hessian, ggn = whence.Hessian(case.problem()), whence.GGN(case.problem())
+    hessian, ggn = wherefrom.Hessian(case.problem()), wherefrom.GGN(case.problem())
     found: dict[str, Any] = {"note": case.note, "share": float(case.flipped.double().mean())}
     inverse, seconds = problems.exact(hessian, seed)
     found["smallest"] = float(inverse.values[0]) + L2
     fixed = {"exact Hessian": {"fit": seconds} | judged(inverse, case)}
-    block = whence.CG(tolerance=1e-3, block=True)
-    solvers: dict[str, tuple[whence.Solver, whence.Curvature]] = {
+    block = wherefrom.CG(tolerance=1e-3, block=True)
+    solvers: dict[str, tuple[wherefrom.Solver, wherefrom.Curvature]] = {
         "CG, GGN": (block, ggn),
-        "EKFAC": (whence.EKFAC(), whence.GGN(case.problem())),
-        "LiSSA, r = 10": (whence.Neumann(steps=10), ggn),
-        "LiSSA, r = 100": (whence.Neumann(steps=100), whence.GGN(case.problem())),
-        "LiSSA, planned": (whence.Neumann(), whence.GGN(case.problem())),
-        "gradient norm": (whence.Identity(), ggn),
+        "EKFAC": (wherefrom.EKFAC(), wherefrom.GGN(case.problem())),
+        "LiSSA, r = 10": (wherefrom.Neumann(steps=10), ggn),
+        "LiSSA, r = 100": (wherefrom.Neumann(steps=100), wherefrom.GGN(case.problem())),
+        "LiSSA, planned": (wherefrom.Neumann(), wherefrom.GGN(case.problem())),
+        "gradient norm": (wherefrom.Identity(), ggn),
         "CG, Hessian": (block, hessian),
     }
     for name, (solver, curvature) in solvers.items():
         try:
             fixed[name] = fitted(solver, curvature, case)
             print(name, fixed[name], flush=True)
-        except whence.WhenceError as error:
+        except wherefrom.AttributionError as error:
             found.setdefault("failed", {})[name] = str(error)
             print(name, error, flush=True)
-    plan = whence.Neumann().fit(ggn, L2).report()
+    plan = wherefrom.Neumann().fit(ggn, L2).report()
     found["planned"] = {k: plan[k] for k in ("step", "batch", "steps")}
-    first = whence.Arnoldi(rank=RANKS[-1], steps=STEPS)
+    first = wherefrom.Arnoldi(rank=RANKS[-1], steps=STEPS)
     begun = time.process_time()
     first.fit(hessian, L2)
     spent = time.process_time() - begun
@@ -94,7 +94,7 @@ def measure(seed: int, draws: int) -> dict[str, Any]:
     for p in RANKS:
         by_rank["Arnoldi"][p] = [fitted(replace(first, rank=p), hessian, case) | {"fit": spent}]
     for p in RANKS + WIDER:
-        for name, solver in (("RandProj", whence.RandProj), ("RandSelect", whence.RandSelect)):
+        for name, solver in (("RandProj", wherefrom.RandProj), ("RandSelect", wherefrom.RandSelect)):
             by_rank[name][p] = [fitted(solver(rank=p, seed=s), ggn, case) for s in range(draws)]
     return found | {"fixed": fixed, "by rank": by_rank}
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="of the random projections, for each seed")
     parser.add_argument("--redraw", action="store_true")
     args = parser.parse_args()
-    warnings.simplefilter("ignore", whence.ConvergenceWarning)  # LiSSA cut short
+    warnings.simplefilter("ignore", wherefrom.ConvergenceWarning)  # LiSSA cut short
     file = problems.OUT / "retrieval.json"
     if not args.redraw:
         results = []

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import whence
+import wherefrom
 from experiments.astra import setting
 from experiments.astra.setting import Setting, due
-from whence.curvature.kronecker import KroneckerBlock
-from whence.errors import DivergenceError
-from whence.solvers.neumann import ASTRA, Neumann
-from whence.vectors import Vectors
+from wherefrom.curvature.kronecker import KroneckerBlock
+from wherefrom.errors import DivergenceError
+from wherefrom.persample.vectors import Vectors
+from wherefrom.solvers.neumann import ASTRA, Neumann
 
 HERE = Path(__file__).resolve().parent
 RATES = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
@@ -59,7 +59,7 @@ def projected(s: Setting, factors: dict[str, KroneckerBlock], x: Vectors, bin: i
 def curve(s: Setting, method: str, step: float | None, seed: int, every: int, bins: bool = False) -> dict[str, Any]:
     """Mean objective and LDS along a run; ``final`` is the mean objective of the last ten iterations, inf if lost."""
     inverse = METHODS[method](step, seed).fit(s.curvature, s.damping)
-    factors = whence.EKFAC().fit(s.curvature, s.damping).factors if bins else {}  # type: ignore[attr-defined]
+    factors = wherefrom.EKFAC().fit(s.curvature, s.damping).factors if bins else {}  # type: ignore[attr-defined]
     found: dict[str, Any] = {"step": inverse.plan.step, "at": [], "objective": [], "lds": [], "final": float("inf")}
     found |= {"bins": {i: {"objective": [], "lds": []} for i in BINS}} if bins else {}
     tail = []
@@ -100,8 +100,8 @@ def measure(name: str, models: int, queries: int, damping: float | None, every: 
     for seed in range(models):
         s = setting.load(name, seed, queries, damping)
         level = s.damping
-        x = whence.CG(preconditioner=whence.Dual(), tolerance=1e-3).fit(s.curvature, s.damping).apply(s.b)
-        start = whence.EKFAC().fit(s.curvature, s.damping)
+        x = wherefrom.CG(preconditioner=wherefrom.Dual(), tolerance=1e-3).fit(s.curvature, s.damping).apply(s.b)
+        start = wherefrom.EKFAC().fit(s.curvature, s.damping)
         exact.append({"objective": float(s.objective(x).mean()), "lds": s.lds(x), "ekfac": s.lds(start.apply(s.b))})
         if bins:
             factors = start.factors  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "whence", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
+    matplotlib.rcParams |= {"svg.hashsalt": "wherefrom", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
     import matplotlib.pyplot as plt
 
     return plt
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="draw out/figures.json again")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", whence.WhenceWarning)
+    warnings.simplefilter("ignore", wherefrom.AttributionWarning)
     kept = HERE / "out" / "figures.json"
     kept.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = json.loads(kept.read_text()) if args.keep or args.redraw else {"3": {}, "4": {}}

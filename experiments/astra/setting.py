@@ -10,12 +10,12 @@ import torch
 from benchmarks import problems
 from torch import Tensor
 
-import whence
-from whence import gradients, vectors
-from whence.curvature.base import Curvature
-from whence.evaluate import linear_datamodeling_score
-from whence.gradients import Gradients
-from whence.vectors import Vectors
+import wherefrom
+from wherefrom.curvature.base import Curvature
+from wherefrom.persample import gradients, vectors
+from wherefrom.persample.gradients import Gradients
+from wherefrom.persample.vectors import Vectors
+from wherefrom.tools.evaluate import linear_datamodeling_score
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def load(name: str, seed: int = 0, queries: int = 100, damping: float | None = N
         damping: absolute; None takes the problem's, implied by its training.
     """
     p = problems.load(name)
-    task = whence.Classification() if p.kind == "classification" else whence.Regression()
+    task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
     damping = damping or p.damping
-    influence = whence.Influence(solver=whence.Identity(), damping=damping, progress=False)
+    influence = wherefrom.Influence(solver=wherefrom.Identity(), damping=damping, progress=False)
     influence.fit(p.model(seed), task, (p.x, p.y))
     index = torch.randperm(len(p.xq), generator=torch.Generator().manual_seed(0))[:queries].sort().values
     problem, curvature = influence.problem, influence.inverse.curvature

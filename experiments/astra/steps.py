@@ -2,10 +2,11 @@
 
     python -m experiments.astra.steps digits concrete --seeds 3 --queries 50
 
-``ASTRA()`` takes its step from the spectrum of P^-1 (C + damping), see `whence.solvers.neumann`. Here it is multiplied
-by factors from 1/30 to 30, and set to the paper's 0.1 x damping. Each run is measured twice on all the data: at its
-last iterate, and at the mean of its iterates from the second half (Polyak & Juditsky 1992). The first model is solved
-on all the data at each step as well: what is left without sampling noise is the part that has not converged.
+``ASTRA()`` takes its step from the spectrum of P^-1 (C + damping), see `wherefrom.solvers.neumann`. Here it is
+multiplied by factors from 1/30 to 30, and set to the paper's 0.1 x damping. Each run is measured twice on all the
+data: at its last iterate, and at the mean of its iterates from the second half (Polyak & Juditsky 1992). The first
+model is solved on all the data at each step as well: what is left without sampling noise is the part that has not
+converged.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import whence
+import wherefrom
 from experiments.astra import setting
 from experiments.astra.setting import Setting
-from whence import vectors
-from whence.errors import DivergenceError
-from whence.solvers.base import Inverse
-from whence.solvers.neumann import ASTRA
-from whence.vectors import Vectors
+from wherefrom.errors import DivergenceError
+from wherefrom.persample import vectors
+from wherefrom.persample.vectors import Vectors
+from wherefrom.solvers.base import Inverse
+from wherefrom.solvers.neumann import ASTRA
 
 HERE = Path(__file__).resolve().parent
 FACTORS = (1 / 30, 0.1, 1 / 3, 0.5, 1.0, 2.0, 3.0, 10.0, 30.0)
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", whence.WhenceWarning)
+    warnings.simplefilter("ignore", wherefrom.AttributionWarning)
     lines = [f"{args.seeds} models, {args.queries} queries; means over models. {setting.where()}.", ""]
     kept: dict[str, Any] = {}
     for name in args.problems:
@@ -178,7 +179,7 @@ def main() -> None:
         for seed in range(args.seeds):
             s = setting.load(name, seed, args.queries)
             fact, found = sweep(s, seed, args.factors, bias=seed == 0)
-            exact = whence.CG(preconditioner=whence.Dual(), tolerance=1e-4).fit(s.curvature, s.damping).apply(s.b)
+            exact = wherefrom.CG(preconditioner=wherefrom.Dual(), tolerance=1e-4).fit(s.curvature, s.damping).apply(s.b)
             facts.append(fact | {"exact lds": s.lds(exact), "exact objective": float(s.objective(exact).mean())})
             for key, r in found.items():
                 runs[key].append(r)

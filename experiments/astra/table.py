@@ -22,25 +22,25 @@ import torch
 from benchmarks.harness import machine
 from torch import Tensor
 
-import whence
+import wherefrom
 from experiments.astra import setting
 from experiments.astra.setting import Setting, due
-from whence.curvature.ggn import GGN
-from whence.errors import DivergenceError
-from whence.solvers.base import Inverse, Solver
-from whence.solvers.cg import CG
-from whence.solvers.neumann import ASTRA, Neumann, StochasticNeumann
+from wherefrom.curvature.ggn import GGN
+from wherefrom.errors import DivergenceError
+from wherefrom.solvers.base import Inverse, Solver
+from wherefrom.solvers.cg import CG
+from wherefrom.solvers.neumann import ASTRA, Neumann, StochasticNeumann
 
 HERE = Path(__file__).resolve().parent
 TARGETS = (0.3, 0.1, 0.03)
 STATISTICS = {"median": torch.median, "worst": torch.max}
 METHODS: dict[str, Solver] = {
-    "CG(EKFAC)": CG(preconditioner=whence.EKFAC()),
+    "CG(EKFAC)": CG(preconditioner=wherefrom.EKFAC()),
     "CG()": CG(),
-    "CG(Nystrom)": CG(preconditioner=whence.Nystrom()),
-    "CG(Dual)": CG(preconditioner=whence.Dual()),
+    "CG(Nystrom)": CG(preconditioner=wherefrom.Nystrom()),
+    "CG(Dual)": CG(preconditioner=wherefrom.Dual()),
     "block CG()": CG(block=True),
-    "block CG(EKFAC)": CG(block=True, preconditioner=whence.EKFAC()),
+    "block CG(EKFAC)": CG(block=True, preconditioner=wherefrom.EKFAC()),
     "ASTRA()": ASTRA(),
     "ASTRA(), twice the schedule": ASTRA(steps=400, decay_every=100),
     "LiSSA: Neumann()": Neumann(),
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "out")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", whence.WhenceWarning)
+    warnings.simplefilter("ignore", wherefrom.AttributionWarning)
     lines, kept, above = [HEADER], {}, 0.0
     for name in args.problems:
         s = setting.load(name, args.seed, args.queries)

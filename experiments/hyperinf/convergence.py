@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whence.solvers.schulz import bound, predicted, schulz
+from wherefrom.solvers.schulz import bound, predicted, schulz
 
 HERE = Path(__file__).resolve().parent
 DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of standard normal z; the second number is the deviation

@@ -28,37 +28,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from experiments.hyperinf import sst2_setting as setting
 from experiments.hyperinf.sst2_setting import OUT, TASK, Case
-from whence.act import select
-from whence.evaluate import leave_one_group_out, mislabeled_curve, retrain, run_seed
+from wherefrom.tools.act import select
+from wherefrom.tools.evaluate import leave_one_group_out, mislabeled_curve, retrain, run_seed
 
 SHARES = (0.05, 0.2)
 DRAWS = 3  # random selections of each size
-PUBLISHED = whence.Damping.relative(0.1)
+PUBLISHED = wherefrom.Damping.relative(0.1)
 FACTORS = (1.0, 10.0, 100.0, 1000.0)
-FISHER = whence.EmpiricalFisher
-EXACT = whence.CG(whence.Dual(), tolerance=0.01)
+FISHER = wherefrom.EmpiricalFisher
+EXACT = wherefrom.CG(wherefrom.Dual(), tolerance=0.01)
 
 
-def influence(solver: whence.Solver, damping: whence.Damping = PUBLISHED, curvature: Any = FISHER) -> Callable:
+def influence(solver: wherefrom.Solver, damping: wherefrom.Damping = PUBLISHED, curvature: Any = FISHER) -> Callable:
     """A maker of this `Influence`."""
-    return functools.partial(whence.Influence, solver, damping, curvature)
+    return functools.partial(wherefrom.Influence, solver, damping, curvature)
 
 
-METHODS: dict[str, Callable[[], whence.Influence]] = {
-    "HyperINF": influence(whence.HyperINF(side="larger")),
-    "HyperINF, r × r side": influence(whence.HyperINF()),
-    "HyperINF, Fisher matrix": influence(whence.HyperINF(matrix="fim", inverse="cholesky")),
-    "DataInf": influence(whence.DataInf()),
-    "LiSSA, 10 steps": influence(whence.Neumann(steps=10)),
-    "LiSSA, planned, λ = tr C/N": influence(whence.Neumann(), whence.Damping.per_example()),
-    "EKFAC": influence(whence.EKFAC()),
+METHODS: dict[str, Callable[[], wherefrom.Influence]] = {
+    "HyperINF": influence(wherefrom.HyperINF(side="larger")),
+    "HyperINF, r × r side": influence(wherefrom.HyperINF()),
+    "HyperINF, Fisher matrix": influence(wherefrom.HyperINF(matrix="fim", inverse="cholesky")),
+    "DataInf": influence(wherefrom.DataInf()),
+    "LiSSA, 10 steps": influence(wherefrom.Neumann(steps=10)),
+    "LiSSA, planned, λ = tr C/N": influence(wherefrom.Neumann(), wherefrom.Damping.per_example()),
+    "EKFAC": influence(wherefrom.EKFAC()),
     "CG, empirical Fisher": influence(EXACT),
-    "CG, Gauss-Newton": influence(EXACT, curvature=whence.GGN),
-    "CG, Gauss-Newton, λ = tr C/N": influence(EXACT, whence.Damping.per_example(), whence.GGN),
-    "gradient dot": influence(whence.Identity()),
+    "CG, Gauss-Newton": influence(EXACT, curvature=wherefrom.GGN),
+    "CG, Gauss-Newton, λ = tr C/N": influence(EXACT, wherefrom.Damping.per_example(), wherefrom.GGN),
+    "gradient dot": influence(wherefrom.Identity()),
 }
 JUDGED = ("HyperINF", "DataInf", "LiSSA, 10 steps", "EKFAC", "CG, empirical Fisher", "CG, Gauss-Newton", "gradient dot")
 SWEPT = ("HyperINF", "DataInf", "EKFAC", "CG, empirical Fisher")
@@ -88,7 +88,7 @@ class Kept:
         return self.found[name]
 
 
-def tuned(case: Case, rank: int) -> tuple[nn.Module, whence.Trajectory]:
+def tuned(case: Case, rank: int) -> tuple[nn.Module, wherefrom.Trajectory]:
     """The attributed model, whose adapters saw all examples, and its run, kept in ``out``."""
     kept, seed = OUT / f"sst2-run-{rank}-{case.seed}", run_seed(case.seed, 0, 0)
     model = setting.adapted(case, rank)
@@ -96,7 +96,7 @@ def tuned(case: Case, rank: int) -> tuple[nn.Module, whence.Trajectory]:
         with tempfile.TemporaryDirectory(dir=OUT) as folder:
             setting.tune(model, case.train, seed, record=Path(folder) / "run")
             (Path(folder) / "run").rename(kept)
-    trajectory = whence.Trajectory.load(kept)
+    trajectory = wherefrom.Trajectory.load(kept)
     model.load_state_dict(trajectory.checkpoints[-1].state)
     return model.eval(), trajectory
 
@@ -109,13 +109,13 @@ def detection(kept: Kept) -> None:
         begun = time.process_time()
         scored = method.fit(model, TASK, case.train).score(case.validation, TASK.loss, **options)
         values, seconds = scored.values.mean(0), time.process_time() - begun
-        slow = isinstance(method, whence.Influence) and isinstance(method.solver, (whence.Neumann, whence.CG))
+        slow = isinstance(method, wherefrom.Influence) and isinstance(method.solver, (wherefrom.Neumann, wherefrom.CG))
         own = None if slow else _curve(-method.self_influence(), case)["auc"]  # slow: a solve for each example
         return _curve(values, case) | {"seconds": seconds, "scores": values.tolist(), "self-influence": own}
 
-    def sweep(method: whence.Influence) -> list[float]:
+    def sweep(method: wherefrom.Influence) -> list[float]:
         method.fit(model, TASK, case.train)
-        each = [method.at(whence.Damping.relative(f)) for f in FACTORS]
+        each = [method.at(wherefrom.Damping.relative(f)) for f in FACTORS]
         return [_curve(m.score(case.validation, TASK.loss, **ONE).values[0], case)["auc"] for m in each]
 
     kept.once("base", lambda: setting.judged(case.base, case.test))
@@ -125,7 +125,7 @@ def detection(kept: Kept) -> None:
             kept.once(f"detection|{name}", functools.partial(judge, make(), **ONE))
         if name in SWEPT:
             kept.once(f"swept|{name}", functools.partial(sweep, make()))
-    kept.once("detection|TracIn", functools.partial(judge, whence.TracIn(trajectory, rates=False)))
+    kept.once("detection|TracIn", functools.partial(judge, wherefrom.TracIn(trajectory, rates=False)))
 
 
 def _curve(scores: Tensor, case: Case) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def selection(kept: Kept) -> None:
         model = setting.tune(copy.deepcopy(warm).train(), case.train, _seed(case, 2), index, epochs)
         return setting.judged(model, case.test)
 
-    def scored(make: Callable[[], whence.Influence]) -> list[float]:
+    def scored(make: Callable[[], wherefrom.Influence]) -> list[float]:
         method = make().fit(warm, TASK, case.train)
         return method.score(case.validation, TASK.loss, **ONE).values[0].tolist()
 
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    warnings.simplefilter("ignore", whence.ConvergenceWarning)  # LiSSA cut short
+    warnings.simplefilter("ignore", wherefrom.ConvergenceWarning)  # LiSSA cut short
     OUT.mkdir(exist_ok=True)
     for seed in range(args.seeds):
         case = setting.load(seed)

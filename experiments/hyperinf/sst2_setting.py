@@ -22,9 +22,9 @@ from benchmarks.problems import folder
 from tokenizers.implementations import ByteLevelBPETokenizer
 from torch import Tensor, nn
 
-import whence
-from whence.evaluate import flip_labels
-from whence.hf import SequenceClassification, pad
+import wherefrom
+from wherefrom.hf import SequenceClassification, pad
+from wherefrom.tools.evaluate import flip_labels
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
@@ -94,7 +94,7 @@ def tune(
         seed: of their order.
         keep: numbers of those to train on, in the order that all would have had; None: all.
         epochs, rate: how long, and the largest learning rate.
-        record: a folder for a `whence.Recorder`, one checkpoint each epoch.
+        record: a folder for a `wherefrom.Recorder`, one checkpoint each epoch.
     """
     n, rng = len(data["labels"]), torch.Generator().manual_seed(seed)
     kept = torch.ones(n, dtype=torch.bool)
@@ -104,7 +104,7 @@ def tune(
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0)
     warm = round(0.06 * epochs * each)
     schedule = transformers.get_linear_schedule_with_warmup(optimiser, warm, epochs * each)
-    with whence.Recorder(record, model, optimiser, each) if record else nullcontext():
+    with wherefrom.Recorder(record, model, optimiser, each) if record else nullcontext():
         for _ in range(epochs):
             order = torch.randperm(n, generator=rng)
             for rows in order[kept[order]].split(BATCH):
@@ -136,7 +136,7 @@ def at(data: Batch, index: Tensor) -> dict[str, Tensor]:
 
 
 def _read(name: str) -> tuple[list[str], list[int]]:
-    with open(folder("WHENCE_DATA") / f"sst2-{name}.tsv", encoding="utf-8", newline="") as file:
+    with open(folder("WHEREFROM_DATA") / f"sst2-{name}.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     return [r["sentence"].strip() for r in rows], [int(r["label"]) for r in rows]
 

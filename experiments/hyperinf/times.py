@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whence.errors import DivergenceError
-from whence.solvers.schulz import cholesky, schulz
+from wherefrom.errors import DivergenceError
+from wherefrom.solvers.schulz import cholesky, schulz
 
 HERE = Path(__file__).resolve().parent
 DAMPING, ITERATIONS = 0.1, 20

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from experiments.language import setting
 from experiments.language.facts_planted import Planted, plant
 from experiments.language.facts_text import FACTS
-from whence.attribution.similarity import similarity
-from whence.hf import CausalLM, completion_batch, pad
+from wherefrom.hf import CausalLM, completion_batch, pad
+from wherefrom.methods.similarity import similarity
 
 OUT = Path(__file__).resolve().parent / "out" / "facts"
 SIZES = setting.Sizes(width=256, vocabulary=2048, length=64, train=4000, queries=1)
@@ -33,7 +33,7 @@ RECIPE = setting.Recipe(lr=1e-3, epochs=8, weight_decay=0.1)
 STAGES = 2  # each by the recipe, so that a killed training loses one of them
 DROPOUT = 0.1
 MLP = {"parameters": "mlp", "batch_size": 8, "progress": False}
-RELATIVE, PER_EXAMPLE = whence.Damping.relative(0.1), whence.Damping.per_example()  # the former of Grosse et al.
+RELATIVE, PER_EXAMPLE = wherefrom.Damping.relative(0.1), wherefrom.Damping.per_example()  # the former of Grosse et al.
 FORMS = [[*fact.statements, f"{fact.prompt} {fact.answer} ."] for fact in FACTS]  # four sentences of each fact
 
 
@@ -118,36 +118,36 @@ class Run:
             return torch.stack([task.measurement(task.outputs(self.model, batch), batch) for batch in batches])
 
     @cached_property
-    def ekfac(self) -> whence.Influence:
+    def ekfac(self) -> wherefrom.Influence:
         """EKFAC of the MLP layers, fitted once."""
-        influence, file = whence.Influence(whence.EKFAC(), RELATIVE, **MLP), self.folder / "fit.safetensors"
+        influence, file = wherefrom.Influence(wherefrom.EKFAC(), RELATIVE, **MLP), self.folder / "fit.safetensors"
         if file.exists():
             return influence.load(file, self.model, CausalLM(), self.train)
         influence.fit(self.model, CausalLM(), self.train).save(file)
         return influence
 
     @cached_property
-    def plain(self) -> whence.Influence:
+    def plain(self) -> wherefrom.Influence:
         """Gradient dot products."""
-        return whence.Influence(whence.Identity(), 1.0, **MLP).fit(self.model, CausalLM(), self.train)
+        return wherefrom.Influence(wherefrom.Identity(), 1.0, **MLP).fit(self.model, CausalLM(), self.train)
 
-    def score(self, influence: whence.Influence) -> whence.Scores:
+    def score(self, influence: wherefrom.Influence) -> wherefrom.Scores:
         """Scores of the queries, with self-influence."""
         return influence.score(self.queries, certify=False, self_influence=True)
 
-    def tracin(self) -> whence.Scores:
+    def tracin(self) -> wherefrom.Scores:
         """Gradient dot products, the mean over the ends of the stages."""
         kept = [(k + 1, torch.load(file, weights_only=True)) for k, file in enumerate(self.stages)]
-        method = whence.TracIn(whence.Trajectory.of_sgd(kept, RECIPE.lr, STAGES), rates=False, **MLP)
+        method = wherefrom.TracIn(wherefrom.Trajectory.of_sgd(kept, RECIPE.lr, STAGES), rates=False, **MLP)
         return method.fit(self.model, CausalLM(), self.train).score(self.queries)
 
-    def astra(self) -> whence.Scores:
+    def astra(self) -> wherefrom.Scores:
         """ASTRA with table 3's step and batch for WikiText-2, and a fifth of its 300 steps."""
-        solver = whence.ASTRA(step=0.011, batch=16, steps=60, decay=0.9, decay_every=20)
-        influence = whence.Influence(solver, PER_EXAMPLE, **MLP).fit(self.model, CausalLM(), self.train)
+        solver = wherefrom.ASTRA(step=0.011, batch=16, steps=60, decay=0.9, decay_every=20)
+        influence = wherefrom.Influence(solver, PER_EXAMPLE, **MLP).fit(self.model, CausalLM(), self.train)
         return influence.score(self.queries, certify=False, folder=self.folder / "astra")
 
-    def lexical(self, method: whence.TFIDF | whence.BM25, words: bool) -> whence.Scores:
+    def lexical(self, method: wherefrom.TFIDF | wherefrom.BM25, words: bool) -> wherefrom.Scores:
         """By the words that a query, prompt and answer, shares with a sequence; or by the tokens."""
         asked, ids = [f"{fact.prompt} {fact.answer}" for fact in FACTS], list(self.planted.ids)
         if not words:
@@ -162,7 +162,7 @@ class Run:
             torch.save(found | {"token": self.ekfac.by_token(self.queries, stated)}, file)
         return torch.load(file, weights_only=True)
 
-    def scores(self, name: str) -> whence.Scores:
+    def scores(self, name: str) -> wherefrom.Scores:
         """What one of the `METHODS` finds, kept."""
         file = self.folder / f"{name}.safetensors"
         if not file.exists():
@@ -171,17 +171,17 @@ class Run:
             found = METHODS[name](self)
             print(f"seed {self.seed}, {name}: {time.process_time() - start:.0f} CPU seconds", flush=True)
             found.save(file)
-        return whence.Scores.load(file)
+        return wherefrom.Scores.load(file)
 
 
-METHODS: dict[str, Callable[[Run], whence.Scores]] = {
-    "tfidf": lambda run: run.lexical(whence.TFIDF(), words=True),
-    "tfidf tokens": lambda run: run.lexical(whence.TFIDF(), words=False),
-    "bm25": lambda run: run.lexical(whence.BM25(), words=True),
-    "bm25 tokens": lambda run: run.lexical(whence.BM25(), words=False),
+METHODS: dict[str, Callable[[Run], wherefrom.Scores]] = {
+    "tfidf": lambda run: run.lexical(wherefrom.TFIDF(), words=True),
+    "tfidf tokens": lambda run: run.lexical(wherefrom.TFIDF(), words=False),
+    "bm25": lambda run: run.lexical(wherefrom.BM25(), words=True),
+    "bm25 tokens": lambda run: run.lexical(wherefrom.BM25(), words=False),
     "gradients": lambda run: run.score(run.plain),
     "ekfac": lambda run: run.score(run.ekfac),
-    "ekfac per example": lambda run: run.score(run.ekfac.at(whence.Damping.per_example())),
+    "ekfac per example": lambda run: run.score(run.ekfac.at(wherefrom.Damping.per_example())),
     "tracin": Run.tracin,
     "astra": Run.astra,
     "similarity": lambda run: similarity(run.ekfac, run.sentences, certify=False),

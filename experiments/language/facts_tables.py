@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.language.facts import FORMS, Run
 from experiments.language.facts_text import FACTS
-from whence.evaluate import tail
+from wherefrom.tools.evaluate import tail
 
 HERE = Path(__file__).resolve().parent
 FIRST = 10
@@ -230,7 +230,7 @@ def draw(run: Run) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.hashsalt": "whence", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
+    matplotlib.rcParams |= {"svg.hashsalt": "wherefrom", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 10}
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.6), gridspec_kw={"width_ratios": [1.1, 1.1, 1, 1]})

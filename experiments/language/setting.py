@@ -2,10 +2,10 @@
 
     setting = prepared()                        # tokenizer, N training sequences, queries, held-out sequences
     model = setting.tuned()                     # fine-tuned on all N; `setting.start()` is the model before that
-    whence.Influence(...).fit(model, CausalLM(), setting.train).score(setting.queries)
+    wherefrom.Influence(...).fit(model, CausalLM(), setting.train).score(setting.queries)
 
 As in ASTRA a model that knows the language is fine-tuned on the N sequences that are attributed. It is trained here, on
-articles of neither the training sequences nor the queries. ``WHENCE_DATA`` names the folder with the files
+articles of neither the training sequences nor the queries. ``WHEREFROM_DATA`` names the folder with the files
 ``wikitext-2/valid.txt`` and ``test.txt``; what is trained is kept in ``experiments/language/cache``.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.problems import folder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 
 CACHE = Path(__file__).resolve().parent / "cache"
 UNKNOWN = "<unk>"  # what WikiText-2 has in place of rare words
@@ -67,7 +67,7 @@ TUNING = Recipe(lr=5e-4, epochs=3)
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Batches are dicts as `whence.hf.CausalLM` takes them, of "input_ids" (n, S): every token but the first counts.
+    """Batches are dicts as `wherefrom.hf.CausalLM` takes them, of "input_ids" (n, S): every token but the first counts.
 
     Args:
         sizes: of the model and the data.
@@ -138,7 +138,7 @@ class Setting:
 def prepared(sizes: Sizes | None = None) -> Setting:
     """The data, in the sizes that were asked for."""
     sizes = sizes or Sizes()
-    home = folder("WHENCE_DATA") / "wikitext-2"
+    home = folder("WHEREFROM_DATA") / "wikitext-2"
     valid, test = ((home / f"{name}.txt").read_text(encoding="utf-8") for name in ("valid", "test"))
     tokenizer = _tokenizer([valid, test], sizes.vocabulary)
     valid, test = (_sequences(tokenizer, text, sizes.length) for text in (valid, test))
@@ -160,11 +160,11 @@ def train(
         ids: token numbers; the loss of a step is the mean over the tokens of its minibatch.
         recipe: the optimiser.
         seed: of the order.
-        record: where a `whence.Recorder` keeps checkpoints, ``every`` so many steps, and the order.
+        record: where a `wherefrom.Recorder` keeps checkpoints, ``every`` so many steps, and the order.
         every: steps between checkpoints.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
-    recorder = whence.Recorder(record, model, optimiser, every) if record else None
+    recorder = wherefrom.Recorder(record, model, optimiser, every) if record else None
     rng = torch.Generator().manual_seed(seed)
     rates = iter(recipe.rates(len(ids)))
     model.train()
@@ -187,7 +187,7 @@ def train(
 
 @torch.no_grad()
 def losses(model: nn.Module, batch: dict[str, Tensor], size: int = 100) -> Tensor:
-    """Mean loss per token of each sequence in nats, (n,): the measurement of `whence.hf.CausalLM`, in float32."""
+    """Mean loss per token of each sequence in nats, (n,): the measurement of `wherefrom.hf.CausalLM`, in float32."""
     found = []
     for ids in batch["input_ids"].split(size):
         logits, labels = _predictions(model, ids)

@@ -5,7 +5,7 @@
     python -m experiments.language.wikitext table      # linear datamodeling scores of all that was scored
 
 One thread. Each run and each method's scores are kept in ``experiments/language/cache``, and the same command goes on
-where it was stopped. ``WHENCE_DATA`` as in `setting`.
+where it was stopped. ``WHEREFROM_DATA`` as in `setting`.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ import torch
 from benchmarks.harness import machine
 from torch import Tensor, nn
 
-import whence
+import wherefrom
 from experiments.language import setting
 from experiments.language.setting import CACHE, TUNING, Setting, Sizes, losses, prepared
-from whence.attribution.stream import streamed
-from whence.evaluate import linear_datamodeling_score, random_subsets, retrain
-from whence.evaluate.statistics import spearman
-from whence.hf import CausalLM
-from whence.solvers.base import Pairing, Solver, relative
+from wherefrom.hf import CausalLM
+from wherefrom.methods.stream import streamed
+from wherefrom.solvers.base import Pairing, Solver, relative
+from wherefrom.tools.evaluate import linear_datamodeling_score, random_subsets, retrain
+from wherefrom.tools.evaluate.statistics import spearman
 
 SIZES = Sizes(train=500)
 FOLDER = CACHE / "wikitext"
 MLP = {"parameters": "mlp", "batch_size": 8, "progress": False}  # 8 x 64 tokens: what a core's cache takes
-PER_EXAMPLE, RELATIVE = whence.Damping.per_example(), whence.Damping.relative(0.1)
-SWEPT = whence.Damping.of(1.1)
-PAPER = whence.Damping.of(0.011)  # ASTRA, table 3, WikiText-2; its schedule:
+PER_EXAMPLE, RELATIVE = wherefrom.Damping.per_example(), wherefrom.Damping.relative(0.1)
+SWEPT = wherefrom.Damping.of(1.1)
+PAPER = wherefrom.Damping.of(0.011)  # ASTRA, table 3, WikiText-2; its schedule:
 SCHEDULE = {"batch": 16, "steps": 300, "momentum": 0.9, "decay": 0.9, "decay_every": 100}
-TO_TENTH = whence.CG(preconditioner=whence.EKFAC(), tolerance=0.1, block=True)
+TO_TENTH = wherefrom.CG(preconditioner=wherefrom.EKFAC(), tolerance=0.1, block=True)
 EVERY = 5  # of some solvers only every fifth query is asked
-SOLVERS: dict[str, tuple[Solver, whence.Damping, int]] = {
-    "gradient dot": (whence.Identity(), PER_EXAMPLE, 1),
-    "EKFAC": (whence.EKFAC(), PER_EXAMPLE, 1),
-    "EKFAC, damping 0.1 x mean": (whence.EKFAC(), RELATIVE, 1),
-    "EKFAC, damping 0.011": (whence.EKFAC(), PAPER, 1),
-    "EKFAC, damping 1.1": (whence.EKFAC(), SWEPT, 1),
+SOLVERS: dict[str, tuple[Solver, wherefrom.Damping, int]] = {
+    "gradient dot": (wherefrom.Identity(), PER_EXAMPLE, 1),
+    "EKFAC": (wherefrom.EKFAC(), PER_EXAMPLE, 1),
+    "EKFAC, damping 0.1 x mean": (wherefrom.EKFAC(), RELATIVE, 1),
+    "EKFAC, damping 0.011": (wherefrom.EKFAC(), PAPER, 1),
+    "EKFAC, damping 1.1": (wherefrom.EKFAC(), SWEPT, 1),
     "CG(EKFAC) to 0.1": (TO_TENTH, PER_EXAMPLE, 1),
     "CG(EKFAC) to 0.1, damping 1.1": (TO_TENTH, SWEPT, EVERY),
-    "ASTRA": (whence.ASTRA(step=0.011, **SCHEDULE), PER_EXAMPLE, EVERY),
+    "ASTRA": (wherefrom.ASTRA(step=0.011, **SCHEDULE), PER_EXAMPLE, EVERY),
 }
 PAIRS = (
     ("EKFAC", "gradient dot"),
@@ -81,12 +81,12 @@ def targets(s: Setting, subsets: int, repeats: int) -> tuple[Tensor, Tensor]:
     return masks, retrain(tuned, measure, masks, repeats, seed=0, folder=FOLDER / "runs", progress=True)
 
 
-def attributed(s: Setting) -> tuple[nn.Module, whence.Trajectory]:
+def attributed(s: Setting) -> tuple[nn.Module, wherefrom.Trajectory]:
     """The model fine-tuned on all the data, and its recorded run with six checkpoints after the start."""
     folder = FOLDER / "trajectory"
     if not folder.exists():
         s.tuned(record=folder, every=-(-len(TUNING.rates(s.sizes.train)) // 6))
-    run = whence.Trajectory.load(folder)
+    run = wherefrom.Trajectory.load(folder)
     model = s.build()
     model.load_state_dict(run.checkpoints[-1].state)
     return model, run
@@ -109,19 +109,19 @@ def methods(s: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
     model, run = attributed(s)
     ids, asked = list(s.train["input_ids"]), list(s.queries["input_ids"])
     others = {
-        "gradient cosine": whence.GradCos(**MLP),
-        "TracIn, 6 checkpoints": whence.TracIn(run, checkpoints=6, rates=False, **MLP),
-        "TRAK, 1 model": whence.TRAK(**MLP),
-        "random": whence.Random(),
+        "gradient cosine": wherefrom.GradCos(**MLP),
+        "TracIn, 6 checkpoints": wherefrom.TracIn(run, checkpoints=6, rates=False, **MLP),
+        "TRAK, 1 model": wherefrom.TRAK(**MLP),
+        "random": wherefrom.Random(),
     }
-    words = {"TF-IDF": whence.TFIDF(), "BM25": whence.BM25()}
+    words = {"TF-IDF": wherefrom.TFIDF(), "BM25": wherefrom.BM25()}
 
-    def by_solver(solver: Solver, damping: whence.Damping, every: int) -> dict[str, Any]:
+    def by_solver(solver: Solver, damping: wherefrom.Damping, every: int) -> dict[str, Any]:
         clock = Clock()
-        shift = whence.Influence(whence.Identity(), damping, **MLP).fit(model, CausalLM(), s.train).inverse.shift
+        shift = wherefrom.Influence(wherefrom.Identity(), damping, **MLP).fit(model, CausalLM(), s.train).inverse.shift
         clock("damping")
-        known = whence.Damping.by_parameter(shift)
-        fitted = whence.Influence(solver, known, **MLP).fit(model, CausalLM(), s.train)
+        known = wherefrom.Damping.by_parameter(shift)
+        fitted = wherefrom.Influence(solver, known, **MLP).fit(model, CausalLM(), s.train)
         inverse, problem = fitted.inverse, fitted.problem
         clock("fit")
         b = fitted.query_gradients({"input_ids": s.queries["input_ids"][::every]}).dense()

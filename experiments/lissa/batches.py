@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import whence
+import wherefrom
 from experiments.lissa import problems
-from whence import gradients, vectors
-from whence.curvature import Curvature
-from whence.curvature.spectrum import arnoldi
-from whence.errors import DivergenceError
-from whence.solvers.neumann import Neumann, StochasticNeumann
-from whence.vectors import Vectors
+from wherefrom.curvature import Curvature
+from wherefrom.curvature.lanczos import arnoldi
+from wherefrom.errors import DivergenceError
+from wherefrom.persample import gradients, vectors
+from wherefrom.persample.vectors import Vectors
+from wherefrom.solvers.neumann import Neumann, StochasticNeumann
 
 QUERIES = 20
 STEPS = 1000
@@ -87,7 +87,7 @@ def run(
 def measure(name: str, kind: str, seeds: int, steps: int) -> dict[str, Any]:
     """All lines of one problem at one damping."""
     case = problems.load(name)
-    influence = case.fit(Neumann(), whence.Damping.per_example())
+    influence = case.fit(Neumann(), wherefrom.Damping.per_example())
     seen = influence.inverse.curvature.remember(("spectrum", 0), lambda: None)
     if kind == "paper":
         influence = influence.at(seen.largest.value / RATIO)
@@ -97,7 +97,7 @@ def measure(name: str, kind: str, seeds: int, steps: int) -> dict[str, Any]:
     b = influence.query_gradients(tuple(t[:QUERIES] for t in case.queries)).dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        star = whence.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b).x
+        star = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b).x
     truth = scores(curvature, star)
     start = vectors.random_signs(curvature.problem.shapes, 1, torch.Generator().manual_seed(2), torch.float32)
     values = arnoldi(curvature.product, start, EIGENVALUES).ritz()[0]

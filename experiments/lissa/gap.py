@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-import whence
+import wherefrom
 from experiments.lissa import problems
-from whence import vectors
-from whence.solvers.identity import Identity
+from wherefrom.persample import vectors
+from wherefrom.solvers.identity import Identity
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROBES, GROUP = 1000, 4
@@ -30,7 +30,7 @@ PROBES, GROUP = 1000, 4
 def measure(name: str) -> dict[str, Any]:
     """Both sides for every batch size."""
     case = problems.load(name)
-    curvature = case.fit(Identity(), whence.Damping.per_example()).inverse.curvature
+    curvature = case.fit(Identity(), wherefrom.Damping.per_example()).inverse.curvature
     problem, begun = curvature.problem, time.process_time()
     trace = sum(mean * problem.shapes[n].numel() for n, mean in curvature.mean_eigenvalues().items())
     rng = torch.Generator().manual_seed(0)

@@ -17,12 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import whence
+import wherefrom
 from experiments.lissa import problems
-from whence import gradients, vectors
-from whence.curvature import GGN
-from whence.curvature.spectrum import Estimate
-from whence.solvers.neumann import corollary
+from wherefrom.curvature import GGN
+from wherefrom.curvature.lanczos import Estimate
+from wherefrom.persample import gradients, vectors
+from wherefrom.solvers.neumann import corollary
 
 TRIED = 100
 
@@ -61,7 +61,7 @@ def main() -> None:
     print("| " + " | ".join(h.replace("|", "\\|") for h in heads) + " |\n|" + "---|" * len(heads))
     for name in problems.NAMES:
         case = problems.load(name)
-        influence = case.fit(whence.Neumann(), whence.Damping.per_example())
+        influence = case.fit(wherefrom.Neumann(), wherefrom.Damping.per_example())
         curvature, damping = influence.inverse.curvature, min(influence.inverse.shift.values())
         assert isinstance(curvature, GGN)
         each = traces(curvature)
@@ -75,7 +75,7 @@ def main() -> None:
             "Corollary 1": own,
             "twice the batch": own,
             "a tenth of the batch, the step for it": corollary(seen, damping, batch=tenth),
-            "Corollary 1, c = max tr Cᵢ / tr C": corollary(whence.Spectrum(**safe), damping),
+            "Corollary 1, c = max tr Cᵢ / tr C": corollary(wherefrom.Spectrum(**safe), damping),
         }
         for label, plan in plans.items():
             batch = 2 * plan.batch if label.startswith("twice") else plan.batch

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-import whence
+import wherefrom
 from experiments.lissa import problems
-from whence import gradients
-from whence.evaluate import pbrf
-from whence.solvers.base import Pairing
+from wherefrom.persample import gradients
+from wherefrom.solvers.base import Pairing
+from wherefrom.tools.evaluate import pbrf
 
 RATIO = 66  # largest eigenvalue over damping, of the paper's ResNets
 RANDOM, HARDEST = 5, 3
@@ -43,16 +43,16 @@ def measure(name: str) -> list[dict[str, Any]]:
     (x, y), (xq, yq) = found.train, found.queries
     model = copy.deepcopy(found.model).double()
     case = problems.Case(name, model, found.task, (x.double(), y), (xq.double(), yq), found.damping)
-    base = case.fit(whence.Identity(), case.damping)
+    base = case.fit(wherefrom.Identity(), case.damping)
     problem, curvature, N = base.problem, base.inverse.curvature, len(case.train[0])
-    largest = whence.spectrum(curvature, probes=64).largest.value
+    largest = wherefrom.spectrum(curvature, probes=64).largest.value
     of_loss = gradients.concatenate([problem.loss_gradients(batch) for _, batch in problem.batches()])
     hard = of_loss.square_norms()[:, 0].topk(HARDEST).indices
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     examples = torch.cat([order[~torch.isin(order, hard)][:RANDOM], hard])
     b, q = of_loss[examples].dense(), problem.measurement_gradients(case.queries)
 
-    def scores(solver: whence.Solver, damping: float) -> dict[str, Any]:
+    def scores(solver: wherefrom.Solver, damping: float) -> dict[str, Any]:
         begun = time.process_time()
         x = solver.fit(curvature, damping)(b).x
         seconds = time.process_time() - begun
@@ -66,18 +66,18 @@ def measure(name: str) -> list[dict[str, Any]]:
         truth = pbrf(*given, damping=damping, eps=eps, tolerance=1e-4, steps=60, progress=False)
         seconds = time.process_time() - begun
         print(f"{name}, {setting}: {truth}, {seconds:.0f} CPU s", flush=True)
-        planned = whence.Neumann().fit(curvature, damping).report()
+        planned = wherefrom.Neumann().fit(curvature, damping).report()
         batch, steps = int(planned["batch"]) or N, int(planned["steps"])
         methods = {
-            "LiSSA": whence.Neumann(),
-            "LiSSA, decaying": whence.Neumann(
+            "LiSSA": wherefrom.Neumann(),
+            "LiSSA, decaying": wherefrom.Neumann(
                 batch=4 * batch, steps=2 * steps, decay=0.5, decay_every=-(-steps // 4), step=float(planned["step"])
             ),
-            "ASTRA": whence.ASTRA(),
-            "CG": whence.CG(),
+            "ASTRA": wherefrom.ASTRA(),
+            "CG": wherefrom.CG(),
         }
         if setting == "derivative":
-            methods["ASTRA, batch 1024"] = whence.ASTRA(batch=1024)
+            methods["ASTRA, batch 1024"] = wherefrom.ASTRA(batch=1024)
         results.append(
             {
                 "problem": name,
@@ -183,7 +183,7 @@ def main() -> None:
     problems.OUT.mkdir(exist_ok=True)
     if not args.redraw:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", whence.ConvergenceWarning)  # the tables say it
+            warnings.simplefilter("ignore", wherefrom.ConvergenceWarning)  # the tables say it
             results = [r for name in args.problems for r in measure(name)]
         file.write_text(json.dumps(results) + "\n")
     results = json.loads(file.read_text())

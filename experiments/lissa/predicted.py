@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-import whence
+import wherefrom
 from experiments.lissa import problems
-from whence import vectors
-from whence.curvature import Curvature
-from whence.curvature.spectrum import spectrum
-from whence.solvers.neumann import StochasticNeumann
+from wherefrom.curvature import Curvature
+from wherefrom.curvature.lanczos import spectrum
+from wherefrom.persample import vectors
+from wherefrom.solvers.neumann import StochasticNeumann
 
 LIMIT = 2.0  # that measured over predicted must stay below
 PROBES = 16
@@ -38,11 +38,11 @@ def dimension(curvature: Curvature, damping: float) -> float:
     """Effective dimension tr C (C + damping)^-1 by random signs."""
     problem = curvature.problem
     z = vectors.random_signs(problem.shapes, PROBES, torch.Generator().manual_seed(1), problem.dtype)
-    x = whence.CG(tolerance=1e-3, block=True).fit(curvature, damping)(z, certify=False).x
+    x = wherefrom.CG(tolerance=1e-3, block=True).fit(curvature, damping)(z, certify=False).x
     return float((vectors.dot(z, z) - damping * vectors.dot(z, x)).mean())
 
 
-def measure(influence: whence.Influence, case: problems.Case) -> dict[str, Any]:
+def measure(influence: wherefrom.Influence, case: problems.Case) -> dict[str, Any]:
     """One row: the spectrum, the plan, and every query's predicted and measured error."""
     inverse = influence.inverse
     assert isinstance(inverse, StochasticNeumann)
@@ -50,7 +50,7 @@ def measure(influence: whence.Influence, case: problems.Case) -> dict[str, Any]:
     b = influence.query_gradients(case.queries).dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # float32 ends at a few 1e-6; the residual is in the table
-        reference = whence.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b)
+        reference = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b)
     begun = time.process_time()
     solution = inverse(b)
     spent = time.process_time() - begun
@@ -129,7 +129,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in args.problems:
         case = problems.load(name)
-        influence = case.fit(whence.Neumann(), whence.Damping.per_example())
+        influence = case.fit(wherefrom.Neumann(), wherefrom.Damping.per_example())
         for kind, fitted in (("per example", influence), ("from training", influence.at(case.damping))):
             rows.append({"problem": name, "kind": kind} | measure(fitted, case))
             print(f"{name}, {kind}: {rows[-1]['seconds']:.0f} CPU s", flush=True)

@@ -15,8 +15,8 @@ import torch
 from benchmarks import problems
 from torch import Tensor, nn
 
-import whence
-from whence.evaluate import SGDRecipe, train_small
+import wherefrom
+from wherefrom.tools.evaluate import SGDRecipe, train_small
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"
@@ -34,9 +34,9 @@ class Case:
     queries: tuple[Tensor, Tensor]
     damping: float  # implied by training
 
-    def fit(self, solver: whence.Solver, damping: float | whence.Damping) -> whence.Influence:
+    def fit(self, solver: wherefrom.Solver, damping: float | wherefrom.Damping) -> wherefrom.Influence:
         """The solver fitted with the Gauss-Newton matrix."""
-        influence = whence.Influence(solver=solver, damping=damping, progress=False)
+        influence = wherefrom.Influence(solver=solver, damping=damping, progress=False)
         return influence.fit(self.model, self.task, self.train)
 
 
@@ -45,16 +45,16 @@ def load(name: str) -> Case:
     if name == "cnn":
         return _cnn()
     p = problems.load(name)
-    task = whence.Classification() if p.kind == "classification" else whence.Regression()
+    task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
     return Case(name, p.model(), task, (p.x, p.y), (p.xq, p.yq), p.damping)
 
 
 def _cnn() -> Case:
-    with np.load(problems.folder("WHENCE_DATA") / "mnist.npz") as data:
+    with np.load(problems.folder("WHEREFROM_DATA") / "mnist.npz") as data:
         x, xq = (torch.as_tensor(data[k]).unsqueeze(1).float() / 255 for k in ("x_train", "x_test"))
         y, yq = (torch.as_tensor(data[k]).long() for k in ("y_train", "y_test"))
     x, y = x[:2000], y[:2000]
-    task = whence.Classification()
+    task = wherefrom.Classification()
     recipe = SGDRecipe(lr=0.03, momentum=0.9, weight_decay=1e-3, batch_size=32, epochs=30)
     file = OUT / "cnn.pt"
     if not file.exists():
@@ -62,7 +62,7 @@ def _cnn() -> Case:
         torch.save(train_small(problems.cnn, task, (x, y), recipe, 0)[0].state_dict(), file)
     model = problems.cnn()
     model.load_state_dict(torch.load(file, weights_only=True))
-    damping = whence.Damping.from_training(recipe.lr, recipe.steps(len(x)), recipe.momentum).value
+    damping = wherefrom.Damping.from_training(recipe.lr, recipe.steps(len(x)), recipe.momentum).value
     return Case("cnn", model.eval(), task, (x, y), (xq[:100], yq[:100]), damping)
 
 

@@ -1,0 +1,1 @@
+"""Training data and queries: examples by number, batches, how they are collated, sampled and read from columns."""

@@ -1,0 +1,107 @@
+"""Layers of transformers that are no torch modules: the transposed Conv1D of GPT-2, and mixtures of experts.
+
+Importing this registers them. What else its models are made of is covered by the entries of
+`wherefrom.persample.layers`: routers give their weight to F.linear, every RMSNorm and DoRA's magnitudes are vectors
+that scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vjp, vmap
+
+from wherefrom.errors import MissingExtraError
+from wherefrom.persample.layers import FINDERS, Arguments, LinearKind, Unfactorable, columns, register
+from wherefrom.persample.rows import Scattered
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError as error:
+    said = 'This needs transformers, which is not installed. Run: pip install "wherefrom[hf]"'
+    raise MissingExtraError(said) from error
+
+
+class Conv1DKind(LinearKind):
+    """y = x W + b, the weight kept as (I, O)."""
+
+    transposed = True
+
+    def matrix(self, layer: Any) -> tuple[int, int]:
+        """One group of all outputs."""
+        return 1, layer.weight.shape[1]
+
+
+class ExpertsKind:
+    """Experts kept as one 3-D parameter for each of two layers: each expert is a group with the tokens routed to it.
+
+        y[t] = sum_k w[t, k] (D_e phi(U_e x[t])),     e = index[t, k]
+
+    Called as transformers calls them, with (x, index, w). The activations inside are computed again, so any
+    implementation of the forward pass is covered.
+
+    Args:
+        up: whether this is the first layer, U, or the second, D.
+        transposed: whether the weights are kept as (E, I, O).
+    """
+
+    whole = True
+
+    def __init__(self, up: bool, transposed: bool):
+        self.up, self.transposed = up, transposed
+
+    def matrix(self, layer: Any) -> tuple[int, int]:
+        """A group for each expert."""
+        weight = getattr(layer, _names(layer)[0 if self.up else 1])
+        return weight.shape[0], weight.shape[2 if self.transposed else 1]
+
+    def rows(
+        self, layer: Any, x: Tensor, g: Tensor, parts: Sequence[str], arguments: Arguments | None = None
+    ) -> Scattered:
+        """An input and the cotangents of an output for each token and each expert that it is routed to."""
+        given = [*arguments[0], *arguments[1].values()][1:] if arguments else []
+        if x.ndim != 2 or len(given) != 2 or len(given[0]) != len(x) or given[0].shape != given[1].shape:
+            raise Unfactorable("", "is not called with tokens, the numbers of their experts, and weights")
+        index, weights = (t.detach() for t in given)
+        group, order = index.flatten().sort(stable=True)
+        token = order // index.shape[1]
+        g = g[:, token] * weights.flatten()[order].to(g.dtype).unsqueeze(1)  # (R, P, O), at the outputs of D
+        sizes = group.bincount(minlength=layer.num_experts).tolist()
+        a, s = [], []
+        for e, (xe, ge) in enumerate(zip(x[token].split(sizes), g.split(sizes, 1), strict=True)):
+            inner, pull = self._inner(layer, e, xe)
+            a.append(xe if self.up else inner)
+            s.append(pull(ge) if self.up else ge)
+        return Scattered(columns(torch.cat(a), parts), torch.cat(s, 1), group, token, layer.num_experts, len(index))
+
+    def _inner(self, layer: Any, e: int, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """phi(U_e x), and from cotangents (R, P, O) at the outputs of D_e to those at the outputs of U_e."""
+        first, second = _names(layer)
+        up, down = (getattr(layer, name)[e].detach() for name in (first, second))
+        up, down = (up.mT, down.mT) if self.transposed else (up, down)
+        bias = getattr(layer, f"{first}_bias")[e].detach() if layer.has_bias else None
+        phi = layer._apply_gate if layer.has_gate else layer.act_fn
+        inner, back = vjp(phi, F.linear(x, up, bias))[:2]
+        return inner, lambda g: vmap(back)(g @ down)[0]
+
+
+def _names(layer: Any) -> tuple[str, str]:
+    return "gate_up_proj" if layer.has_gate else "up_proj", "down_proj"
+
+
+def _experts(layer: Any, part: str) -> ExpertsKind | None:
+    """The entry of a layer of experts, known by what transformers gives to all of them."""
+    marks = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+    if not all(hasattr(layer, mark) for mark in marks) or getattr(layer, "has_post_expert_norm", False):
+        return None
+    first, second = _names(layer)
+    which = part.removesuffix("_bias")
+    return ExpertsKind(which == first, layer.is_transposed) if which in (first, second) else None
+
+
+register(Conv1D, Conv1DKind())
+FINDERS.append(_experts)

@@ -1,0 +1,264 @@
+"""Tasks for models of transformers: language modelling, and classification of tokens.
+
+Batches are dicts as the models take them: ``input_ids`` and ``attention_mask`` (B, S), ``labels``, and whatever else
+the model's ``forward`` knows. A label of -100 is no label: it has no loss, no measurement and draws nothing. How far a
+batch is padded, and on which side, changes nothing: the model always gets it padded on the right, see `aligned`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wherefrom.errors import InputError, UnsupportedError, expected
+from wherefrom.hf import reading
+from wherefrom.hf.outputs import base_of, inputs_of, logits
+from wherefrom.hf.packing import document_starts, is_packed
+from wherefrom.model.task import Batch, Classification, Task
+
+IGNORE = -100
+LOSS_MASKS = ("completion_mask", "assistant_masks")  # as trl names them: 0 where a token has no label
+
+
+class Labelled(Task):
+    """Cross-entropy of logits with labels that a batch holds under "labels"."""
+
+    def __init__(self) -> None:
+        self._plain = Classification(IGNORE)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's logits on the `aligned` batch: (B, C) or (B, S, C).
+
+        Raises:
+            InputError: if the batch has columns that neither the model nor the loss takes.
+            UnsupportedError: if the outputs depend on padding.
+        """
+        batch = aligned(batch)
+        _refuse_packing(batch)
+        found = self._logits(model, batch)
+        if "input_ids" in batch:
+            reading.check_once(model, "unpadded", batch, lambda some: self._logits(model, some), reading.unpadded)
+        return found
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return logits(model, batch)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The label of each vector of logits, -100 for none: (B,) or (B, S).
+
+        Raises:
+            InputError: if there are none, or they are no whole numbers.
+        """
+        batch = aligned(batch)
+        if "labels" not in batch:
+            raise expected("a batch", "one with 'labels'", sorted(batch))
+        return whole_numbers(batch["labels"])
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy in nats, summed over an example's labelled positions: (B,)."""
+        return self._plain.loss(outputs, (None, self.labels(batch)))
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Negative margin of the right class, summed over labelled positions: (B,)."""
+        return self._plain.measurement(outputs, (None, self.labels(batch)))
+
+    def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
+        """The `aligned` batch with each label drawn from softmax(outputs)."""
+        return aligned(batch) | {"labels": self._plain.resample(outputs, (None, self.labels(batch)), rng)[1]}
+
+    def padding(self, batch: Batch) -> Tensor | None:
+        """(B, S): the attention mask of the `aligned` batch, or all of its tokens; None if it has neither."""
+        batch = aligned(batch)
+        return _real(batch) if batch.keys() & {"attention_mask", "input_ids"} else None
+
+
+class TokenClassification(Labelled):
+    """One label per token, (B, S): ``AutoModelForTokenClassification``; both are summed over labelled tokens.
+
+    loss         l = -sum_t log p_t,                         p_t the probability of the right label
+    measurement  f = -sum_t log(p_t / (1 - p_t))
+    """
+
+    def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """The negative margin of each token, at its position in the `aligned` batch; 0 without a label: (B, S)."""
+        labels = self.labels(batch)
+        return self._plain.measurement(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
+
+
+class CausalLM(Labelled):
+    """Next-token prediction: ``AutoModelForCausalLM``. Labels (B, S) stand at the token itself, as in transformers.
+
+        loss         l = -sum_t log p(token t | tokens before)          over the labelled tokens t
+        measurement  f = l / number of labelled tokens
+
+    The loss is a sum, so that the unit of C is the sequence. f is minus the average log-probability of a completion
+    given its prompt, in nats per token (Klochkov & Liu 2024); ``measurement=task.loss`` makes it the sum of Grosse et
+    al. (2023). Without "labels" every token has one. Nothing predicts the first token, so a label there has no effect.
+    Where a "completion_mask" or "assistant_masks" is 0, there is no label, as trl trains.
+
+    Documents packed into one row are told apart by position_ids that start again, and do not read each other: there
+    must be no 2-D attention mask then, as transformers itself wants it. Without "labels" nothing predicts the first
+    token of each document.
+    """
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's logits on the `aligned` batch: (B, S, C).
+
+        Raises:
+            InputError: if the batch has columns that neither the model nor the loss takes, or packed documents under a
+                2-D mask.
+            UnsupportedError: if the model is an encoder or has one, or lets packed documents read each other.
+        """
+        base = base_of(model)
+        encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+        if encoder or "decoder_input_ids" in (inputs_of(base) or ()):
+            raise UnsupportedError(
+                f"CausalLM is for decoders, but {type(base).__name__} has an encoder and a decoder. Write a Task whose "
+                "outputs are the decoder's logits and whose loss is that of its labels."
+            )
+        batch = aligned(batch)
+        _check_mask_of_packed(batch)
+        found = self._logits(model, batch)
+        mask = batch.get("attention_mask")
+        if "input_ids" in batch and (mask is None or mask.ndim == 2):
+            forward = lambda some: self._logits(model, some)  # noqa: E731
+            reading.check_once(model, "causal", batch, forward, reading.causal)
+            if mask is None and _is_packed(batch):
+                reading.check_once(model, "apart", batch, forward, reading.apart)
+        return found
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        return logits(model, batch, ("labels", *LOSS_MASKS))
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Labels at the positions that predict them: (B, S), the last without any."""
+        batch = aligned(batch)
+        own = whole_numbers(batch["labels"]) if "labels" in batch else _all_tokens(batch)
+        for name in LOSS_MASKS:
+            if name in batch:
+                own = own.where(_like(own, name, batch[name]).bool(), IGNORE)
+        if own.ndim != 2:
+            raise expected("labels", "one for each token, (B, S)", tuple(own.shape))
+        return torch.cat([own[:, 1:], own.new_full((len(own), 1), IGNORE)], 1)
+
+    def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy in nats per labelled token: (B,)."""
+        return self.loss(outputs, batch) / (self.labels(batch) != IGNORE).sum(1).clamp(min=1)
+
+    def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """What each labelled token adds to the measurement, (B, S).
+
+        A part stands at the position of the token that is predicted, in the `aligned` batch; 0 where there is no label.
+        """
+        labels = self.labels(batch)
+        losses = self._plain.loss(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
+        return F.pad(losses[:, :-1], (1, 0)) / (labels != IGNORE).sum(1, keepdim=True).clamp(min=1)
+
+    def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
+        """The `aligned` batch with each labelled token drawn from the model; the tokens it reads stay."""
+        drawn = super().resample(outputs, batch, rng)
+        return drawn | {"labels": drawn["labels"].roll(1, 1)}  # the last position predicts nothing
+
+    def padding(self, batch: Batch) -> Tensor:
+        """(B, S): real positions up to the last one that predicts a label; those after it have no gradient."""
+        labelled = (self.labels(batch) != IGNORE).long()
+        return _real(aligned(batch)) & (labelled.flip(1).cumsum(1).flip(1) > 0)
+
+
+def aligned(batch: Batch) -> Batch:
+    """The batch with every sequence moved to the left, so that its padding is on the right.
+
+    Models number positions from the left, and some read the first token for the whole sequence. A mask of more axes,
+    of sequences packed into one, stays as it is: all tokens count as real.
+
+    Raises:
+        InputError: if the batch is not a dict.
+    """
+    if not isinstance(batch, Mapping):
+        raise expected("a batch", "a dict of tensors such as wherefrom.hf.pad makes", type(batch).__name__)
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return dict(batch)
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    index = (mask.bool().long().argmax(1, keepdim=True) + steps) % mask.shape[1]  # (B, S)
+
+    def move(t: Tensor) -> Tensor:
+        if t.shape[:2] != mask.shape:
+            return t
+        return t.gather(1, index.view(*index.shape, *[1] * (t.ndim - 2)).expand(t.shape))
+
+    return {name: move(t) for name, t in batch.items()}
+
+
+def _real(batch: Batch) -> Tensor:
+    """(B, S): True at real tokens."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2:
+        return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    return mask.bool()
+
+
+def whole_numbers(labels: Tensor, advice: str = "Convert them with labels.long().") -> Tensor:
+    """Labels as int64.
+
+    Raises:
+        InputError: if they have fractions, which transformers would not take for classes either.
+    """
+    if labels.is_floating_point():
+        raise expected("labels", "whole numbers, the numbers of classes", f"{labels.dtype}", advice)
+    return labels.long()
+
+
+def _like(labels: Tensor, name: str, mask: Tensor) -> Tensor:
+    if mask.shape != labels.shape:
+        raise expected(name, f"of the labels' shape {tuple(labels.shape)}", tuple(mask.shape))
+    return mask
+
+
+def _all_tokens(batch: Batch) -> Tensor:
+    """A label for each real token but the first of each document, (B, S)."""
+    if "input_ids" not in batch:
+        raise expected("a batch", "one with 'labels' or 'input_ids'", sorted(batch))
+    own = batch["input_ids"].where(_real(batch), IGNORE)
+    if batch.get("attention_mask") is None and "position_ids" in batch and batch["position_ids"].shape == own.shape:
+        own = own.masked_fill(document_starts(batch["position_ids"]), IGNORE)
+    return own.long()
+
+
+def _is_packed(batch: Batch, real: Tensor | None = None) -> bool:
+    """Whether position_ids start again inside a row."""
+    positions = batch.get("position_ids")
+    return positions is not None and positions.ndim == 2 and is_packed(positions, real)
+
+
+def _check_mask_of_packed(batch: Batch) -> None:
+    """Refuse packed documents under a mask, which flash attention keeps apart and other implementations do not.
+
+    Raises:
+        InputError: if there are any.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and _is_packed(batch, _real(batch)):
+        raise InputError(
+            "position_ids start again inside a row that has an attention_mask (B, S): under it transformers lets the "
+            "documents of a row read each other, except in flash attention. Leave attention_mask out to keep them "
+            "apart, as wherefrom.hf.pad does, or give a mask of pairs of tokens."
+        )
+
+
+def _refuse_packing(batch: Batch) -> None:
+    """Refuse packed documents where padding can be told from tokens by a mask alone.
+
+    Raises:
+        InputError: if there are any.
+    """
+    if batch.get("attention_mask") is None and _is_packed(batch):
+        raise expected(
+            "position_ids",
+            "rising along each row, or beside an attention_mask",
+            "some that start again",
+            "Documents are packed into rows for CausalLM; give each a row of its own.",
+        )

@@ -1,0 +1,145 @@
+"""Unrolled: the derivative of a query's final measurement by each training example's weight, through all of training.
+
+    score(q, z) = -N d f_q(theta_T) / d w_z  at  w = 1
+
+theta_T is the end of the run that `Replay` takes again. One sweep backwards serves all examples: with (A, ...) the
+derivative of f by the state after step t, one entry each for the weights and for what the optimiser keeps,
+
+    a          = what (A, ...) becomes through the optimiser's step, by the gradient g_t
+    d f / d w_i += (1 / |B_t|) a . grad l_i(theta_t)                                           for each i in B_t
+    A          <- what (A, ...) becomes by the weights,  +  H_t a,                             H_t: Hessian of L_t
+
+States are kept every so many steps and the others computed again (Griewank & Walther 2000), so that memory grows with
+the square root of the steps. It is exact: what is left between it and retraining is that f is not linear in w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from wherefrom.curvature.ggn import rhs_at_once
+from wherefrom.curvature.plain import GAPS, Function, has_second_derivatives, is_gap, second
+from wherefrom.errors import UnsupportedError
+from wherefrom.methods.optimisers import pulled
+from wherefrom.methods.replay import Replay, State
+from wherefrom.methods.stream import Measurement
+from wherefrom.methods.training import OverTraining
+from wherefrom.persample import vectors
+from wherefrom.persample.vectors import Vectors
+from wherefrom.progress import track
+from wherefrom.scores import Scores
+from wherefrom.surroundings import jvp, undisturbed
+
+
+@dataclass(kw_only=True)
+class Unrolled(OverTraining):
+    """Exact unrolled differentiation of SGD, Adam or AdamW.
+
+    A query costs about three times the run, and 4 to 5 sets of parameters, so that ``memory`` decides how many go
+    together.
+
+    Args:
+        segment: see `Replay`.
+        dropped: the share of the examples that are dropped together to measure metasmoothness; 0 leaves it out.
+    """
+
+    segment: int | None = None
+    dropped: float = 0.05
+
+    @undisturbed()
+    def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
+        """Scores of all training examples on Q queries.
+
+        Args:
+            queries: in the form of the training data.
+            measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
+
+        Returns:
+            `Scores`: (Q, N), positive where removing the example would raise f; over N the predicted change, with the
+            initial weights and the order of the others as they were.
+        """
+        scores = super().score(queries, measurement)
+        scores.provenance["measured"] = self._measured
+        return scores
+
+    def _fit(self) -> None:
+        self._replay = Replay(self.problem, self.trajectory, self.segment)
+        self._measured = {"replay error": self._replay.error}
+        if self.dropped:
+            self._measured["metasmoothness"] = float(self._replay.metasmoothness(self.dropped).mean())
+
+    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        f = self._query_vectors(self._replay.trained, queries, measurement)
+        sets = 2 + max(len(rows) for rows in self._replay.states[0].values())
+        size = sum(t[0].numel() * t.element_size() for t in f.values())
+        together = max(1, int(self.memory / (sets * size)))
+        values = torch.cat([self._swept(some) for some in vectors.chunk(f, together)])
+        return -len(self.problem.train) * values, None, torch.ones(len(values), dtype=torch.bool)
+
+    def _swept(self, f: Vectors) -> Tensor:
+        """The derivatives by the examples' weights, (Q, N), from those by the final weights."""
+        replay = self._replay
+        kept = {name: len(rows) - 1 for name, rows in replay.states[0].items()}
+        batch = replay.problem.batch(replay.order[-1])
+        with replay.opened():
+            at_once = rhs_at_once(replay.problem, *replay.problem.functional(batch))
+        adjoints: list[State] = [
+            {name: (t, *[torch.zeros_like(t)] * kept[name]) for name, t in some.items()}
+            for some in vectors.chunk(f, at_once)
+        ]
+        values = [t.new_zeros(len(t), len(replay.problem.train)) for t in next(iter(f.values())).split(at_once)]
+        steps = replay.trajectory.steps
+        for step, state, g in track(replay.backwards(), "unrolling", total=steps, enabled=self.progress):
+            slopes, theta = replay.slopes(state, g, step), {name: rows[0][0] for name, rows in state.items()}
+            index = replay.order[step].to(replay.problem.device)
+            for i, adjoint in enumerate(adjoints):
+                back = {name: pulled(slopes[name], rows) for name, rows in adjoint.items()}
+                by_weight, by_theta = self._second(index, theta, {name: a for name, (_, a) in back.items()})
+                values[i].index_add_(1, index, by_weight)
+                adjoints[i] = {name: (rows[0].add_(by_theta[name]), *rows[1:]) for name, (rows, _) in back.items()}
+        return torch.cat(values)
+
+    def _second(self, index: Tensor, theta: Vectors, a: Vectors) -> tuple[Tensor, Vectors]:
+        """a . d g / d w_i for each example of a minibatch, (Q, B), and H a, (Q, ...)."""
+        problem = self._replay.problem
+        batch = problem.batch(index)
+        outputs, _ = problem.functional(batch)
+
+        def loss(theta: Vectors) -> tuple[Tensor, Tensor]:
+            each = problem.task.loss(outputs(theta), batch) / len(index)
+            return each.sum(), each
+
+        def along(a: Vectors) -> tuple[Vectors, Tensor]:
+            return jvp(grad(loss, has_aux=True), (theta,), (a,))[1]
+
+        with self._replay.opened():
+            try:
+                curved, slopes = vmap(along)(a)
+            except GAPS as error:
+                if not is_gap(error):
+                    raise
+                curved, slopes = self._second_by_plain(lambda p: loss(p)[1], theta, a)
+        return slopes, curved
+
+    def _second_by_plain(self, each: Function, theta: Vectors, a: Vectors) -> tuple[Vectors, Tensor]:
+        """The same by double backward, for a model without forward-mode derivatives.
+
+        Raises:
+            UnsupportedError: if its second derivatives are missing or wrong.
+        """
+        if not self._twice:
+            raise UnsupportedError(
+                "Unrolled needs second derivatives of the loss, and those of an operation of this model are missing or "
+                "wrong. Write the operation out in differentiable ones, or take SOURCE or TracIn."
+            )
+        return second(each, theta, ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1)))
+
+    @cached_property
+    def _twice(self) -> bool:
+        return has_second_derivatives(self._replay.problem)

@@ -1,0 +1,1 @@
+"""Per-sample gradients of each block of parameters, kept factored, and the contractions over them."""

@@ -1,0 +1,138 @@
+"""Choosing training data for a target: the examples that help its queries most.
+
+    mean       mean_q s(q, z)                      the average over the target set (HyperINF, section 5.2)
+    max        max_g mean_{q in g} s(q, z)         whichever group z helps most (LESS; Xia et al. 2024)
+    coverage   sum_g sqrt(sum_{z in S} max(s, 0))  no group is served alone; greedy, see `wherefrom.tools.act.coverage`
+
+`cleanest` is the other filter: the examples of the lowest self-influence (Schioppa et al. 2022, section 5.2). Judge
+either by training on the choice and on random examples of the same number, for the same number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from wherefrom.data.tables import Table, as_table, joined
+from wherefrom.errors import expected
+from wherefrom.tools.act.coverage import greedy
+from wherefrom.tools.act.ranking import Numbers, example_numbers, how_many, ranked
+from wherefrom.tools.evaluate.arrays import Floats, float_array
+
+By = Literal["mean", "max", "coverage"]
+RULES = {"mean": lambda rows: rows.mean(0), "max": lambda rows: rows.max(0)}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Examples that were chosen, and as many at random to compare with.
+
+    Attributes:
+        examples: (k,) numbers of the chosen examples, best first; for coverage in the order of the greedy choice.
+        scores: (k,) their scores by the rule; for coverage their mean.
+        random: (k,) numbers of as many random examples, from all N.
+        served: (G,) what the chosen examples give each group of queries (each query without groups): the sum of their
+            scores. Divided by N it predicts how much f rises if they are removed.
+        served_by_random: (G,) the same of the random ones.
+        by: the rule.
+        examples_in_all: N.
+        seed: of the random examples.
+    """
+
+    examples: Numbers
+    scores: Floats
+    random: Numbers
+    served: Floats
+    served_by_random: Floats
+    by: str
+    examples_in_all: int
+    seed: int
+
+    def table(self, **columns: Sequence[Any]) -> Table:
+        """A row for each chosen example: place (from 1), example, score.
+
+        Args:
+            columns: more columns, by name; each has a value for every one of the N examples.
+        """
+        places = list(range(1, len(self.examples) + 1))
+        found = as_table({"place": places, "example": self.examples, "score": self.scores})
+        return joined(found, "example", columns)
+
+    def __str__(self) -> str:
+        def said(served: Floats) -> str:
+            return f"{(served > 0).sum()} of {len(served)} helped, mean {served.mean():.3g}, worst {served.min():.3g}"
+
+        return (
+            f"{len(self.examples)} of {self.examples_in_all} examples by {self.by}: {said(self.served)}\n"
+            f"as many at random (seed {self.seed}): {said(self.served_by_random)}"
+        )
+
+
+def select(
+    scores: object,
+    share: float | None = None,
+    count: int | None = None,
+    by: By = "mean",
+    groups: Sequence[object] | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Choose the training examples that help target queries most.
+
+    Args:
+        scores: (Q, N) tensor or array, or an object whose ``values`` is one, of N examples on Q target queries;
+            positive: z helps. Data that was not trained on is scored by ``Influence.score(candidates=...)``.
+        share: of the N examples, in (0, 1].
+        count: how many, in place of a share.
+        by: the rule, see above: "mean", "max", or "coverage" for a diverse set.
+        groups: (Q,) the group of each query, such as its task or class; queries of a group are averaged first. None:
+            each query is a group of its own.
+        seed: of the random examples. The choice itself has none: ties go by example number, for coverage by the mean
+            score first.
+
+    Raises:
+        InputError: if scores are not finite, the size is out of range or not given once, the rule is unknown, or groups
+            do not fit.
+    """
+    rows = _grouped(float_array(scores, "scores", (2,)), groups)  # (G, N)
+    n = rows.shape[1]
+    k = how_many(n, share, count)
+    if by == "coverage":
+        values, chosen = rows.mean(0), greedy(rows, k)
+    elif by in RULES:
+        values = RULES[by](rows)
+        chosen = ranked(values)[:k]
+    else:
+        raise expected("by", f"one of {', '.join([*RULES, 'coverage'])}", by)
+    random = np.random.default_rng(seed).choice(n, k, replace=False)
+    served, other = rows[:, chosen].sum(1), rows[:, random].sum(1)
+    numbers = example_numbers(scores, n)
+    return Selection(numbers[chosen], values[chosen], numbers[random], served, other, by, n, seed)
+
+
+def cleanest(self_influence: object, share: float | None = None, count: int | None = None, seed: int = 0) -> Selection:
+    """Choose the training examples of the lowest self-influence: those that the others teach, too.
+
+    Args:
+        self_influence: (N,) tensor or array.
+        share, count, seed: as for `select`.
+
+    Returns:
+        A `Selection` whose scores are minus the self-influence, for the one group "all".
+
+    Raises:
+        InputError: as `select`.
+    """
+    return select(-float_array(self_influence, "self_influence", (1,))[None], share, count, seed=seed)
+
+
+def _grouped(scores: Floats, groups: Sequence[object] | None) -> Floats:
+    """Means over the queries of each group, groups in the order in which they are first met: (G, N)."""
+    if groups is None:
+        return scores
+    if len(groups) != len(scores):
+        raise expected("groups", f"one for each of the {len(scores)} queries", len(groups))
+    names = np.asarray(groups).tolist()
+    return np.stack([scores[[g == name for g in names]].mean(0) for name in dict.fromkeys(names)])

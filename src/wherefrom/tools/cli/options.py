@@ -1,0 +1,121 @@
+"""The options that commands share, and what the library makes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+import wherefrom
+from wherefrom.errors import expected
+from wherefrom.solvers.base import seeded
+from wherefrom.tools import loading
+from wherefrom.tools.cli.expressions import NAMES, given, made
+from wherefrom.tools.cli.language import Language
+
+CURVATURES = {"ggn": wherefrom.GGN, "hessian": wherefrom.Hessian, "fisher": wherefrom.EmpiricalFisher}
+T = TypeVar("T")
+S = TypeVar("S", bound="Subject")
+Flat = Annotated[T, tyro.conf.arg(name="")]  # a record whose fields are options of the command itself
+
+
+@dataclass(frozen=True)
+class Subject(Language):
+    """What is looked at.
+
+    Args:
+        target: the function that gives the model, its task and its data.
+        config: a TOML file with options by these names; those of the command line go first.
+        damping: lambda: a number, per_example(), relative(0.1) or from_training(lr=0.05, steps=300, momentum=0.9);
+            without it per_example(), or with --hf relative(0.1).
+        curvature: C: the Gauss-Newton matrix, the Hessian or the empirical Fisher matrix.
+        parameters: a regular expression; only parameters with such a name count. Without it all do, or with --hf those
+            of the MLPs; of all linear layers but the head, if none is called mlp; or of the adapters.
+        batch_size: examples per pass of the model; changes speed and memory only.
+        seed: of what is random; replaces the seeds in a solver or method.
+    """
+
+    target: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")]] = None
+    config: str | None = None
+    damping: float | str | None = None
+    curvature: Literal["ggn", "hessian", "fisher"] = "ggn"
+    parameters: str | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.parameters or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise expected("parameters", "a regular expression", repr(self.parameters), f"{error}.") from error
+
+    @property
+    def name(self) -> str:
+        """What is looked at, as it was given.
+
+        Raises:
+            InputError: if it was not, or twice.
+        """
+        found = [name for name in (self.target, self.hf) if name is not None]
+        if len(found) != 1:
+            got = " and ".join(found) or "neither"
+            raise expected("what to look at", "MODULE:FUNCTION, or a language model with --hf", got)
+        return found[0]
+
+    def found(self: S) -> tuple[S, loading.Target]:
+        """These options, with what was left out as the target proposes or else as usual, and the target."""
+        name = self.name
+        target = self.language() if self.hf else loading.load(name)
+        usual = {"damping": "per_example()", "solver": "auto"} | dict(target.defaults)
+        if getattr(self, "method", None) is not None:  # it has its own
+            usual = {name: value for name, value in usual.items() if name not in ("damping", "solver")}
+        left = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
+        return dataclasses.replace(self, **{name: value for name, value in usual.items() if name in left}), target
+
+    def chosen_damping(self) -> wherefrom.Damping:
+        """The damping."""
+        text = "per_example()" if self.damping is None else str(self.damping)
+        return wherefrom.Damping.of(made("damping", text, "0.01 or relative(0.1)"))
+
+
+@dataclass(frozen=True)
+class Attributed(Subject):
+    """What is looked at, how, and where the results go.
+
+    Args:
+        out: the folder of the results. A command that was stopped goes on from what is there.
+        solver: such as "CG(preconditioner=EKFAC(), tolerance=0.01)"; auto chooses by size. Without it auto, or
+            with --hf EKFAC().
+        method: another than influence functions, with its own settings: "TracIn()", "SOURCE(solver=ASTRA())", "TRAK()".
+    """
+
+    out: str = "wherefrom-run"
+    solver: str | None = None
+    method: str | None = None
+
+    def chosen_method(self) -> Any:
+        """The method; one that looks at training has no recorded run yet.
+
+        Raises:
+            InputError: if an expression does not say one, or something that belongs inside it is given besides it.
+        """
+        shared = {"parameters": self.parameters, "batch_size": self.batch_size}
+        if self.method is None:
+            solver = (
+                "auto" if self.solver in (None, "auto") else made("solver", self.solver, "CG(preconditioner=EKFAC())")
+            )
+            return wherefrom.Influence(
+                solver, self.chosen_damping(), CURVATURES[self.curvature], **shared, seed=self.seed
+            )
+        for name in ("solver", "damping", "curvature"):
+            if getattr(self, name) != getattr(Attributed, name):
+                advice = f"Write it inside, if {self.method} takes one."
+                raise expected(name, "left out where a method is given", repr(getattr(self, name)), advice)
+        names = given(NAMES, trajectory=None, **{name: v for name, v in shared.items() if v is not None})
+        found = made("method", self.method, "SOURCE(segments=3)", names)
+        if not (hasattr(found, "fit") and hasattr(found, "score")):
+            raise expected("method", "a method such as TracIn() or TRAK()", repr(self.method))
+        return found if self.seed is None else seeded(found, self.seed)

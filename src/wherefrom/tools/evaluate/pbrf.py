@@ -1,0 +1,273 @@
+"""PBRF: the response of a trained model to one example's weight, found by optimising, without retraining.
+
+    PBO_eps(theta) = (1/N) sum_i D(h_i(theta), h_i(theta_s)) + (lambda / 2) |theta - theta_s|^2 + eps l(z, theta)
+    D(h, h')       = l(h) - l(h') - grad l(h') . (h - h')       for cross-entropy KL(p' || p), which knows no label
+    value(q, z)    = -(f_q(theta_eps) - f_q(theta_-eps)) / (2 eps),        theta_eps = argmin PBO_eps
+
+theta_s are the trained weights: a minimum of PBO_0 however training ended, with Hessian G + lambda there. So as eps
+goes to 0 the values become grad f (G + lambda)^-1 grad l exactly, and what is left between them and scores is the
+solver's error. At eps = 1/N, the weight of an example, it is also what no linear prediction can know. The proximal
+Bregman response function is Bae et al. 2022's; Klochkov & Liu 2024 (figure 1) compare LiSSA with it.
+
+Differs from the papers: their SGD has the errors of the solvers that it should judge (with LiSSA's minibatches and a
+small eps it is LiSSA). Here each minimum is found by L-BFGS from (G + lambda)^-1, on all the data in float64, and
+certified by its gradient, in which no approximate inverse takes part; and the difference is central.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+
+from wherefrom.curvature.damping import Damping
+from wherefrom.curvature.ggn import GGN, rhs_at_once
+from wherefrom.curvature.plain import gradients
+from wherefrom.data.examples import Batch, Examples
+from wherefrom.errors import ConvergenceWarning, expected
+from wherefrom.methods.stream import Measurement
+from wherefrom.model.observe import Select, copied, ready
+from wherefrom.model.problem import Problem
+from wherefrom.model.task import Task
+from wherefrom.persample import vectors
+from wherefrom.persample.vectors import Vectors
+from wherefrom.progress import track
+from wherefrom.solvers.auto import Auto
+from wherefrom.solvers.base import Inverse, positive
+from wherefrom.surroundings import math_attention
+from wherefrom.tools.evaluate.arrays import int_array
+
+LENGTH = torch.finfo(torch.float64).eps ** (1 / 3)  # of a finite difference, relative to the weights
+KEPT = 6  # pairs of L-BFGS
+
+
+@dataclass(frozen=True)
+class PBRF:
+    """The responses of Q queries to m examples, or groups of examples. All tensors are float64.
+
+    Attributes:
+        values: (Q, m), of the sign and scale of `Scores.values`: positive where removing raises f, over N the predicted
+            change of f on removal. A group's is that of the sum of its losses.
+        change: (m,) |values - values at eps / 10| / |values at eps / 10| over the queries: small where eps is in the
+            range in which f is linear.
+        residual: (m,) |grad PBO| / (eps |grad l|) where the optimiser stopped, the largest of those that the example's
+            values are made of; 1 at theta_s.
+        converged: (m,) whether it met the tolerance.
+        eps: (m,)
+        damping: lambda of each parameter, by name.
+        steps: that the optimiser took.
+    """
+
+    values: Tensor
+    change: Tensor
+    residual: Tensor
+    converged: Tensor
+    eps: Tensor
+    damping: dict[str, float]
+    steps: int
+
+    def __str__(self) -> str:
+        """A line on the whole."""
+        q, m = self.values.shape
+        return (
+            f"proximal Bregman response of {q} queries to {m} examples: {int(self.converged.sum())} of {m} converged "
+            f"in {self.steps} steps, worst residual {float(self.residual.max()):.1e}; eps {float(self.eps.min()):.1e} "
+            f"to {float(self.eps.max()):.1e}, a tenth of it changes values by at most {float(self.change.max()):.1e}"
+        )
+
+
+def pbrf(
+    model: nn.Module,
+    task: Task | object,
+    train: Any,
+    queries: Any,
+    examples: Sequence[int] | Sequence[Sequence[int]],
+    damping: float | Damping,
+    eps: float | None = None,
+    measurement: Measurement | None = None,
+    parameters: Select = None,
+    tolerance: float = 1e-6,
+    steps: int = 50,
+    batch_size: int | None = None,
+    memory: float = 2**31,
+    progress: bool | None = None,
+) -> PBRF:
+    """Move the weights of some training examples and see how the queries respond.
+
+    Four models are optimised for each example, at eps, -eps and a tenth of both, all together; a step costs each of
+    them a gradient on all the training data.
+
+    Args:
+        model: the trained model; a float64 copy of it is used.
+        task: what was trained and what is measured; the loss must be convex in the outputs.
+        train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
+        queries: Q queries, in the form of the training data.
+        examples: m training examples by number, or groups of them.
+        damping: lambda, a number or a `Damping`.
+        eps: the weight that an example gains or loses, in a loss that is a mean; 1/N is its own. None takes for each
+            what moves the parameters by 6e-6 of their length, where values are derivatives.
+        measurement: f of a query, (outputs, batch) to (B,); None takes the task's.
+        parameters: which trainable parameters move; see `Problem`.
+        tolerance: of the residual.
+        steps: that the optimiser may take.
+        batch_size, memory: examples per pass, and bytes that may be taken; change speed only.
+        progress: show a progress bar; None shows it on a terminal.
+
+    Warns:
+        ConvergenceWarning: naming the examples that missed the tolerance. PBO has no zero of the gradient to find where
+            its minimum lies on a kink, as of ReLU; a smaller eps crosses fewer of them.
+
+    Raises:
+        InputError: for unknown examples, or as `Problem` does.
+    """
+    positive(eps=eps, tolerance=tolerance, steps=steps)
+    twin = copied(ready(model)).double()
+    problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
+    members = _members(examples, len(problem.train)).to(problem.device)  # (m, N)
+    inverse = Auto(memory=memory).fit(GGN(problem), damping)
+    pull = _pull(problem, members)
+    each = _lengths(inverse, pull) if eps is None else torch.full_like(members[:, 0], eps)
+    scales = torch.tensor([1, -1, 0.1, -0.1], dtype=torch.float64, device=problem.device).outer(each)  # (4, m)
+    weights, size = scales.view(-1, 1) * members.repeat(4, 1), (scales.abs() * vectors.norm(pull)).flatten()
+    moves, residual, taken = _minimised(inverse, weights, size, tolerance, steps)
+    f = _measured(problem, moves, Examples(queries, "queries", batch_size), measurement)  # (4 m, Q)
+    up, down, up_, down_ = f.view(4, len(members), -1)
+    values, finer = (down - up) / (2 * each).unsqueeze(1), (down_ - up_) / (0.2 * each).unsqueeze(1)  # (m, Q)
+    residual = residual.view(4, -1).amax(0)
+    if late := (~(residual <= tolerance)).nonzero().flatten().tolist():
+        warnings.warn(
+            f"{len(late)} of {len(members)} examples did not converge: |grad PBO| / (eps |grad l|) is "
+            f"{', '.join(f'{float(residual[i]):.0e} for examples[{i}]' for i in late[:10])}"
+            f"{', ...' if len(late) > 10 else ''}, above {tolerance:g}. Take eps=None, which fits it to each, raise "
+            "the damping, or allow more steps or a looser tolerance.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    change = (values - finer).norm(dim=1) / finer.norm(dim=1).clamp(min=1e-300)
+    return PBRF(values.T, change, residual, residual <= tolerance, each, inverse.shift, taken)
+
+
+def divergence(task: Task, outputs: Tensor, trained: Tensor, batch: Batch) -> Tensor:
+    """D(outputs, trained) of each example of a batch, (B,); not negative if the loss is convex in the outputs."""
+    slope = grad(lambda h: task.loss(h, batch).sum())(trained)
+    linear = (slope * (outputs - trained)).flatten(1).sum(1)
+    return task.loss(outputs, batch) - task.loss(trained, batch) - linear
+
+
+def _members(examples: Sequence[Any], n: int) -> Tensor:
+    """(m, N), 1 where the example belongs to the group."""
+    groups = [int_array(np.atleast_1d(some), f"examples[{i}]") for i, some in enumerate(examples)]
+    found = torch.zeros(len(groups), n, dtype=torch.float64)
+    for i, some in enumerate(groups):
+        if len(set(some.tolist())) != len(some) or some.min() < 0 or some.max() >= n:
+            raise expected(f"examples[{i}]", f"different numbers in 0..{n - 1}", some.tolist())
+        found[i, some] = 1
+    if not groups:
+        raise expected("examples", "numbers of one or more training examples", "none")
+    return found
+
+
+def _pull(problem: Problem, members: Tensor) -> Vectors:
+    """grad l at theta_s, summed over each group, (m, ...)."""
+    parts: Vectors = {}
+    for some in members.any(0).nonzero()[:, 0].split(problem.train.batch_size):
+        found = problem.loss_gradients(problem.batch(some.cpu())).combine(members[:, some].unsqueeze(-1))
+        parts = vectors.add_(parts, found) if parts else found
+    return parts
+
+
+def _lengths(inverse: Inverse, pull: Vectors) -> Tensor:
+    """What eps moves the parameters by a finite difference's length, for each example, (m,)."""
+    theta = {name: p.detach().unsqueeze(0) for name, p in inverse.curvature.problem.parameters.items()}
+    moved = vectors.norm(inverse.apply(pull))
+    return (LENGTH * vectors.norm(theta).clamp(min=1) / moved).where(moved > 0, 1.0)
+
+
+def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
+    """grad PBO at M points, (M, ...).
+
+    Args:
+        inverse: of the model at theta_s.
+        moves: theta - theta_s, (M, ...).
+        weights: eps of each training example at each point, (M, N).
+    """
+    problem, total = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
+    task, N = problem.task, len(problem.train)
+    with problem.observed(), math_attention():
+        for index, batch in problem.batches():
+            outputs, theta = problem.functional(batch)
+            trained = outputs(theta)
+
+            def part(move: Vectors, eps: Tensor, batch=batch, outputs=outputs, theta=theta, h=trained) -> Tensor:
+                there = outputs({name: t + move[name] for name, t in theta.items()})
+                return divergence(task, there, h, batch).sum() / N + eps @ task.loss(there, batch)
+
+            together = rhs_at_once(problem, outputs, theta)
+            pieces = zip(vectors.chunk(moves, together), weights[:, index].split(together), strict=True)
+            vectors.add_(total, vectors.concatenate([gradients(part, *piece) for piece in pieces]))
+    return total
+
+
+def _minimised(
+    inverse: Inverse, weights: Tensor, size: Tensor, tolerance: float, steps: int
+) -> tuple[Vectors, Tensor, int]:
+    """theta_eps - theta_s of M objectives, (M, ...), their gradients' lengths over ``size`` (M,), and the steps taken.
+
+    L-BFGS (Nocedal 1980) from (G + lambda)^-1. A step is shortened until the objective is no steeper along it at its
+    end than at its start. Only slopes are compared, for values of PBO drown in rounding; and the iterates keep to the
+    minimum next to theta_s, where for large -eps the loss would pull further without end.
+    """
+    problem = inverse.curvature.problem
+    x: Vectors = {name: p.new_zeros(len(weights), *p.shape) for name, p in problem.parameters.items()}
+    g, t = _gradient(inverse, x, weights), torch.ones_like(size)
+    pairs: list[tuple[Vectors, Vectors]] = []
+    for step in track(range(steps), "proximal Bregman objective", enabled=problem.progress):
+        residual = (vectors.norm(g) / size).where(size > 0, 0.0)
+        some = (residual > tolerance).nonzero()[:, 0]
+        if not len(some):
+            return x, residual, step
+        here = vectors.select(g, some)
+        d = _direction(inverse, here, [(vectors.select(s, some), vectors.select(y, some)) for s, y in pairs])
+        move = vectors.scale(d, t[some])
+        there = _gradient(inverse, vectors.add(vectors.select(x, some), move), weights[some])
+        first, last = vectors.dot(d, here), vectors.dot(d, there)
+        taken = last.abs() <= -first
+        s, y = vectors.zeros_like(x), vectors.zeros_like(x)
+        for name in x:
+            s[name][some[taken]] = move[name][taken]
+            y[name][some[taken]] = there[name][taken] - here[name][taken]
+        x, g, pairs = vectors.add(x, s), vectors.add(g, y), [*pairs, (s, y)][-KEPT:]
+        minimum = (first / (first - last)).clamp(0.1, 0.5)  # where the slope is 0 if it is linear
+        t[some] = torch.where(taken, 1.0, t[some] * minimum)
+    return x, (vectors.norm(g) / size).where(size > 0, 0.0), steps
+
+
+def _direction(inverse: Inverse, g: Vectors, pairs: list[tuple[Vectors, Vectors]]) -> Vectors:
+    """Minus the approximate inverse Hessian times g; pairs (s, y) without curvature, or of steps not taken, count 0."""
+    curved = [vectors.dot(s, y) for s, y in pairs]
+    rho = [(1 / c).where(c > 0, 0.0) for c in curved]
+    alpha = []
+    for (s, y), r in zip(reversed(pairs), reversed(rho), strict=True):
+        alpha.append(r * vectors.dot(s, g))
+        g = vectors.add(g, y, -alpha[-1])
+    g = inverse.apply(g)
+    for (s, y), r, a in zip(pairs, rho, reversed(alpha), strict=True):
+        g = vectors.add(g, s, a - r * vectors.dot(y, g))
+    return vectors.scale(g, -1.0)
+
+
+def _measured(problem: Problem, moves: Vectors, queries: Examples, measurement: Measurement | None) -> Tensor:
+    """f of the queries with the parameters moved, (M, Q)."""
+    f, parts = measurement or problem.task.measurement, []
+    with problem.observed(), torch.no_grad():
+        for _, batch in problem.batches(queries):
+            outputs, theta = problem.functional(batch)
+            there = [outputs({n: t + moves[n][i] for n, t in theta.items()}) for i in range(vectors.count(moves))]
+            parts.append(torch.stack([problem.per_example(f(h, batch), batch, "measurement") for h in there]))
+    return torch.cat(parts, 1)

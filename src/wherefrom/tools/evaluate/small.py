@@ -1,0 +1,224 @@
+"""Many small models trained at once, by plain SGD, each on a subset of the data of its own.
+
+Their parameters are stacked and the forward pass is vmapped over them (batched matrix products). Losses are one number
+per example, so one backward pass of their sum gives each model its own gradient, and `torch.optim.SGD`, whose update is
+elementwise, steps them all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from wherefrom.errors import UnsupportedError, expected
+from wherefrom.model.task import Task, as_task
+from wherefrom.progress import track
+from wherefrom.tools.evaluate.arrays import bool_array
+
+Data = Sequence[Tensor]
+
+
+class Run(NamedTuple):
+    """One training: the subset it is trained on, as a mask (N,) bool, and its seed."""
+
+    mask: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class SGDRecipe:
+    """Plain minibatch SGD with a constant step, as `torch.optim.SGD` and ``DataLoader(shuffle=True)`` do it.
+
+    Attributes:
+        lr: step size, on the mean loss of a minibatch.
+        momentum: heavy-ball momentum, without dampening.
+        weight_decay: added to the gradient of every parameter, biases too.
+        batch_size: examples per step.
+        epochs: passes over the subset; a smaller subset therefore takes fewer steps.
+        drop_last: leave out an epoch's last, smaller minibatch.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    epochs: int = 20
+    drop_last: bool = True
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.batch_size < 1 or self.epochs < 1:
+            raise expected("lr, batch_size and epochs", "> 0, >= 1 and >= 1", (self.lr, self.batch_size, self.epochs))
+
+    def steps(self, examples: int) -> int:
+        """Number of SGD steps on that many examples."""
+        kept = examples if self.drop_last else examples + self.batch_size - 1
+        return self.epochs * (kept // self.batch_size)
+
+
+def streams(seed: int) -> tuple[int, torch.Generator]:
+    """A run's two independent random streams: the seed of its initial weights, the generator of its epochs' orders.
+
+    An epoch's order is one of all N examples, of which those in the run's subset are taken: runs of the same seed keep
+    the order of the examples that they share.
+    """
+    weights, order = np.random.SeedSequence(seed).generate_state(2).tolist()
+    return weights, torch.Generator().manual_seed(order)
+
+
+def train_small(
+    build: Callable[[], nn.Module],
+    task: object,
+    train: Data,
+    recipe: SGDRecipe,
+    seeds: int | Sequence[int],
+    masks: object = None,
+    chunk: int | None = None,
+    progress: bool | None = None,
+) -> list[nn.Module]:
+    """Small models trained at once, one per seed, in eval mode: the attributed model, an ensemble, or one per subset.
+
+    Args:
+        build, task, train, recipe, chunk, progress: as in `retrain_small`.
+        seeds: one per model; the weights and the order of a model are `streams` of its seed.
+        masks: (len(seeds), N) bool, the subset of each model; None: all the data.
+
+    Raises:
+        InputError, UnsupportedError: as `retrain_small`.
+    """
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    train = checked_tensors(train, "train")
+    everything = torch.ones(len(seeds), len(train[0]), dtype=torch.bool)
+    kept = checked_masks(everything if masks is None else masks, len(train[0]))
+    if len(kept) != len(seeds):
+        raise expected("masks", f"one row per seed, {len(seeds)}", f"{len(kept)} rows")
+    runs = [Run(mask, seed) for mask, seed in zip(kept, seeds, strict=True)]
+    chunks = Trainer(build, as_task(task), train, recipe).models(runs, chunk, progress)
+    models = {i: model for numbers, group in chunks for i, model in zip(numbers, group, strict=True)}
+    return [models[i] for i in range(len(seeds))]
+
+
+def checked_tensors(data: Data, what: str) -> tuple[Tensor, ...]:
+    """Data (x, y) as a tuple.
+
+    Raises:
+        InputError: unless all are tensors of one length.
+    """
+    lengths = [len(part) if isinstance(part, Tensor) and part.ndim else type(part).__name__ for part in data]
+    if not lengths or lengths != lengths[:1] * len(lengths) or not isinstance(lengths[0], int):
+        raise expected(what, "a tuple (x, y) of tensors of one length", lengths)
+    return tuple(data)
+
+
+def checked_masks(masks: object, examples: int | None) -> Tensor:
+    """Subsets as a tensor (M, N) of bool.
+
+    Raises:
+        InputError: if they are not bool, are of another number of examples, or one is empty.
+    """
+    kept = torch.from_numpy(bool_array(masks, "masks", 2).copy())
+    if examples not in (None, kept.shape[1]):
+        raise expected("masks", f"(M, N) with N = {examples} training examples", tuple(kept.shape))
+    if not kept.any(1).all():
+        raise expected("masks", "non-empty subsets", f"no example in subset {int(kept.any(1).int().argmin())}")
+    return kept
+
+
+def _epoch(mask: Tensor, rng: torch.Generator) -> Tensor:
+    """The numbers of a subset's examples in the order of one epoch."""
+    order = torch.randperm(len(mask), generator=rng)
+    return order[mask[order]]
+
+
+class _Outputs(nn.Module):
+    """``task.outputs`` of a model as a module of its own, so that its parameters can be replaced from outside."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        super().__init__()
+        self.model = model
+        self.outputs = task.outputs  # a method, so a task that is a module is not taken for a part of the model
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.outputs(self.model, batch)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains models at once.
+
+    Attributes:
+        build: makes a freshly initialised model.
+        task: what is trained.
+        train: (x, y), each (N, ...).
+        recipe: the optimiser.
+    """
+
+    build: Callable[[], nn.Module]
+    task: Task
+    train: tuple[Tensor, ...]
+    recipe: SGDRecipe
+
+    def models(
+        self, runs: Sequence[Run], chunk: int | None, progress: bool | None
+    ) -> Iterator[tuple[list[int], list[nn.Module]]]:
+        """Yield (run numbers, trained models), a chunk of runs with subsets of one size after the other."""
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for i, run in enumerate(runs):
+            by_size[int(run.mask.sum())].append(i)
+        if not self.recipe.steps(min(by_size)):
+            raise expected("recipe", f"one with a step on {min(by_size)} examples", self.recipe, "See drop_last.")
+        if chunk is None:  # on a CPU about 2 MiB of parameters was fastest, a GPU wants more
+            size = sum(p.numel() * p.element_size() for p in self.initial(runs[0]).parameters())
+            chunk = max(1, (2**21 if self.train[0].device.type == "cpu" else 2**28) // max(1, size))
+        if chunk < 1:
+            raise expected("chunk", "at least 1", chunk)
+        groups = [same[i : i + chunk] for same in by_size.values() for i in range(0, len(same), chunk)]
+        for group in track(groups, "training", enabled=progress):
+            yield group, self.together([runs[i] for i in group])
+
+    def initial(self, run: Run) -> nn.Module:
+        """The untrained model of a run."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(streams(run.seed)[0])
+            return self.build().to(self.train[0].device)
+
+    @torch.enable_grad()
+    def together(self, runs: Sequence[Run]) -> list[nn.Module]:
+        """K trained models, in eval mode, each on its own subset (all of one size), in its own order."""
+        models, recipe = [self.initial(run) for run in runs], self.recipe
+        wrapped = [_Outputs(model, self.task).train() for model in models]
+        parameters, buffers = stack_module_state(wrapped)  # name -> (K, ...)
+        forward = vmap(lambda p, b, *batch: functional_call(wrapped[0], (p, b), batch))
+        trained = [p for p in parameters.values() if p.requires_grad]
+        sgd = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        rngs = [streams(run.seed)[1] for run in runs]
+        for _ in range(recipe.epochs):
+            orders = [_epoch(run.mask, rng) for run, rng in zip(runs, rngs, strict=True)]
+            for rows in torch.stack(orders).to(self.train[0].device).split(recipe.batch_size, dim=1):  # (K, B)
+                if recipe.drop_last and rows.shape[1] < recipe.batch_size:
+                    break
+                batch = tuple(part[rows] for part in self.train)  # (K, B, ...) each
+                try:
+                    outputs = forward(parameters, buffers, *batch)  # (K, B, ..., C)
+                except RuntimeError as error:
+                    what = f"The model must run as {len(runs)} stacked copies, got: {error}. "
+                    raise UnsupportedError(what + "If it runs alone, give `retrain` a function to train it.") from error
+                loss = self.task.loss(outputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in batch))  # (K * B,)
+                if loss.shape != (rows.numel(),):
+                    raise expected("task.loss", f"one number per example, ({rows.numel()},)", tuple(loss.shape))
+                sgd.zero_grad()
+                (loss.sum() / rows.shape[1]).backward()
+                sgd.step()
+        stacked = {**parameters, **buffers}
+        with torch.no_grad():
+            for k, model in enumerate(wrapped):
+                for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+                    tensor.copy_(stacked[name][k])
+        return [model.eval() for model in models]
