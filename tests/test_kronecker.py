@@ -19,7 +19,7 @@ from wherefrom import (
     factored,
 )
 from wherefrom.curvature import kronecker
-from wherefrom.curvature.eigenbasis import KroneckerBlock
+from wherefrom.persample.eigenbasis import KroneckerBlock
 from wherefrom.solvers.base import Pairing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")

@@ -27,7 +27,7 @@ from wherefrom import (
     RandProj,
     lowrank,
 )
-from wherefrom.curvature.eigenbasis import Basis
+from wherefrom.persample.eigenbasis import Basis
 from wherefrom.curvature.kronecker import fit
 from wherefrom.methods import directions
 from wherefrom.persample.factored import Factored, Written

@@ -18,13 +18,18 @@ from wherefrom.methods import (
     SOURCE,
     TFIDF,
     TRAK,
+    Certificate,
     Embeddings,
+    Fitted,
+    FittedInfluence,
     GradCos,
     GradientStore,
     Influence,
+    Method,
     Random,
     Replay,
     Scores,
+    Solution,
     Top,
     TracIn,
     Unrolled,
@@ -38,9 +43,9 @@ from wherefrom.methods import (
 )
 from wherefrom.model.problem import Problem
 from wherefrom.model.task import Classification, Regression, Task
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.layers import LayerKind, register
-from wherefrom.persample.vectors import Vectors
 from wherefrom.solvers import (
     ASTRA,
     CG,
@@ -56,10 +61,8 @@ from wherefrom.solvers import (
     Inverse,
     Neumann,
     Nystrom,
-    Pairing,
     RandProj,
     RandSelect,
-    Solution,
     Solver,
 )
 from wherefrom.training.trajectory import Recorder, Trajectory
@@ -85,7 +88,11 @@ __all__ = [
     "DataInf",
     "DivergenceError",
     "Dual",
+    "Certificate",
+    "Directions",
     "Embeddings",
+    "Fitted",
+    "FittedInfluence",
     "EmpiricalFisher",
     "Exact",
     "Factored",
@@ -98,12 +105,12 @@ __all__ = [
     "InputError",
     "Inverse",
     "LayerKind",
+    "Method",
     "MissingExtraError",
     "Need",
     "Neumann",
     "Nystrom",
     "Operator",
-    "Pairing",
     "Problem",
     "RandProj",
     "RandSelect",
@@ -121,7 +128,6 @@ __all__ = [
     "Trajectory",
     "Unrolled",
     "UnsupportedError",
-    "Vectors",
     "AttributionError",
     "AttributionWarning",
     "Written",

@@ -1,7 +1,7 @@
 """The conformance suite: what every operator, solver and layer entry must fulfil, for the library's own and for yours.
 
     check_operator(GGN(problem))                                    # symmetric, linear, positive if it says so
-    check_solver(MySolver(), GGN(problem), damping=0.1)             # the contract of fit, apply, restore
+    check_solver(MySolver(), GGN(problem), damping=0.1)             # the contract of fit, apply, saving
     check_layer(MyKind(), MyLayer(3, 5).double(), x)                # per-example gradients against autograd
 
 Each returns None, or raises a `ConformanceError` that names what failed and by how much.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,18 +20,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wherefrom import records
 from wherefrom.curvature.base import Curvature, Need, Operator
 from wherefrom.curvature.damping import Damping
-from wherefrom.data.examples import tensors
 from wherefrom.errors import AttributionError, ConvergenceWarning, UnsupportedError
+from wherefrom.methods.influence import saved_classes
 from wherefrom.model.observe import copied
 from wherefrom.model.problem import Problem
-from wherefrom.persample import vectors
+from wherefrom.persample.blocks import Block
+from wherefrom.persample.directions import Directions, concatenate
 from wherefrom.persample.factored import Factored
-from wherefrom.persample.gradients import Block
 from wherefrom.persample.layers import LayerKind, transposed
-from wherefrom.persample.vectors import Vectors
-from wherefrom.solvers.base import Inverse, Solver, relative
+from wherefrom.solvers.base import Inverse, Solver, relative_norm
 
 RIGHT_HAND_SIDES = 3
 LANCZOS = 12  # steps; they find a negative eigenvalue that is not tiny
@@ -48,16 +49,16 @@ def check_operator(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Check a deterministic symmetric linear map on Vectors.
+    """Check a deterministic symmetric linear map on `Directions`.
 
-    Names, shapes and dtype are kept, the input is not modified, a repeated product is the same, several right-hand
+    Blocks, shapes and dtype are kept, the input is not modified, a repeated product is the same, several right-hand
     sides equal one at a time, C(2u - 3v) = 2Cu - 3Cv, u.Cv = v.Cu, and no negative eigenvalue where ``psd`` is claimed.
 
     Args:
         operator: the map, or a curvature, whose map over all the data is taken. One that draws minibatches fails.
-        dtype: of the vectors; None takes the one of the curvature's model, or float64.
+        dtype: of the directions; None takes the one of the curvature's model, or float64.
         tolerance: relative; None takes 1e-8 in float64 and 1e-3 in float32.
-        seed: of the random vectors.
+        seed: of the random directions.
 
     Raises:
         ConformanceError: naming the first of these that does not hold.
@@ -67,22 +68,23 @@ def check_operator(
     like = next(iter(problem.parameters.values())) if isinstance(problem, Problem) else torch.empty(0).double()
     like = like.detach().to(dtype or like.dtype)
     tolerance, name = tolerance or _tolerance(like.dtype), type(operator).__name__
-    u, v = _normal(C.shapes, like, seed), _normal(C.shapes, like, seed + 1)
-    before = vectors.clone(v)
+    u, v = _draw(C.blocks, like, seed), _draw(C.blocks, like, seed + 1)
+    before = v.clone()
     cu, cv = C(u), C(v)
-    _shaped(f"{name}: C v", cv, C.shapes, RIGHT_HAND_SIDES, like.dtype)
-    _same(f"{name}: the input v after C v", v, before, 0.0)
-    _same(f"{name}: a repeated C v (an operator that draws minibatches cannot pass)", C(v), cv, tolerance)
-    single = vectors.concatenate([C(one) for one in vectors.chunk(v, 1)])
-    _same(f"{name}: right-hand sides one at a time", single, cv, tolerance)
-    both = C(vectors.add(vectors.scale(u, 2.0), v, -3.0))
-    _same(f"{name}: linearity, C(2u - 3v)", both, vectors.add(vectors.scale(cu, 2.0), cv, -3.0), tolerance)
-    gap = (vectors.dot(u, cv) - vectors.dot(v, cu)).abs() / (vectors.norm(u) * vectors.norm(cv)).clamp(min=1e-300)
-    _small(f"{name}: symmetry, |u.Cv - v.Cu| / |u||Cv|", float(gap.max()), tolerance)
+    _check_shape(f"{name}: C v", cv, C.blocks, RIGHT_HAND_SIDES, like.dtype)
+    _check_same(f"{name}: the input v after C v", v, before, 0.0)
+    _check_same(f"{name}: a repeated C v (an operator that draws minibatches cannot pass)", C(v), cv, tolerance)
+    single = concatenate([C(one) for one in v.chunk(1)])
+    _check_same(f"{name}: right-hand sides one at a time", single, cv, tolerance)
+    both = C(u.scale(2.0).axpy(-3.0, v))
+    _check_same(f"{name}: linearity, C(2u - 3v)", both, cu.scale(2.0).axpy(-3.0, cv), tolerance)
+    gap = (u.dot(cv) - v.dot(cu)).abs() / (u.norm() * cv.norm()).clamp(min=1e-300)
+    _check_small(f"{name}: symmetry, |u.Cv - v.Cu| / |u||Cv|", float(gap.max()), tolerance)
     if C.psd:
-        values = _ritz(C, {p: t[:1] for p, t in v.items()})
+        values = _ritz_values(C, v[:1])
         lowest = float(-values.min() / values.abs().max().clamp(min=1e-300))
-        _small(f"{name}: claims psd, but has an eigenvalue below 0, relative to the largest", lowest, tolerance)
+        what = f"{name}: claims psd, but has an eigenvalue below 0, relative to the largest"
+        _check_small(what, lowest, tolerance)
 
 
 def check_solver(
@@ -97,8 +99,8 @@ def check_solver(
     The solver is a frozen, hashable record with a repr that depends on its fields alone, and refuses a curvature
     without what it needs. A solution has the right-hand side's shapes, is finite, the same each time, the same for
     right-hand sides solved together and one by one, linear in b (unless the method iterates), and 0 for b = 0; its
-    certificate is the residual computed here. What `Inverse.state` saves restores the same answers. Self-influence and
-    the shorter way to scores, where there is one, agree with the solutions.
+    certificate is the residual computed here. The fields of the inverse, saved and read again, give the same answers.
+    Self-influence agrees with the solutions, and so do the solutions of per-sample gradients that are not written out.
 
     Args:
         solver: what is checked.
@@ -119,20 +121,31 @@ def check_solver(
         warnings.simplefilter("ignore", ConvergenceWarning)
         inverse = solver.fit(curvature, damping)
         tolerance = max(tolerance, 10 * (inverse.tolerance or 0.0))
-        b = _normal(problem.shapes, next(iter(problem.parameters.values())).detach(), seed)
-        b = {p: torch.cat([t, torch.zeros_like(t[:1])]) for p, t in b.items()}  # the last one is zero
-        x = _solution(name, inverse, b, tolerance)
-        single = vectors.concatenate([inverse(one, certify=False).x for one in vectors.chunk(b, 1)])
-        _same(f"{name}: right-hand sides solved one by one", single, x, tolerance)
-        _same(f"{name}: the solution of a zero right-hand side", {p: t[-1:] for p, t in x.items()}, None, 0.0)
-        if not inverse(b, certify=False).history.numel():
-            mixed = {p: 2 * t[:1] - 3 * t[1:2] for p, t in b.items()}
-            wanted = {p: 2 * t[:1] - 3 * t[1:2] for p, t in x.items()}
-            _same(f"{name}: linearity, the solution of 2b - 3c", inverse.apply(mixed), wanted, tolerance)
-        state = {key: t.clone() for key, t in inverse.state().items()}
-        restored = solver.restore(curvature, dict(inverse.shift), state)
-        _same(f"{name}: solutions after state and restore", restored(b, certify=False).x, x, tolerance)
-        _pairs(name, inverse, problem, tolerance)
+        b = _draw(problem.blocks, next(iter(problem.parameters.values())).detach(), seed)
+        b = concatenate([b, b[:1].zeros_like()])  # the last one is zero
+        x = _check_solution(name, inverse, b, tolerance)
+        single = concatenate([inverse.solve(one, certify=False)[0].dense() for one in b.chunk(1)])
+        _check_same(f"{name}: right-hand sides solved one by one", single, x, tolerance)
+        _check_same(f"{name}: the solution of a zero right-hand side", x[-1:], None, 0.0)
+        if not inverse.solve(b, certify=False)[1].history.numel():
+            mixed = b[:1].scale(2.0).axpy(-3.0, b[1:2])
+            wanted = x[:1].scale(2.0).axpy(-3.0, x[1:2])
+            _check_same(f"{name}: linearity, the solution of 2b - 3c", inverse.apply(mixed), wanted, tolerance)
+        restored = _save_and_restore(name, inverse)
+        _check_same(f"{name}: solutions after saving and restoring", restored.apply(b), x, tolerance)
+        _check_gradients(name, inverse, problem, tolerance)
+
+
+def _save_and_restore(name: str, inverse: Inverse) -> Inverse:
+    """Take an inverse apart and put it together again, as a file would."""
+    given = {"curvature": inverse.curvature, "damping": inverse.damping}
+    tensors, description = records.describe(inverse, given)
+    saved = {path: t.clone() for path, t in tensors.items()}
+    known = saved_classes()
+    try:
+        return records.rebuild(json.loads(json.dumps(description)), saved, given, known)
+    except AttributionError as error:
+        raise ConformanceError(f"{name}: its inverse cannot be restored by its fields: {error}") from error
 
 
 def check_layer(kind: LayerKind, layer: nn.Module, x: Tensor, tolerance: float | None = None) -> None:
@@ -179,17 +192,17 @@ def _layer(name: str, kind: LayerKind, layer: nn.Module, x: Tensor, g: Tensor, h
     with torch.no_grad():
         found = cast(Factored, kind.rows(layer, x, g, tuple(held)))  # or another form with the same methods
         dense = found.written().rows
-    _near(f"{name}: shape of the rows", torch.tensor(dense.shape), torch.tensor((n, R, block.size)), 0.0)
+    _check_near(f"{name}: shape of the rows", torch.tensor(dense.shape), torch.tensor((n, R, block.size)), 0.0)
     unpacked = block.unpack(dense.reshape(-1, *block.sides))
-    _same(f"{name}: rows", unpacked, {part: torch.stack(some) for part, some in truth.items()}, tolerance)
+    _check_parameters(f"{name}: rows", unpacked, {part: torch.stack(some) for part, some in truth.items()}, tolerance)
     other = torch.arange(1, n, device=dense.device)
     v, w = _random(dense, 2, *block.sides), _random(dense, 2, n, R)
     wanted = torch.einsum("qnr,nrd->qd", w, dense).view(v.shape)
     gram = torch.einsum("nrd,msd->nrms", dense, dense[other])
-    _near(f"{name}: dot", found.dot(v), torch.einsum("qd,nrd->qnr", v.flatten(1), dense), tolerance)
-    _near(f"{name}: combine", found.combine(w), wanted, tolerance)
-    _near(f"{name}: gram", found.gram(found[other]), gram, tolerance)
-    _near(f"{name}: square_norms", found.square_norms(), dense.square().sum(2), tolerance)
+    _check_near(f"{name}: dot", found.dot(v), torch.einsum("qd,nrd->qnr", v.flatten(1), dense), tolerance)
+    _check_near(f"{name}: combine", found.combine(w), wanted, tolerance)
+    _check_near(f"{name}: gram", found.gram(found[other]), gram, tolerance)
+    _check_near(f"{name}: square_norms", found.square_norms(), dense.square().sum(2), tolerance)
 
 
 def _record(solver: Solver) -> None:
@@ -221,40 +234,39 @@ def _needs(solver: Solver, curvature: Curvature, damping: float | Damping) -> No
     )
 
 
-def _solution(name: str, inverse: Inverse, b: Vectors, tolerance: float) -> Vectors:
-    """The solutions of b, after the checks of one call."""
-    before, problem, Q = vectors.clone(b), inverse.curvature.problem, vectors.count(b)
-    _shaped(f"{name}: apply", inverse.apply(b), problem.shapes, Q, problem.dtype)
-    solution = inverse(b)
-    x = solution.x
-    _shaped(f"{name}: the solution", x, problem.shapes, Q, problem.dtype)
-    _same(f"{name}: the right-hand side after solving", b, before, 0.0)
-    if not all(t.isfinite().all() for t in x.values()):
+def _check_solution(name: str, inverse: Inverse, b: Directions, tolerance: float) -> Directions:
+    """Check one solve, and return the solutions of b."""
+    before, problem, Q = b.clone(), inverse.curvature.problem, len(b)
+    _check_shape(f"{name}: apply", inverse.apply(b).dense(), problem.blocks, Q, problem.dtype)
+    x, certificate = inverse.solve(b)
+    x = x.dense()
+    _check_shape(f"{name}: the solution", x, problem.blocks, Q, problem.dtype)
+    _check_same(f"{name}: the right-hand side after solving", b, before, 0.0)
+    if not x.is_finite().all():
         raise ConformanceError(f"{name}: the solution must be finite; raise DivergenceError otherwise.")
-    again = inverse(b, certify=False)
-    _same(f"{name}: solving again", again.x, x, tolerance)
-    _same(f"{name}: apply without a certificate", inverse.apply(b), x, tolerance)
-    if solution.residual is None or again.residual is not None:
+    again, uncertified = inverse.solve(b, certify=False)
+    _check_same(f"{name}: solving again", again, x, tolerance)
+    _check_same(f"{name}: apply without a certificate", inverse.apply(b), x, tolerance)
+    if certificate.residual is None or uncertified.residual is not None:
         raise ConformanceError(f"{name}: residual must be measured if certify=True, and be None if certify=False.")
-    for what, values in (("residual", solution.residual), ("converged", solution.converged)):
+    for what, values in (("residual", certificate.residual), ("converged", certificate.converged)):
         if values.shape != (Q,):
             raise ConformanceError(f"{name}: {what} must have shape ({Q},), got {tuple(values.shape)}.")
-    cx = inverse.curvature.operator()(x)
-    wanted = relative({p: b[p] - cx[p] - inverse.shift[p] * x[p] for p in b}, b)
-    gap = (solution.residual.double() - wanted).abs() / (1 + wanted)
-    _small(f"{name}: the certificate against |(C + damping) x - b| / |b|", float(gap.max()), tolerance)
+    image = inverse.curvature.operator()(x)
+    wanted = relative_norm(b.axpy(-1.0, image).axpy({k: -s for k, s in inverse.damping.items()}, x), b)
+    gap = (certificate.residual.double() - wanted).abs() / (1 + wanted)
+    _check_small(f"{name}: the certificate against |(C + damping) x - b| / |b|", float(gap.max()), tolerance)
     return x
 
 
-def _pairs(name: str, inverse: Inverse, problem: Problem, tolerance: float) -> None:
-    """Self-influence and the shorter way to scores, on the loss gradients of the first examples."""
+def _check_gradients(name: str, inverse: Inverse, problem: Problem, tolerance: float) -> None:
+    """Check self-influence, and scores from factored right-hand sides, on the loss gradients of the first examples."""
     g = problem.loss_gradients(problem.batch(range(min(4, len(problem.train)))))
-    written = g.dense()
-    x = inverse(written, certify=False).x
-    _near(f"{name}: self-influence (quadratic)", inverse.quadratic(g)[0], vectors.dot(written, x), tolerance)
-    short = inverse.pairing(g)
-    if short is not None:
-        _near(f"{name}: scores by pairing", short(g), g.dot(x)[..., 0], tolerance)
+    x = inverse.solve(g.dense(), certify=False)[0].dense()
+    _check_near(f"{name}: self-influence", inverse.self_influence(g)[0], g.dense().dot(x), tolerance)
+    b = g.to_directions().to_eigenbasis(inverse.scoring_basis)
+    factored = inverse.solve(b, certify=False)[0]
+    _check_near(f"{name}: scores by factored right-hand sides", g.dot(factored), g.dot(x), tolerance)
 
 
 # --- comparisons ---
@@ -268,50 +280,56 @@ def _random(like: Tensor, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
 
 
-def _normal(shapes: Mapping[str, torch.Size], like: Tensor, seed: int) -> Vectors:
-    """Independent normal right-hand sides."""
-    size = sum(s.numel() for s in shapes.values())
-    return vectors.unflatten(_random(like, RIGHT_HAND_SIDES, size, seed=seed), shapes)
+def _draw(blocks: tuple[Block, ...], like: Tensor, seed: int) -> Directions:
+    """Draw independent normal right-hand sides."""
+    size = sum(block.size for block in blocks)
+    return Directions.unflatten(blocks, _random(like, RIGHT_HAND_SIDES, size, seed=seed))
 
 
-def _shaped(what: str, v: Vectors, shapes: Mapping[str, torch.Size], count: int, dtype: torch.dtype) -> None:
-    wanted = {p: (count, *s) for p, s in shapes.items()}
-    got = {p: tuple(t.shape) for p, t in v.items()}
+def _check_shape(what: str, v: Directions, blocks: tuple[Block, ...], count: int, dtype: torch.dtype) -> None:
+    wanted = {block.name: (count, *block.sides) for block in blocks}
+    got = {name: tuple(t.shape) for name, t in v.dense().tensors().items()}
     if got != wanted:
-        raise ConformanceError(f"{what}: names and shapes must be {wanted}, got {got}.")
-    if wrong := {str(t.dtype) for t in tensors(v) if t.dtype != dtype}:
+        raise ConformanceError(f"{what}: blocks and shapes must be {wanted}, got {got}.")
+    if wrong := {str(t.dtype) for t in v.dense().tensors().values() if t.dtype != dtype}:
         raise ConformanceError(f"{what}: dtype must be {dtype}, got {', '.join(sorted(wrong))}.")
 
 
-def _same(what: str, got: Vectors, wanted: Vectors | None, tolerance: float) -> None:
-    """Equal over all parameters, for each right-hand side; to zero if nothing is wanted."""
-    wanted = vectors.zeros_like(got) if wanted is None else wanted
-    if set(got) != set(wanted) or any(got[p].shape != wanted[p].shape for p in wanted):
-        raise ConformanceError(f"{what}: names or shapes differ from those expected.")
-    size = vectors.norm(wanted).clamp(min=1e-300)
-    _small(what, float((vectors.norm(vectors.add(got, wanted, -1.0)) / size).max()), tolerance)
+def _check_same(what: str, got: Directions, wanted: Directions | None, tolerance: float) -> None:
+    """Check that directions are equal, each over all its blocks; or zero, if nothing is wanted."""
+    mine = got.dense().tensors()
+    wanted = got.dense().zeros_like() if wanted is None else wanted.dense()
+    theirs = wanted.tensors()
+    if set(mine) != set(theirs) or any(mine[name].shape != t.shape for name, t in theirs.items()):
+        raise ConformanceError(f"{what}: blocks or shapes differ from those expected.")
+    size = wanted.norm().clamp(min=1e-300)
+    _check_small(what, float((got.axpy(-1.0, wanted).norm() / size).max()), tolerance)
 
 
-def _near(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
+def _check_near(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> None:
     if got.shape != wanted.shape:
         raise ConformanceError(f"{what}: shape must be {tuple(wanted.shape)}, got {tuple(got.shape)}.")
     difference = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-300)
-    _small(what, float(difference), tolerance)
+    _check_small(what, float(difference), tolerance)
 
 
-def _small(what: str, error: float, tolerance: float) -> None:
+def _check_small(what: str, error: float, tolerance: float) -> None:
     if not error <= tolerance:  # NaN fails too
         raise ConformanceError(f"{what}: relative difference {error:.1e}, allowed is {tolerance:.0e}.")
 
 
-def _ritz(C: Operator, v: Vectors) -> Tensor:
-    """Eigenvalues of C on a Krylov space: the Lanczos method, fully orthogonalised, finds the extreme ones first."""
-    shapes = {p: t.shape[1:] for p, t in v.items()}
-    q = vectors.flatten(v)  # (1, D)
+def _check_parameters(what: str, got: Held, wanted: Held, tolerance: float) -> None:
+    for name, t in wanted.items():
+        _check_near(f"{what} of {name}", got[name], t, tolerance)
+
+
+def _ritz_values(C: Operator, v: Directions) -> Tensor:
+    """Find eigenvalues of C on a Krylov space: the fully orthogonalised Lanczos method finds the extreme ones first."""
+    q = v.flatten()  # (1, D)
     basis, images = q[:0], q[:0]
     for _ in range(min(LANCZOS, q.shape[1])):
         basis = torch.cat([basis, q / q.norm()])
-        image = vectors.flatten({p: C(vectors.unflatten(basis[-1:], shapes))[p] for p in shapes})
+        image = C(Directions.unflatten(v.blocks, basis[-1:])).flatten()
         images, q = torch.cat([images, image]), image
         for _ in range(2):
             q = q - q @ basis.T @ basis

@@ -1,14 +1,16 @@
 """Damping as a choice: absolute, a share of the curvature, or the one that training implies.
 
-An influence is taken with C + diag(lambda): one number for all parameters, or one per block. Too little damping
-amplifies directions that training never settled; too much forgets the curvature. `Damping.from_training` needs no
-sweep.
+An influence is taken with C + diag(lambda), one number for each block of parameters, which may be the same for all.
+Damping decides which directions of parameter space count. Directions whose curvature is well above lambda are treated
+as determined by the training data; those well below it are ignored. With too little damping, directions that training
+never explored dominate the scores; with too much, the scores become plain gradient dot products.
+`Damping.from_training` needs no sweep.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
@@ -16,7 +18,7 @@ from typing import Literal
 from wherefrom.curvature.base import Curvature
 from wherefrom.errors import expected
 
-Shift = dict[str, float]  # parameter name -> lambda
+ByBlock = Mapping[str, float]  # block name -> lambda
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Damping:
     Args:
         value: lambda itself, or the factor of what ``kind`` names.
         kind: "absolute", in the units of a mean over examples of summed losses; "relative" to each block's mean
-            eigenvalue; "per example", relative to tr(C) / N; or "by parameter", as ``each`` says.
+            eigenvalue; "per example", relative to tr(C) / N; or "by block", as ``each`` says.
         origin: how the value came about, for the record.
-        each: (parameter name, lambda) pairs of the kind "by parameter", whose ``value`` is the largest.
+        each: (block name, lambda) pairs of the kind "by block", whose ``value`` is the largest.
     """
 
     value: float
-    kind: Literal["absolute", "relative", "per example", "by parameter"] = "absolute"
+    kind: Literal["absolute", "relative", "per example", "by block"] = "absolute"
     origin: str = "given"
     each: tuple[tuple[str, float], ...] = ()
 
@@ -46,29 +48,29 @@ class Damping:
             )
 
     def __str__(self) -> str:
-        """The value, its unit, and where it came from."""
+        """Say the value, its unit, and where it came from."""
         units = {
             "absolute": "",
             "relative": " x the mean eigenvalue of each block",
             "per example": " x tr(C) / N",
-            "by parameter": " at most, by parameter",
+            "by block": " at most, by block",
         }
         unit = units[self.kind]
         return f"{self.value!r}{unit} ({self.origin})"
 
     @classmethod
     def absolute(cls, value: float) -> Damping:
-        """The same lambda for all parameters."""
+        """Take the same lambda for all parameters."""
         return cls(float(value))
 
     @classmethod
     def relative(cls, factor: float = 0.1) -> Damping:
-        """``factor`` times the mean eigenvalue of each block (Grosse et al. 2023 take 0.1)."""
+        """Take ``factor`` times the mean eigenvalue of each block (Grosse et al. 2023 take 0.1)."""
         return cls(float(factor), "relative")
 
     @classmethod
     def per_example(cls, factor: float = 1.0) -> Damping:
-        """``factor`` times tr(C) / N, what one average example adds to the trace: the default where nothing is known.
+        """Take ``factor`` times tr(C) / N, what one average example adds to the trace: the default.
 
         An example alone in its direction then counts half. It needs no knowledge of the training run, and near-optimal
         linear datamodeling scores were measured at factor 1 with exact solves (``benchmarks/RESULTS.md``).
@@ -76,17 +78,17 @@ class Damping:
         return cls(float(factor), "per example")
 
     @classmethod
-    def by_parameter(cls, shift: Shift) -> Damping:
-        """A lambda for each parameter, by name; the parameters of one layer must share theirs."""
-        if not shift:
-            raise expected("damping by parameter", "a positive number for each attributed parameter", shift)
-        return cls(max(shift.values()), "by parameter", each=tuple(shift.items()))
+    def by_block(cls, damping: Mapping[str, float]) -> Damping:
+        """Take a lambda for each block of parameters, by its name: ``[b.name for b in problem.blocks]``."""
+        if not damping:
+            raise expected("damping by block", "a positive number for each block of parameters", dict(damping))
+        return cls(max(damping.values()), "by block", each=tuple(damping.items()))
 
     @classmethod
     def from_training(
         cls, lr: float | Iterable[float], steps: int, momentum: float = 0.0, segments: int = 3
     ) -> Damping:
-        """The damping that stopping gradient descent after ``steps`` implies.
+        """Take the damping that stopping gradient descent after ``steps`` implies.
 
             lambda = 1 / (eta K),    eta = mean learning rate / (1 - momentum), K = steps / segments  (SOURCE; ASTRA)
 
@@ -111,50 +113,67 @@ class Damping:
 
     @classmethod
     def of(cls, damping: float | Damping) -> Damping:
-        """Itself, or the absolute damping of that number."""
+        """Read a number as an absolute damping; a `Damping` is returned as it is."""
         if isinstance(damping, Damping):
             return damping
         if isinstance(damping, bool) or not isinstance(damping, Real):
             raise expected("damping", "a positive number or a wherefrom.Damping", repr(damping))
         return cls.absolute(float(damping))
 
-    def resolve(self, curvature: Curvature) -> Shift:
-        """Lambda of each parameter."""
+    def resolve(self, curvature: Curvature) -> ByBlock:
+        """Return lambda of each block, by its name. It depends on the curvature alone.
+
+        Raises:
+            InputError: if the trace that lambda is relative to is not positive, or a block has no lambda.
+        """
+        names = [block.name for block in curvature.problem.blocks]
         if self.kind == "absolute":
-            return dict.fromkeys(curvature.problem.shapes, self.value)
-        if self.kind == "by parameter":
-            return self._checked(curvature)
+            return dict.fromkeys(names, self.value)
+        if self.kind == "by block":
+            return self._check_blocks(names)
+
         means = curvature.mean_eigenvalues()
         if not any(mean > 0 for mean in means.values()):
-            kind = type(curvature).__name__
             raise expected(
-                f"the trace of {kind} (damping {self.kind})",
+                f"the trace of {type(curvature).__name__} (damping {self.kind})",
                 "positive",
                 f"{max(means.values()):g}",
-                "Losses such as absolute error or hinge have no second derivative in the outputs, and then only "
-                "curvature=wherefrom.EmpiricalFisher says anything."
-                if kind != "EmpiricalFisher"
-                else "All training gradients vanish.",
+                _explain_no_trace(curvature),
             )
-        if self.kind == "per example":
-            shapes, n = curvature.problem.shapes, len(curvature.problem.train)
-            share = sum(mean * shapes[name].numel() for name, mean in means.items()) / n
-            if not share > 0:
-                raise expected(
-                    "the trace of the curvature",
-                    "positive for a damping per example",
-                    f"{share * n:g}",
-                    "The loss is not convex in the outputs: take curvature=wherefrom.EmpiricalFisher, or an absolute "
-                    "damping with solver=wherefrom.Exact().",
-                )
-            return Damping.absolute(self.value * share).resolve(curvature)
-        floor = self.value * max(means.values()) * 1e-6
-        return {name: max(self.value * mean, floor) for name, mean in means.items()}
+        if self.kind == "relative":
+            # A block without curvature gets a millionth of the largest: an inverse needs some damping everywhere.
+            floor = self.value * max(means.values()) * 1e-6
+            return {name: max(self.value * mean, floor) for name, mean in means.items()}
+        return dict.fromkeys(names, self.value * self._trace_per_example(curvature, means))
 
-    def _checked(self, curvature: Curvature) -> Shift:
-        shift, blocks = dict(self.each), curvature.problem.blocks
-        if set(shift) != set(curvature.problem.shapes) or any(not v > 0 for v in shift.values()):
-            raise expected("damping by parameter", "a positive number for each attributed parameter", sorted(shift))
-        if any(len({shift[p] for p in b.shapes}) > 1 for b in blocks):
-            raise expected("damping by parameter", "one number for all parameters of a layer", self.each)
-        return shift
+    @staticmethod
+    def _trace_per_example(curvature: Curvature, means: Mapping[str, float]) -> float:
+        """Return tr(C) / N."""
+        problem = curvature.problem
+        trace = sum(means[block.name] * block.size for block in problem.blocks)
+        if not trace > 0:
+            raise expected(
+                "the trace of the curvature",
+                "positive for a damping per example",
+                f"{trace:g}",
+                "The loss is not convex in the outputs: take curvature=wherefrom.EmpiricalFisher, or an absolute "
+                "damping with solver=wherefrom.Exact().",
+            )
+        return trace / len(problem.train)
+
+    def _check_blocks(self, names: list[str]) -> ByBlock:
+        given = dict(self.each)
+        if set(given) != set(names) or any(not value > 0 for value in given.values()):
+            wanted = f"a positive number for each block of parameters ({', '.join(names)})"
+            raise expected("damping by block", wanted, given)
+        return {name: float(given[name]) for name in names}
+
+
+def _explain_no_trace(curvature: Curvature) -> str:
+    """Say why a curvature may have no trace, and what to do."""
+    if type(curvature).__name__ == "EmpiricalFisher":
+        return "All training gradients vanish."
+    return (
+        "Losses such as absolute error or hinge have no second derivative in the outputs, and then only "
+        "curvature=wherefrom.EmpiricalFisher says anything."
+    )

@@ -28,5 +28,5 @@ class EmpiricalFisher(RowCurvature):
         return 1.0
 
     def rows(self, batch: Batch) -> Gradients:
-        """One row per example: its loss gradient."""
+        """Return one row for each example: its loss gradient."""
         return self.problem.loss_gradients(batch)

@@ -39,6 +39,7 @@ from wherefrom.errors import AttributionWarning, InputError, UnsupportedError, e
 from wherefrom.model.contract import check_slope
 from wherefrom.model.problem import Problem
 from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.vectors import Vectors
 from wherefrom.surroundings import jvp
@@ -70,6 +71,7 @@ class GGN(RowCurvature):
         """Positive semi-definite unless the loss is found to be non-convex in the outputs."""
         return self._convex
 
+    # What was learnt of the model and the loss while products ran; it changes the way to a product, never the product.
     _convex = True
     _seen = False  # whether an output Hessian has been looked at
     _forward = True  # whether the model is not known to lack forward mode
@@ -129,22 +131,42 @@ class GGN(RowCurvature):
         size = max(float(values.abs().max()), float(torch.linalg.eigvalsh(neutral).abs().max()))
         return float(values.min()) < -16 * eps * values.shape[-1] * size
 
-    def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
-        """C v over all training examples, or over those of the given numbers."""
+    def product(self, v: Directions, index: Tensor | None = None) -> Directions:
+        """Return C v over all training examples, or over those of the given numbers."""
         how = self._how()
+        if how == "rows" and not self._jvp_is_cheaper(len(v), index):
+            return self._product_by_rows(v, index)
         if how == "rows":
-            if self._jvp_is_cheaper(vectors.count(v), index):
-                try:
-                    return self.streamed(lambda batch: self._by_jvp(batch, v), index)
-                except GAPS as error:  # no forward mode or no vmap; rows report what is wrong otherwise
-                    if not is_gap(error):
-                        raise
-                    self._forward = False
-            if index is None or self._kept is not None:
-                return super().product(v, index)
-            return self._by_rows(index, v)
-        by = self._by_jvp_or_plain if how == "jvp" else self._by_differences
-        return self.streamed(lambda batch: by(batch, v), index)
+            try:
+                return self._product_by_autograd(v, index, self._by_jvp)
+            except GAPS as error:  # no forward mode or no vmap; rows report what is wrong otherwise
+                if not is_gap(error):
+                    raise
+                self._forward = False
+            return self._product_by_rows(v, index)
+        return self._product_by_autograd(v, index, self._by_jvp_or_plain if how == "jvp" else self._by_differences)
+
+    def _product_by_rows(self, v: Directions, index: Tensor | None) -> Directions:
+        if index is None or self._all_rows is not None:
+            return super().product(v, index)
+        # Over a minibatch rows are made for it alone, in the form that these contractions want.
+        v = v.dense()
+        parts = (
+            self.rows(self.problem.batch(some)).product(v, len(index))
+            for some in index.split(self.problem.train.batch_size)
+        )
+        total = next(parts)
+        for part in parts:
+            total.add_(1.0, part)
+        return total
+
+    def _product_by_autograd(
+        self, v: Directions, index: Tensor | None, by: Callable[[Batch, Vectors], Vectors]
+    ) -> Directions:
+        """Return C v by a function that sums over a batch, of parameter-shaped tensors as autograd wants them."""
+        tangents = {name: t.contiguous() for name, t in v.to_parameters().items()}
+        blocks = self.problem.blocks
+        return self.mean_over_batches(lambda batch: Directions.from_parameters(blocks, by(batch, tangents)), index)
 
     def _by_jvp_or_plain(self, batch: Batch, v: Vectors) -> Vectors:
         """By jvp; where the model has no forward mode, by double backward; where it has no such, by differences."""
@@ -191,16 +213,8 @@ class GGN(RowCurvature):
         Rows cost K backward passes to the activations and up to two forwards' worth a right-hand side for the
         contractions; jvp two forwards' worth each for J v and for J^T u: more, once Q > K / 2.
         """
-        lasting = self._kept is not None or (index is None and self._fits)
+        lasting = self._all_rows is not None or (index is None and self._fits)
         return self.how == "auto" and not lasting and self._forward and 2 * Q <= self._outputs
-
-    def _by_rows(self, index: Tensor, v: Vectors) -> Vectors:
-        """The product over a minibatch by rows made for it alone."""
-        out: Vectors = {}
-        for some in index.split(self.problem.train.batch_size):
-            part = self.rows(self.problem.batch(some)).product(v, len(index))
-            out = vectors.add_(out, part) if out else part
-        return out
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
@@ -238,7 +252,7 @@ class GGN(RowCurvature):
                         sums[name] += float(r.square_norms().double().sum()) / (draws * len(problem.train))
         except UnsupportedError:  # labels cannot be drawn
             return super()._mean_eigenvalues()
-        return {p: sums[b.name] / b.size for b in problem.blocks for p in b.shapes}
+        return {b.name: sums[b.name] / b.size for b in problem.blocks}
 
     @property
     def _outputs(self) -> int:

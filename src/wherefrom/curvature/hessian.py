@@ -20,6 +20,7 @@ from wherefrom.curvature.plain import GAPS, Function, Linearised, differences, h
 from wherefrom.data.examples import Batch
 from wherefrom.errors import AttributionWarning
 from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.vectors import Vectors
 from wherefrom.surroundings import jvp
 
@@ -37,21 +38,26 @@ class Hessian(Curvature):
         """No rows."""
         return frozenset({Need.MATVEC, Need.KRONECKER})
 
-    def product(self, v: Vectors, index: Tensor | None = None) -> Vectors:
-        """H v over all training examples, or over those of the given numbers."""
+    def product(self, v: Directions, index: Tensor | None = None) -> Directions:
+        """Return H v over all training examples, or over those of the given numbers."""
+        tangents = {name: t.contiguous() for name, t in v.to_parameters().items()}
 
-        def part(batch: Batch) -> Vectors:
-            if self._forward:
-                try:
-                    return self._by_jvp(batch, v)
-                except GAPS as error:
-                    if not is_gap(error):
-                        raise
-            found = self._by_plain(batch, v)
-            self._forward = False
-            return found
+        def sum_over(batch: Batch) -> Directions:
+            return Directions.from_parameters(self.problem.blocks, self._sum_over(batch, tangents))
 
-        return self.streamed(part, index)
+        return self.mean_over_batches(sum_over, index)
+
+    def _sum_over(self, batch: Batch, v: Vectors) -> Vectors:
+        """Sum H v over a batch: by forward mode where the model has it, else by double backward."""
+        if self._forward:
+            try:
+                return self._by_jvp(batch, v)
+            except GAPS as error:
+                if not is_gap(error):
+                    raise
+        total = self._by_plain(batch, v)
+        self._forward = False
+        return total
 
     _forward = True  # whether the model is not known to lack forward mode
 

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.eigenbasis import Basis, KroneckerBlock
 from wherefrom.errors import expected
 from wherefrom.model.problem import Problem
+from wherefrom.persample.eigenbasis import Basis, KroneckerBlock
 from wherefrom.persample.factored import Factored, Written, slices
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.rows import Lookup, Routed, Rows
@@ -251,23 +251,23 @@ def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
     if isinstance(rows, Factored):
         G, n, R, T, O, I = rows.sizes
         if T == 1:
-            r = block.rotated(rows)
+            r = block.rotate_rows(rows)
             a, g = r.a.reshape(G, n, I).square(), r.g.square().sum(2).view(G, n, O)  # type: ignore[union-attr]
             return (g.mT @ a).double()
         tokens = T * (O * O + I * I) < O * I * (O + I)
         if tokens:
-            rows = Factored(block.right.rotate(rows.a), block.left.rotate(rows.g))
+            rows = Factored(block.right.to_basis(rows.a), block.left.to_basis(rows.g))
         step = min(n, max(1, CHUNK // (G * R * O * I)))
         total = rows.a.new_zeros(G, step, R, I, O)
         for i in range(0, n, step):
             w = rows.a[:, i : i + step].mT.unsqueeze(2) @ rows.g[:, i : i + step]  # (G, m, R, I, O)
             if not tokens:
-                w = block.rotate(w.permute(1, 2, 0, 4, 3).reshape(-1, G, O, I))
+                w = block.to_eigenbasis(w.permute(1, 2, 0, 4, 3).reshape(-1, G, O, I))
                 w = w.reshape(-1, R, G, O, I).permute(2, 0, 1, 4, 3)
             total[:, : w.shape[1]].addcmul_(w, w)
         return total.sum((1, 2)).mT.double()
     if isinstance(rows, Lookup):  # uses of one token within an example are summed before squaring
-        r = block.rotated(rows)
+        r = block.rotate_rows(rows)
         n, R, T, d = r.g.shape  # type: ignore[union-attr]
         key = rows.ids + torch.arange(n, device=rows.ids.device).unsqueeze(1) * rows.size
         uses, where = key.flatten().unique(return_inverse=True)
@@ -277,5 +277,5 @@ def _squares(block: KroneckerBlock, rows: Rows, n: int) -> Tensor:
     total = torch.zeros_like(block.ekfac)
     for some in slices(n, total.numel()):
         written = rows[some].written()
-        total += block.rotate(written.rows.reshape(-1, *written.sides)).square().sum(0)
+        total += block.to_eigenbasis(written.rows.reshape(-1, *written.sides)).square().sum(0)
     return total

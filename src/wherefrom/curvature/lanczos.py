@@ -12,19 +12,20 @@ row regenerated from its own seed and never stored.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature
-from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Shapes, Vectors
+from wherefrom.curvature.base import Curvature, probe_signs
+from wherefrom.model.problem import Problem
+from wherefrom.persample.directions import Directions, concatenate
+from wherefrom.persample.vectors import Shapes
 from wherefrom.progress import track
 from wherefrom.surroundings import undisturbed
 
-Product = Callable[[Vectors], Vectors]
+Product = Callable[[Directions], Directions]
 
 SAMPLE = 10_000  # examples that the extreme eigenvalues are measured on, at most
 GROUP = 16  # probes that share a pair of minibatches
@@ -110,48 +111,50 @@ class Krylov:
         return values, coefficients, (self.beyond * coefficients[-1]).abs()
 
 
-def arnoldi(product: Product, start: Vectors, steps: int, solve: Product | None = None) -> Krylov:
-    """The Arnoldi process with full re-orthogonalisation (Schioppa et al. 2022, algorithm 1, indices put right).
+def arnoldi(product: Product, start: Directions, steps: int, solve: Product | None = None) -> Krylov:
+    """Run the Arnoldi process with full re-orthogonalisation (Schioppa et al. 2022, algorithm 1, indices put right).
 
     Args:
         product: v to A v, symmetric; one that draws minibatches does so at every call.
-        start: one vector, (1, ...).
+        start: one vector.
         steps: n, at most; fewer if the space is exhausted.
         solve: applies P^-1, symmetric positive definite: the spectrum is then that of P^-1 A.
     """
-    shapes = {name: t.shape[1:] for name, t in start.items()}
-    r = vectors.flatten(start)[0]
-    steps = min(steps, len(r))
-    dual = r.new_empty(steps, len(r))  # rows P q; the basis itself without P
-    basis = r.new_empty(steps, len(r)) if solve else dual
-    h = torch.zeros(steps + 1, steps, dtype=torch.float64)
+    blocks = start.blocks
+    residual = start.flatten()[0]  # (D,)
+    steps = min(steps, len(residual))
+    dual = residual.new_empty(steps, len(residual))  # rows P q; the basis itself without P
+    basis = residual.new_empty(steps, len(residual)) if solve else dual
+    projected = torch.zeros(steps + 1, steps, dtype=torch.float64)
+
     n, size, floor = 0, 0.0, 0.0
     for j in track(range(steps + 1), "Arnoldi process", enabled=None if steps > 50 else False):
-        z = r
+        solved = residual
         if solve:
-            found = solve(vectors.unflatten(r.unsqueeze(0), shapes))
-            z = vectors.flatten({name: found[name] for name in shapes})[0]
-        size = float(torch.dot(r.double(), z.double()).clamp(min=0).sqrt())
+            solved = solve(Directions.unflatten(blocks, residual.unsqueeze(0))).flatten()[0]
+        size = float(torch.dot(residual.double(), solved.double()).clamp(min=0).sqrt())
         if j:
-            h[j, j - 1] = size
+            projected[j, j - 1] = size
         if j == steps or size <= floor:
             break
-        n, dual[j], basis[j] = j + 1, r / size, z / size
-        image = product(vectors.unflatten(basis[j : j + 1], shapes))
-        r = vectors.flatten({name: image[name] for name in shapes})[0].clone()
-        for _ in range(2):
-            c = basis[:n] @ r
-            r = r - c @ dual[:n]
-            h[:n, j] += c.cpu().double()
-        floor = (1e-6 if r.dtype == torch.float32 else 1e-12) * float(h.norm())  # in the norm of P^-1, as size is
-    square = h[:n, :n]
-    gap = float((square - square.T).norm() / square.norm().clamp(min=1e-300)) if n else 0.0
-    square = ((square + square.T) / 2).triu(-1).tril(1)
-    return Krylov(square, basis[:n], size if n == steps else 0.0, gap)
+
+        n, dual[j], basis[j] = j + 1, residual / size, solved / size
+        residual = product(Directions.unflatten(blocks, basis[j : j + 1])).flatten()[0].clone()
+        for _ in range(2):  # once is not enough: rounding leaves a component along what was subtracted
+            along = basis[:n] @ residual
+            residual = residual - along @ dual[:n]
+            projected[:n, j] += along.cpu().double()
+        # What is left below this is rounding of a space that is exhausted; in the norm of P^-1, as size is.
+        floor = (1e-6 if residual.dtype == torch.float32 else 1e-12) * float(projected.norm())
+
+    square = projected[:n, :n]
+    asymmetry = float((square - square.T).norm() / square.norm().clamp(min=1e-300)) if n else 0.0
+    tridiagonal = ((square + square.T) / 2).triu(-1).tril(1)
+    return Krylov(tridiagonal, basis[:n], size if n == steps else 0.0, asymmetry)
 
 
 def embedding(shapes: Shapes, name: str, rows: range, size: int, seed: int, like: Tensor) -> Tensor:
-    """Rows of Phi for one parameter, entries N(0, 1 / size), each from its own seed: (rows, *shape)."""
+    """Draw rows of Phi for one parameter, entries N(0, 1 / size), each from its own seed: (rows, *shape)."""
     found = []
     for row in rows:
         rng = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}|{row}".encode()) + (seed << 32))
@@ -159,23 +162,24 @@ def embedding(shapes: Shapes, name: str, rows: range, size: int, seed: int, like
     return torch.stack(found).to(like).mul_(size**-0.5)
 
 
-def sketch(
-    product: Product, shapes: Shapes, like: Tensor, size: int = 40, seed: int = 0, corrected: bool = True
-) -> Tensor:
-    """Eigenvalues, ascending, of Phi C Phi^T with ``size`` rows for each of L parameters: (L size,).
+def sketch(product: Product, problem: Problem, size: int = 40, seed: int = 0, corrected: bool = True) -> Tensor:
+    """Sketch C with ``size`` rows for each of L parameters: eigenvalues of Phi C Phi^T, ascending, (L size,).
 
     Their error is additive, about |C|_F / sqrt(size); the bias tr(C_ll) / size of each diagonal block is taken off
     (``corrected``), without which the largest is too large.
     """
+    shapes = problem.shapes
+    like = next(iter(problem.parameters.values())).detach()
     m = torch.zeros(len(shapes) * size, len(shapes) * size, dtype=torch.float64)
     for i, name in enumerate(shapes):
-        probe = {n: torch.zeros(size, *s, dtype=like.dtype, device=like.device) for n, s in shapes.items()}
+        probe = {other: like.new_zeros(size, *shape) for other, shape in shapes.items()}
         probe[name] = embedding(shapes, name, range(size), size, seed, like)
-        image = product(probe)
+        image = product(Directions.from_parameters(problem.blocks, probe)).to_parameters()
         for j, other in enumerate(shapes):
             phi = embedding(shapes, other, range(size), size, seed, like).reshape(size, -1)
             block = image[other].reshape(size, -1) @ phi.T  # (columns of i, rows of j)
             m[j * size : (j + 1) * size, i * size : (i + 1) * size] = block.T.cpu().double()
+
     if corrected:
         own = m.diagonal().view(len(shapes), size).mean(1)  # tr(C_ll) / size
         m = m - torch.diag(own.repeat_interleave(size))
@@ -186,7 +190,7 @@ def sketch(
 def spectrum(
     curvature: Curvature, probes: int = 1600, steps: int = 30, batch: int | None = None, seed: int = 0
 ) -> Spectrum:
-    """Measure C.
+    """Measure the spectrum of C by products alone.
 
     Args:
         curvature: the matrix.
@@ -200,24 +204,24 @@ def spectrum(
     batch = batch or min(N, max(32, min(256, N // 8)))
     rng = torch.Generator().manual_seed(seed)
     index = torch.randperm(N, generator=rng)[:SAMPLE] if N > SAMPLE else None
-    start = {name: t.to(problem.device) for name, t in _normal(problem.shapes, rng, problem.dtype).items()}
+    start = draw_normal(problem, rng)
 
-    def fixed(v: Vectors) -> Vectors:
+    def fixed(v: Directions) -> Directions:
         return curvature.product(v, index)
 
     krylov = arnoldi(fixed, start, steps)
     values, coefficients, errors = krylov.ritz()
-    top = vectors.unflatten(coefficients[:, -5:].T.to(krylov.basis) @ krylov.basis, problem.shapes)
+    top = Directions.unflatten(problem.blocks, coefficients[:, -5:].T.to(krylov.basis) @ krylov.basis)
     traces, squares, gaps, along = [], [], [], []
     draw = curvature.operator(rng, batch)
-    forms = vectors.dot(top, fixed(top))
-    for z in _signs(curvature, probes, rng):
-        both = vectors.concatenate([z, top])
+    forms = top.dot(fixed(top))
+    for _ in range(-(-probes // GROUP)):
+        both = concatenate([probe_signs(problem, GROUP, rng), top])
         one, two = draw(both), draw(both)
-        form = (vectors.dot(both, one) + vectors.dot(both, two)) / 2
-        gap = vectors.norm(vectors.add(one, two, -1.0)).square() / 2
+        form = (both.dot(one) + both.dot(two)) / 2
+        gap = one.axpy(-1.0, two).norm().square() / 2
         traces.append(float(form[:GROUP].mean()))
-        squares.append(float(vectors.dot(one, two)[:GROUP].mean()))
+        squares.append(float(one.dot(two)[:GROUP].mean()))
         gaps.append(float(gap[:GROUP].mean()))
         along.append(gap[GROUP:] / forms.clamp(min=1e-300))
         if len(traces) >= 20 and _estimate(traces).error < 0.01 * abs(_estimate(traces).value):
@@ -225,14 +229,15 @@ def spectrum(
     trace, gap = _estimate(traces), _estimate(gaps)
     scale = batch / max(trace.value, 1e-300)
     per = torch.stack(along)[:, forms > 1e-6 * float(forms.abs().max())]  # (groups, eigenvectors)
-    found = [_estimate(one) for one in per.T.tolist()]
-    constant = max(found, key=lambda e: e.value, default=Estimate(0.0, 0.0))  # none where C has no positive direction
+    estimates = [_estimate(column) for column in per.T.tolist()]
+    # There are none where C has no positive direction.
+    constant = max(estimates, key=lambda e: e.value, default=Estimate(0.0, 0.0))
     return Spectrum(
         trace,
         _estimate(squares),
         Estimate(float(values[-1]), max(float(errors[-1]), torch.finfo(problem.dtype).eps * abs(float(values[-1])))),
         float(values[0]),
-        float(sketch(fixed, problem.shapes, start[next(iter(start))], seed=seed)[-1]),
+        float(sketch(fixed, problem, seed=seed)[-1]),
         Estimate(scale * gap.value / max(trace.value, 1e-300), scale * gap.error / max(trace.value, 1e-300)),
         Estimate(scale * constant.value, scale * constant.error),
         N,
@@ -242,17 +247,16 @@ def spectrum(
     )
 
 
-def _normal(shapes: Shapes, rng: torch.Generator, dtype: torch.dtype) -> Vectors:
-    return {name: torch.randn(1, *s, generator=rng, dtype=torch.float64).to(dtype) for name, s in shapes.items()}
+def draw_normal(problem: Problem, rng: torch.Generator) -> Directions:
+    """Draw one direction of independent normal numbers, parameter by parameter."""
+    draws = {
+        name: torch.randn(1, *shape, generator=rng, dtype=torch.float64).to(problem.device, problem.dtype)
+        for name, shape in problem.shapes.items()
+    }
+    return Directions.from_parameters(problem.blocks, draws)
 
 
-def _signs(curvature: Curvature, probes: int, rng: torch.Generator) -> Iterator[Vectors]:
-    problem = curvature.problem
-    for _ in range(-(-probes // GROUP)):
-        z = vectors.random_signs(problem.shapes, GROUP, rng, problem.dtype)
-        yield {name: t.to(problem.device) for name, t in z.items()}
-
-
-def _estimate(found: list[float]) -> Estimate:
-    t = torch.tensor(found, dtype=torch.float64)
-    return Estimate(float(t.mean()), float(t.std() / len(found) ** 0.5) if len(found) > 1 else float("inf"))
+def _estimate(samples: list[float]) -> Estimate:
+    t = torch.tensor(samples, dtype=torch.float64)
+    error = float(t.std() / len(samples) ** 0.5) if len(samples) > 1 else float("inf")
+    return Estimate(float(t.mean()), error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,31 +12,41 @@ from torch import Tensor, nn
 
 from wherefrom.data.examples import Batch, Examples, batch_length
 from wherefrom.errors import expected
-from wherefrom.methods.base import Method, fitted
-from wherefrom.methods.stream import Measurement, streamed
+from wherefrom.methods.base import FittedMethod, GradientMethod
+from wherefrom.methods.stream import Measurement, score_stream
 from wherefrom.model.observe import observed, ready
 from wherefrom.model.task import Task, as_task
-from wherefrom.persample.vectors import norm, scale
-from wherefrom.scores import Scores, unsolved
-from wherefrom.solvers.base import Pairing
+from wherefrom.scores import Certificate, Scores, unsolved
 from wherefrom.surroundings import undisturbed
 
 
-@dataclass(kw_only=True)
-class GradCos(Method):
+@dataclass(frozen=True, kw_only=True)
+class GradCos(GradientMethod):
     """Cosines between the gradient of the measurement and those of the training losses (Charpiat et al. 2019).
 
     The gradient dot product is `Influence` with `Identity`.
     """
 
-    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        f = self._query_vectors(self.problem, queries, measurement)
-        f = scale(f, 1 / norm(f).clamp(min=1e-30))
-        values = streamed(self.problem, Pairing.of(f, self.problem.blocks, unit=True))
-        return values, None, torch.ones(len(values), dtype=torch.bool)
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedGradCos:
+        """Put the model and the data together."""
+        start = time.perf_counter()
+        problem = self.read_problem(model, task, train)
+        return FittedGradCos(self, problem, time.perf_counter() - start)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class FittedGradCos(FittedMethod):
+    """Gradient cosines, ready for queries."""
+
+    def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
+        """Compare the queries' gradients with those of all training examples."""
+        f = self.query_directions(self.problem, queries, measurement)
+        f = f.scale(1 / f.norm().clamp(min=1e-30))
+        values = score_stream(self.problem, f, cosine=True)
+        return values, self.certificate(len(values))
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Similarity of what a layer makes of the queries and of the training examples.
 
@@ -51,8 +62,8 @@ class Embeddings:
     batch_size: int | None = None
 
     @undisturbed()
-    def fit(self, model: nn.Module, task: Task | object, train: Any) -> Embeddings:
-        """The representations of N training examples.
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedEmbeddings:
+        """Compute the representations of N training examples.
 
         Args:
             model: the trained model; it comes back as it was.
@@ -62,50 +73,69 @@ class Embeddings:
         Raises:
             InputError: if there is no such layer, or its output is not a tensor with the examples first.
         """
-        self._model, self._task = ready(model), as_task(task)
-        names = [name for name, _ in self._model.named_modules() if name]
+        model, read_task = ready(model), as_task(task)
+        names = [name for name, _ in model.named_modules() if name]
         if isinstance(self.layer, str) and self.layer not in names:
             raise expected("layer", f"a module of the model ({', '.join(names)})", repr(self.layer))
-        self._train = self._of(Examples(train, "train", self.batch_size))
-        return self
+        examples = Examples(train, "train", self.batch_size)
+        return FittedEmbeddings(self, model, read_task, self.represent(model, read_task, examples))
 
-    @undisturbed()
-    def score(self, queries: Any) -> Scores:
-        """Similarities with Q queries, in the form of the training data; whatever is measured of them."""
-        train: Tensor = fitted(self, "_train")
-        return unsolved(self._of(Examples(queries, "queries", self.batch_size)) @ train.T, solver=repr(self))
+    def represent(self, model: nn.Module, task: Task, examples: Examples) -> Tensor:
+        """Compute representations, (n, d); of length 1 for cosines."""
+        first = next(model.parameters())
+        with observed(model), torch.no_grad():
+            batches = examples.batches(first.device, first.dtype)
+            rows = torch.cat([self._represent_batch(model, task, batch) for _, batch in batches])
+        return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30) if self.cosine else rows
 
-    def _of(self, examples: Examples) -> Tensor:
-        """Representations, (n, d); of length 1 for cosines."""
-        first = next(self._model.parameters())
-        with observed(self._model), torch.no_grad():
-            found = torch.cat([self._pooled(batch) for _, batch in examples.batches(first.device, first.dtype)])
-        return found / found.norm(dim=1, keepdim=True).clamp(min=1e-30) if self.cosine else found
-
-    def _pooled(self, batch: Batch) -> Tensor:
-        n, h = batch_length(batch), self._output(batch)
+    def _represent_batch(self, model: nn.Module, task: Task, batch: Batch) -> Tensor:
+        n, h = batch_length(batch), self._layer_output(model, task, batch)
         if not isinstance(h, Tensor) or not h.ndim or len(h) != n:
             got = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
             raise expected("the layer's output", f"a tensor with the {n} examples first", got, "Give a function.")
         if h.ndim != 3:
             return h.reshape(n, -1)
-        real = self._task.padding(batch)
+        real = task.padding(batch)
         mask = torch.ones_like(h[..., :1]) if real is None else real.to(h).unsqueeze(-1)
         return (h * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def _output(self, batch: Batch) -> object:
+    def _layer_output(self, model: nn.Module, task: Task, batch: Batch) -> object:
+        """Run a batch through the model; return what the layer gave last."""
         if callable(self.layer):
-            return self.layer(self._model, batch)
+            return self.layer(model, batch)
         outputs = []
-        hook = self._model.get_submodule(self.layer).register_forward_hook(lambda *call: outputs.append(call[2]))
+        hook = model.get_submodule(self.layer).register_forward_hook(lambda *call: outputs.append(call[2]))
         try:
-            self._task.outputs(self._model, batch)
+            task.outputs(model, batch)
         finally:
             hook.remove()
         return outputs[-1] if outputs else None
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class FittedEmbeddings:
+    """Representations of the training examples, ready for queries.
+
+    Args:
+        method: the settings.
+        model, task: what makes representations.
+        train: those of the N training examples, (N, d).
+    """
+
+    method: Embeddings
+    model: nn.Module
+    task: Task
+    train: Tensor
+
+    @undisturbed()
+    def score(self, queries: Any) -> Scores:
+        """Compare with Q queries, in the form of the training data; whatever is measured of them."""
+        examples = Examples(queries, "queries", self.method.batch_size)
+        rows = self.method.represent(self.model, self.task, examples)
+        return unsolved(rows @ self.train.T, solver=repr(self.method))
+
+
+@dataclass(frozen=True)
 class Random:
     """Independent normal scores.
 
@@ -116,13 +146,21 @@ class Random:
     seed: int = 0
 
     @undisturbed()
-    def fit(self, model: nn.Module, task: Task | object, train: Any) -> Random:  # noqa: ARG002
-        """Counts the N training examples."""
-        self._examples = len(Examples(train, "train"))
-        return self
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedRandom:  # noqa: ARG002
+        """Count the N training examples."""
+        return FittedRandom(self, len(Examples(train, "train")))
+
+
+@dataclass(frozen=True)
+class FittedRandom:
+    """Independent normal scores of so many training examples."""
+
+    method: Random
+    examples: int
 
     @undisturbed()
     def score(self, queries: Any) -> Scores:
-        """The same scores for the same number of queries."""
-        N, rng = fitted(self, "_examples"), torch.Generator().manual_seed(self.seed)
-        return unsolved(torch.randn(len(Examples(queries, "queries")), N, generator=rng), solver=repr(self))
+        """Draw the same scores for the same number of queries."""
+        rng = torch.Generator().manual_seed(self.method.seed)
+        values = torch.randn(len(Examples(queries, "queries")), self.examples, generator=rng)
+        return unsolved(values, solver=repr(self.method))

@@ -35,7 +35,7 @@ def attribute(
     seed: int | None = None,
     progress: bool | None = None,
 ) -> Scores:
-    """Which training examples made the model behave so on each query: the whole library in one call.
+    """Score which training examples made the model behave so on each query: the whole library in one call.
 
     Args:
         model: the trained model; it comes back as it was.

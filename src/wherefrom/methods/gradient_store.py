@@ -29,15 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wherefrom import records
 from wherefrom.digest import digest
-from wherefrom.methods.influence import Influence
+from wherefrom.methods.influence import GIVEN, FittedInfluence
 from wherefrom.methods.stream import Measurement
 from wherefrom.persample.factored import Written, slices
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.rows import Lookup, Rows, Several
-from wherefrom.scores import Scores
-from wherefrom.solvers.base import Inverse, positive
-from wherefrom.solvers.kronecker import EigenInverse
+from wherefrom.scores import Certificate, Scores
+from wherefrom.solvers.base import Inverse, require_positive
 from wherefrom.store import Shards
 from wherefrom.surroundings import undisturbed
 
@@ -59,26 +59,28 @@ class Sketch:
     size: int
     buckets: Mapping[str, Tensor]
     factors: Mapping[str, Tensor]
-    root: EigenInverse | None
+    root: Inverse | None
 
     @classmethod
     def of(cls, inverse: Inverse, size: int, seed: int) -> Sketch:
-        """Drawn from a seed; with the root of the inverse where it has one."""
+        """Draw from a seed; with the root of the inverse where it has one."""
         problem, buckets, factors = inverse.curvature.problem, {}, {}
-        root = inverse if isinstance(inverse, EigenInverse) else None
-        kept = _kept(root, size) if root else {}
+        # An inverse that is a division in some basis has a root there, which both sides of a score can share.
+        root = inverse if inverse.scoring_basis else None
+        weights = _shrink(root, size) if root else {}
         for block in problem.blocks:
             rng = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{block.name}".encode()))
             drawn = torch.randint(2 * size, (block.size,), generator=rng, dtype=torch.int32).to(problem.device)
             sign = (drawn % 2 * 2 - 1).to(problem.dtype)
-            buckets[block.name], factors[block.name] = drawn // 2, sign * kept.get(block.name, 1.0)
+            buckets[block.name], factors[block.name] = drawn // 2, sign * weights.get(block.name, 1.0)
         return cls(size, buckets, factors, root)
 
     def __call__(self, gradients: Gradients) -> Tensor:
-        """The sketches of n gradients, R = 1: (n, k)."""
-        turned = self.root.turned(gradients) if self.root else gradients
+        """Sketch n gradients, R = 1: (n, k)."""
+        basis = self.root.scoring_basis if self.root else {}
+        rotated = gradients.map(lambda name, rows: basis[name].rotate_rows(rows) if name in basis else rows)
         out = next(iter(self.factors.values())).new_zeros(len(gradients), self.size)
-        for name, rows in turned.rows.items():
+        for name, rows in rotated.rows.items():
             self._add(out, rows, self.buckets[name].long(), self.factors[name])
         return out
 
@@ -105,13 +107,13 @@ class GradientStore:
         pieces: the training examples' sketches, in order, `packed`.
     """
 
-    influence: Influence
+    influence: FittedInfluence
     sketch: Sketch
     pieces: tuple[dict[str, Tensor], ...]
 
     @classmethod
     @undisturbed()
-    def build(cls, influence: Influence, folder: str | Path, size: int = 16384, seed: int = 0) -> GradientStore:
+    def build(cls, influence: FittedInfluence, folder: str | Path, size: int = 16384, seed: int = 0) -> GradientStore:
         """Sketch every training example in one pass, or read what lies in the folder; a killed call goes on.
 
         Args:
@@ -125,13 +127,15 @@ class GradientStore:
             ArtefactError: if a file is damaged, or the folder was filled for another model, data set, fit, size or
                 seed, by name of what differs.
         """
-        positive(size=size)
+        require_positive(size=size)
         problem, inverse = influence.problem, influence.inverse
         sketch = Sketch.of(inverse, size, seed)
-        root = {"root": digest(inverse.state()), "lambda": inverse.shift} if sketch.root else {"root": None}
+        root: dict[str, Any] = {"root": None}
+        if sketch.root:
+            root = {"root": digest(records.describe(inverse, GIVEN)[0]), "lambda": dict(inverse.damping)}
         shards = Shards(folder, "gradients", problem.fingerprint() | root | {"size": size, "seed": seed})
 
-        def made(start: int) -> dict[str, Tensor]:
+        def sketch_shard(start: int) -> dict[str, Tensor]:
             some = problem.train.subset(torch.arange(start, min(start + SHARD, len(problem.train))))
             batches = problem.batches(some, f"gradient store, from example {start}")
             parts = [packed(sketch(problem.loss_gradients(batch))) for _, batch in batches]
@@ -141,7 +145,7 @@ class GradientStore:
         for start in range(0, len(problem.train), SHARD):
             count = min(SHARD, len(problem.train) - start)
             shapes = {"signs": (count, (size + 7) // 8), "sizes": (count,)}
-            pieces.append(shards.made(start, lambda s=start: made(s), shapes, {"signs": torch.uint8}))
+            pieces.append(shards.made(start, lambda s=start: sketch_shard(s), shapes, {"signs": torch.uint8}))
         return cls(influence, sketch, tuple(pieces))
 
     @undisturbed()
@@ -156,7 +160,7 @@ class GradientStore:
             variance over the examples that the projection adds, the median over queries: near 1 they say nothing.
         """
         start = time.perf_counter()
-        asked, converged = self._asked(self.influence.query_gradients(queries, measurement))
+        asked, converged = self._sketch_queries(self.influence.query_gradients(queries, measurement))
         asking = time.perf_counter()
         sizes = torch.cat([piece["sizes"] for piece in self.pieces]).to(asked)
         values = torch.cat([products(asked, piece["signs"]) for piece in self.pieces], 1) * sizes
@@ -164,15 +168,17 @@ class GradientStore:
         noise = asked.square().sum(1) * sizes.square().mean() / values.var(1)
         measured = {"sketch noise": float(noise.nanmedian())}
         about = {"bits": self.sketch.size, "seconds": spent, "measured": measured}
-        return Scores(values, None, converged, provenance=self.influence.provenance() | about)
+        certificate = Certificate(None, converged, row_error=self.influence.problem.row_error)
+        return Scores(values, certificate, self.influence.provenance() | about)
 
-    def _asked(self, rows: Gradients) -> tuple[Tensor, Tensor]:
-        """The sketches of Q queries, (Q, k), and which of their solves converged."""
+    def _sketch_queries(self, rows: Gradients) -> tuple[Tensor, Tensor]:
+        """Return the sketches of Q queries, (Q, k), and which of their solves converged."""
         if self.sketch.root:
             return self.sketch(rows), torch.ones(len(rows), dtype=torch.bool)
-        solution = self.influence.inverse(rows.dense(), certify=False)
-        found = {b.name: Written(b.pack(solution.x).flatten(1).unsqueeze(1), b.sides) for b in rows.blocks}
-        return self.sketch(rows.map(lambda name, _: found[name])), solution.converged
+        x, certificate = self.influence.inverse.solve(rows.to_directions(), certify=False)
+        solutions = x.dense().tensors()
+        written = {b.name: Written(solutions[b.name].flatten(1).unsqueeze(1), b.sides) for b in rows.blocks}
+        return self.sketch(rows.map(lambda name, _: written[name])), certificate.converged
 
 
 def packed(rows: Tensor) -> dict[str, Tensor]:
@@ -191,12 +197,12 @@ def products(asked: Tensor, signs: Tensor) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _kept(inverse: EigenInverse, size: int) -> dict[str, Tensor]:
-    """W (Lambda + damping)^-1/2 of each block, (G O I,)."""
-    under = {block.name: inverse.denominators(block.name).flatten() for block in inverse.curvature.problem.blocks}
-    shares = {name: inverse.factors[name].ekfac.flatten() / d for name, d in under.items()}
+def _shrink(inverse: Inverse, size: int) -> dict[str, Tensor]:
+    """Return W (Lambda + damping)^-1/2 of each block, (G O I,)."""
+    damped = {name: (inverse.eigenvalues(name) + inverse.damping[name]).flatten() for name in inverse.scoring_basis}
+    shares = {name: inverse.scoring_basis[name].ekfac.flatten() / d for name, d in damped.items()}
     tau = _level([*shares.values()], size)
-    return {name: ((e - tau).clamp(min=0) / e.clamp(min=1e-30) / under[name]).sqrt() for name, e in shares.items()}
+    return {name: ((e - tau).clamp(min=0) / e.clamp(min=1e-30) / damped[name]).sqrt() for name, e in shares.items()}
 
 
 def _level(shares: Sequence[Tensor], size: int) -> float:

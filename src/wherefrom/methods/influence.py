@@ -1,4 +1,4 @@
-"""Influence: fit an inverse once, then score any queries against one stream of the training set.
+"""Influence: fit an inverse once, then solve for any queries and score them against one stream of the training set.
 
     score(q, z) = grad f(q)^T (C + damping I)^-1 grad l(z)                       (Koh & Liang 2017; ASTRA eq. 2)
 
@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,32 +19,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wherefrom import store
+from wherefrom import records, store
 from wherefrom.curvature.base import Curvature
-from wherefrom.curvature.damping import Damping
+from wherefrom.curvature.damping import ByBlock, Damping
 from wherefrom.curvature.ggn import GGN
 from wherefrom.data.examples import Examples
 from wherefrom.errors import InputError
-from wherefrom.methods import certificate
-from wherefrom.methods.parts import by_block, by_query_token, by_token
-from wherefrom.methods.solution import directions, fingerprint, pieces
-from wherefrom.methods.stream import Measurement, query_gradients, self_influence, streamed
+from wherefrom.methods.solution import Solution, hash_gradients, key_of, read_candidates, solve_queries
+from wherefrom.methods.stream import Measurement, QueryGradients, score_self_influence
+from wherefrom.methods.tokens import COPIES, TokenGradients, sum_over_tokens
 from wherefrom.model.observe import Select
 from wherefrom.model.problem import Problem
 from wherefrom.model.task import Task
+from wherefrom.persample.eigenbasis import Basis, KroneckerBlock
 from wherefrom.persample.gradients import Gradients
-from wherefrom.scores import Scores
+from wherefrom.persample.lowrank import check_rank
+from wherefrom.scores import Certificate, Scores
 from wherefrom.solvers.auto import Auto
-from wherefrom.solvers.base import Inverse, Solver, instance, seeded
+from wherefrom.solvers.base import Inverse, Solver, relative_norm, require_solvers, with_seed
+from wherefrom.solvers.neumann import Plan
 from wherefrom.store import Shards
 from wherefrom.surroundings import undisturbed
 
 logger = logging.getLogger("wherefrom")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Influence:
-    """Influence functions with any curvature and any solver, fitted once and used for many queries.
+    """Influence functions with any curvature and any solver: a frozen record of settings.
 
     Args:
         solver: how (C + damping I)^-1 is applied.
@@ -67,7 +69,7 @@ class Influence:
     progress: bool | None = None
 
     @undisturbed()
-    def fit(self, model: nn.Module, task: Task | object, train: Any) -> Influence:
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedInfluence:
         """Fit the inverse to a trained model and its training data; everything that needs no query.
 
         Args:
@@ -75,271 +77,275 @@ class Influence:
             task: what was trained and what is measured.
             train: N training examples: a tuple of tensors, a Dataset or a DataLoader.
 
-        Returns:
-            Itself.
-
         Raises:
             InputError, UnsupportedError: see `Problem` and the solver.
         """
         start = time.perf_counter()
-        damping, solver = Damping.of(self.damping), self._solver()
-        self._curvature = self.curvature(self._problem(model, task, train))
-        logger.info(self._curvature.problem.coverage())
-        solver.check(self._curvature)
-        self._inverse = solver.fit(self._curvature, damping)
-        self._seconds = {"fit": time.perf_counter() - start}
-        return self
+        damping, solver = Damping.of(self.damping), self.resolve_solver()
+        problem = self._read_problem(model, task, train)
+        curvature = self.curvature(problem)
+        logger.info(problem.coverage())
+        solver.check(curvature)
+        inverse = solver.fit(curvature, damping)
+        return FittedInfluence(self, inverse, time.perf_counter() - start)
 
     @undisturbed()
-    def score(
-        self,
-        queries: Any,
-        measurement: Measurement | None = None,
-        certify: bool = True,
-        self_influence: bool = False,
-        candidates: Any = None,
-        folder: str | Path | None = None,
-        mean: bool = False,
-        rank: float | None = None,
-    ) -> Scores:
-        """Scores of all training examples on all queries, solved together and streamed once.
-
-        Args:
-            queries: Q queries, in the form of the training data.
-            measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
-            certify: measure each query's residual with the true operator (one more pass over the training data). For an
-                approximate inverse such as EKFAC's, compare one or two queries with accurate solutions too, all within
-                the time that the fit and the scores took: see `Scores.agreement`.
-            self_influence: compute the self-influence of what is scored too.
-            candidates: n examples to score in place of the training set, such as data that might be trained on: adding
-                one to the N training examples changes f by minus its score / N, to first order.
-            folder: where the solution and each batch's scores are kept, so that the same call goes on where a killed
-                one stopped; what lies there must be of the same model, data and settings.
-            mean: score the mean of the queries' measurements, as of a validation set: (1, N), by one solve.
-            rank: keep this rank of each query's direction in each block, 32 say, or in (0, 1) that share of its energy
-                by rank 32 at most, so that many queries fit into one pass; the error is ``provenance["truncation"]``.
-
-        Raises:
-            InputError: queries that the model does not accept, a measurement that is not one finite number a query, or
-                a rank that is neither.
-            DivergenceError: if a solve does not stay finite.
-            ArtefactError: if the folder holds scores of something else, by name of what differs.
-        """
-        inverse, problem = self.inverse, self.problem
-        start = time.perf_counter()
-        make_rows = lambda: pieces(problem, queries, measurement, self.batch_size, mean, rank)  # noqa: E731
-        rows = make_rows()
-        scored = self._candidates(candidates)
-        shards = Shards(folder, "scores", self._made_of(rows, scored, rank)) if folder is not None else None
-        pairing, solution, more = directions(inverse, rows, certify and not inverse.approximate, shards, rank)
-        del rows  # nearly as large as the directions
-        solving = time.perf_counter()
-        values = streamed(problem, pairing, scored, shards=shards)
-        seconds = self._seconds | {"solve": solving - start, "scores": time.perf_counter() - solving}
-        residual, passes = solution.residual, solution.passes
-        if certify and inverse.approximate:
-            spent, scoring = sum(seconds.values()), seconds["scores"]
-            found = certificate.check(inverse, make_rows, values, scored, spent, scoring)
-            residual, passes = found.residual, found.passes
-            seconds["certificate"] = found.seconds
-            more["agreement"] = found.agreement
-        return Scores(
-            values,
-            residual,
-            solution.converged,
-            solution.history,
-            self.provenance() | {"seconds": seconds, "passes": passes, "steps": solution.steps} | more,
-            self.self_influence(scored) if self_influence else None,
-        )
-
-    @undisturbed()
-    def by_block(
-        self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None
-    ) -> dict[str, Tensor]:
-        """The scores of some training examples, by the block of parameters that each part comes through.
-
-        Args:
-            queries, measurement: as for `score`.
-            examples: n training examples, by number.
-
-        Returns:
-            block name to (Q, n); over all blocks they sum to the scores. Nothing is certified.
-        """
-        return by_block(self.inverse, self.query_gradients(queries, measurement), examples)
-
-    @undisturbed()
-    def by_token(self, queries: Any, examples: Sequence[int], measurement: Measurement | None = None) -> Tensor:
-        """The scores of some training examples, split over the positions of each.
-
-        A position's part is that of the gradient signal written there, so it has credit for losses at later tokens that
-        reach it. What comes through a layer that sees one vector of each sequence stands at the first, with a warning.
-
-        Args:
-            queries, measurement: as for `score`.
-            examples: n training examples, by number.
-
-        Returns:
-            (Q, n, T), T the widest batch of those examples, in the order of `wherefrom.hf.aligned`, 0 at padding; over
-            T they sum to the scores. Nothing is certified.
-
-        Raises:
-            UnsupportedError: if the task has no positions, or the gradient of a block has others or none.
-        """
-        return by_token(self.inverse, self.query_gradients(queries, measurement), examples)
-
-    @undisturbed()
-    def by_query_token(self, queries: Any, examples: Sequence[int], parts: Measurement | None = None) -> Tensor:
-        """The scores of some training examples, split over the tokens of each query: one solve for each token.
-
-        Args:
-            queries: as for `score`.
-            examples: n training examples, by number.
-            parts: (outputs, batch) to (B, T), whose sum over T is the measurement; None takes the task's
-                ``token_measurements``, in a language model at the tokens that are predicted.
-
-        Returns:
-            (Q, T, n), T the widest query; over T they sum to the scores. Nothing is certified.
-
-        Raises:
-            UnsupportedError: if the task does not split its measurement and nothing else does.
-        """
-        return by_query_token(self.inverse, queries, examples, parts)
-
-    def at(self, damping: float | Damping) -> Influence:
-        """The same fit at another damping; what does not depend on damping (factors, rows, decompositions) is shared.
-
-        A sweep is ``[influence.at(x).score(queries) for x in dampings]``.
-        """
-        other = dataclasses.replace(self, damping=damping)
-        other._curvature, other._seconds = self.inverse.curvature, {"fit": 0.0}
-        other._inverse = other._solver().fit(other._curvature, Damping.of(damping))
-        return other
-
-    @undisturbed()
-    def self_influence(self, candidates: Any = None, folder: str | Path | None = None) -> Tensor:
-        """g^T (C + damping)^-1 g of the loss gradient of every training example, or of those given, (N,).
-
-        Solves go by the solver's own residual; examples that miss its tolerance are named in a `ConvergenceWarning`.
-        ``candidates`` and ``folder`` are as for `score`.
-        """
-        scored = self._candidates(candidates)
-        shards = Shards(folder, "self-influence", self._made_of(None, scored)) if folder is not None else None
-        return self_influence(self.inverse, scored, shards)
-
-    @undisturbed()
-    def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
-        """Gradients of the Q queries' measurements, factored; ``.dense()`` writes them out as right-hand sides."""
-        return query_gradients(self.problem, queries, measurement, self.batch_size)
-
-    @undisturbed()
-    def save(self, path: str | Path) -> None:
-        """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""
-        header = {
-            "config": self._config(),
-            "fingerprint": self.problem.fingerprint(),
-            "shift": self.inverse.shift,
-        }
-        store.save(path, "influence", self.inverse.state(), header)
-
-    @undisturbed()
-    def load(self, path: str | Path, model: nn.Module, task: Task | object, train: Any) -> Influence:
-        """Take the fit from a file that was saved with the same configuration, model and data.
+    def load(self, path: str | Path, model: nn.Module, task: Task | object, train: Any) -> FittedInfluence:
+        """Take a fit from a file that was saved with the same configuration, model and data.
 
         Raises:
             ArtefactError: naming what differs: the configuration, the task, the weights, the parameters or the data.
         """
         tensors, header = store.load(path, "influence")
-        problem, solver = self._problem(model, task, train), self._solver()
-        store.same(path, header.get("config", {}), self._config())
+        problem, solver = self._read_problem(model, task, train), self.resolve_solver()
+        store.same(path, header.get("config", {}), self.configuration())
         store.same(path, header.get("fingerprint", {}), problem.fingerprint())
         store.check_finite(path, tensors)
-        shift = _checked_damping(path, header.get("shift"), problem)
-        self._curvature = self.curvature(problem)
-        state = {name: t.to(problem.device) for name, t in tensors.items()}
+        damping = _check_damping(path, header.get("damping"), problem)
+
+        on_device = {name: t.to(problem.device) for name, t in tensors.items()}
+        given = {"curvature": self.curvature(problem), "damping": damping}
         with store.reading(path):
-            self._inverse = solver.restore(self._curvature, shift, state)
-        if unknown := set(tensors) - set(self._inverse.state()):
+            inverse = records.rebuild(header.get("inverse"), on_device, given, saved_classes())
+        if not isinstance(inverse, Inverse):
+            raise store.wrong(path, "a fitted inverse", type(inverse).__name__)
+        if unknown := set(tensors) - set(records.describe(inverse, GIVEN)[0]):
             raise store.wrong(path, f"what {solver!r} saves", f"also {min(unknown)}")
-        self._seconds = {"fit": 0.0}
-        return self
+        solver.share(inverse)
+        return FittedInfluence(self, inverse, 0.0)
 
-    @property
-    def inverse(self) -> Inverse:
-        """The fitted inverse.
+    def resolve_solver(self) -> Solver:
+        """Return the solver, with the seed that was asked for."""
+        solver = Auto() if self.solver == "auto" else self.solver
+        require_solvers(solver=solver)
+        return solver if self.seed is None else with_seed(solver, self.seed)
 
-        Raises:
-            InputError: before `fit` or `load`.
-        """
-        if not hasattr(self, "_inverse"):
-            raise InputError(
-                "Influence must be fitted before it is used. Call fit(model, task, train) or load(path, ...)."
-            )
-        return self._inverse
+    def configuration(self) -> dict[str, Any]:
+        """Return what tells these settings from others that give other scores, in a form that JSON can hold."""
+        curvature = getattr(self.curvature, "__name__", None) or repr(self.curvature)
+        return {"solver": repr(self.resolve_solver()), "damping": str(Damping.of(self.damping)), "curvature": curvature}
+
+    def _read_problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:
+        return Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
+
+
+GIVEN = ("curvature", "damping")  # fields of an inverse that are not saved with it
+
+
+@dataclass(frozen=True, eq=False)
+class FittedInfluence:
+    """An inverse that is fitted to a model and its training data, for any number of queries.
+
+    Args:
+        influence: the settings.
+        inverse: the fitted inverse.
+        seconds: that the fit took.
+    """
+
+    influence: Influence
+    inverse: Inverse
+    seconds: float = 0.0
 
     @property
     def problem(self) -> Problem:
         """The model, task, data and parameters of the fit."""
         return self.inverse.curvature.problem
 
+    @undisturbed()
+    def solve(
+        self,
+        queries: Any,
+        measurement: Measurement | None = None,
+        *,
+        certify: bool = True,
+        mean: bool = False,
+        rank: float | None = None,
+        by_token: bool | Measurement = False,
+        folder: str | Path | None = None,
+    ) -> Solution:
+        """Solve for all queries together.
+
+        Args:
+            queries: Q queries, in the form of the training data.
+            measurement: f of a query, (outputs, batch) to (B,), lower is better; None takes the task's.
+            certify: measure each query's residual with the true operator (one more pass over the training data). For an
+                approximate inverse such as EKFAC's, compare one or two queries with accurate solutions too, when they
+                are scored.
+            mean: solve for the mean of the queries' measurements, as of a validation set.
+            rank: keep this rank of each query's direction in each block, 32 say, or in (0, 1) that share of its energy
+                by rank 32 at most, so that many queries fit into one pass; see `Solution.truncate`.
+            by_token: solve for each token of the queries, whose solutions sum to the query's, so that
+                `Solution.by_query_token` can be asked. True takes the task's ``token_measurements``, in a language
+                model at the tokens that are predicted; or give (outputs, batch) to (B, T), whose sum over T is the
+                measurement.
+            folder: where solutions are kept, so that the same call goes on where a killed one stopped; what lies there
+                must be of the same model, data and settings.
+
+        Raises:
+            InputError: queries that the model does not accept, a measurement that is not one finite number a query, or
+                a rank that is neither.
+            UnsupportedError: if tokens are asked for and the task does not split its measurement.
+            DivergenceError: if a solve does not stay finite.
+            ArtefactError: if the folder holds solutions of something else, by name of what differs.
+        """
+        start = time.perf_counter()
+        inverse, problem = self.inverse, self.problem
+        if rank is not None:
+            check_rank(rank)
+        asked = QueryGradients.of(
+            problem,
+            queries,
+            measurement,
+            self.influence.batch_size,
+            size=None if rank is None else _queries_at_once(problem),
+            mean=mean,
+        )
+        shards = None
+        if folder is not None:
+            key = key_of(inverse, self.provenance()) | {"queries": hash_gradients(asked), "rank": rank}
+            shards = Shards(folder, "solution", key)
+
+        tokens = None
+        if by_token:
+            parts = by_token if callable(by_token) else problem.task.token_measurements
+            directions, certificate, tokens = self._solve_by_token(queries, asked, parts, certify)
+            truncation = None
+        else:
+            directions, certificate, truncation = solve_queries(inverse, asked, certify, rank, shards)
+        return Solution(
+            inverse,
+            directions,
+            dataclasses.replace(certificate, row_error=problem.row_error),
+            asked,
+            self.provenance(),
+            certify,
+            {"fit": self.seconds, "solve": time.perf_counter() - start},
+            tokens,
+            truncation,
+            self.influence.batch_size,
+        )
+
+    @undisturbed()
+    def score(
+        self,
+        queries: Any,
+        measurement: Measurement | None = None,
+        *,
+        certify: bool = True,
+        examples: Any = None,
+        self_influence: bool = False,
+        folder: str | Path | None = None,
+    ) -> Scores:
+        """Solve for all queries and score the training examples: ``solve(queries, ...).score(...)``.
+
+        Args:
+            queries, measurement, certify: see `solve`, which has more to choose.
+            examples, self_influence: see `Solution.score`.
+            folder: where solutions and scores are kept, see both.
+        """
+        solution = self.solve(queries, measurement, certify=certify, folder=folder)
+        return solution.score(examples, self_influence, folder)
+
+    @undisturbed()
+    def self_influence(self, examples: Any = None, folder: str | Path | None = None) -> Tensor:
+        """Return g^T (C + damping)^-1 g of the loss gradient of every training example, or of those given, (N,).
+
+        Solves go by the solver's own residual; examples that miss its tolerance are named in a `ConvergenceWarning`.
+
+        Args:
+            examples, folder: as for `Solution.score`.
+        """
+        scored = read_candidates(examples, self.influence.batch_size)
+        shards = None
+        if folder is not None:
+            more = {
+                "candidates": scored.fingerprint() if scored else None,
+                "batch size": (scored or self.problem.train).batch_size,
+            }
+            shards = Shards(folder, "self-influence", key_of(self.inverse, self.provenance()) | more)
+        return score_self_influence(self.inverse, scored, shards)
+
+    def at(self, damping: float | Damping) -> FittedInfluence:
+        """Return the fit at another damping; what does not depend on it (factors, rows, decompositions) is shared.
+
+        A sweep is ``[fitted.at(x).score(queries) for x in dampings]``.
+        """
+        influence = dataclasses.replace(self.influence, damping=damping)
+        inverse = influence.resolve_solver().fit(self.inverse.curvature, Damping.of(damping))
+        return FittedInfluence(influence, inverse, 0.0)
+
+    @undisturbed()
+    def query_gradients(self, queries: Any, measurement: Measurement | None = None) -> Gradients:
+        """Return the gradients of the Q queries' measurements, factored; ``.dense()`` writes them out."""
+        return QueryGradients.of(self.problem, queries, measurement, self.influence.batch_size).together()
+
+    @undisturbed()
+    def save(self, path: str | Path) -> None:
+        """Write the fitted inverse, with the fingerprints of the model and data that it belongs to."""
+        tensors, description = records.describe(self.inverse, GIVEN)
+        header = {
+            "config": self.influence.configuration(),
+            "fingerprint": self.problem.fingerprint(),
+            "damping": dict(self.inverse.damping),
+            "inverse": description,
+        }
+        store.save(path, "influence", tensors, header)
+
     def provenance(self) -> dict[str, Any]:
-        """The configuration, versions and coverage, in a form that JSON can hold."""
+        """Return the configuration, versions and coverage, in a form that JSON can hold."""
         chosen = self.inverse.report()
         return (
-            self._config()
+            self.influence.configuration()
             | ({"chosen": chosen} if chosen else {})
             | {
                 "coverage": self.problem.coverage(),
-                "damping by parameter": self.inverse.shift,
+                "damping by block": dict(self.inverse.damping),
                 "tolerance": self.inverse.tolerance,
                 "torch": torch.__version__,
                 "examples": len(self.problem.train),
-                "row error": self.problem.row_error,
             }
         )
 
-    def _solver(self) -> Solver:
-        solver = Auto() if self.solver == "auto" else self.solver
-        instance(solver=solver)
-        return solver if self.seed is None else seeded(solver, self.seed)
-
-    def _problem(self, model: nn.Module, task: Task | object, train: Any) -> Problem:
-        return Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
-
-    def _config(self) -> dict[str, Any]:
-        damping = Damping.of(self.damping)
-        return {"solver": repr(self._solver()), "damping": str(damping), "curvature": _name(self.curvature)}
-
-    def _made_of(
-        self, rows: Iterable[Gradients] | None, scored: Examples | None, rank: float | None = None
-    ) -> dict[str, Any]:
-        """What scores depend on; the queries by their gradients, which the measurement is part of."""
-        mine = {
-            "lambda": self.inverse.shift,
-            "queries": fingerprint(rows) if rows else None,
-            "rank": rank,
-            "candidates": scored.fingerprint() if scored else None,
-            "batch size": (scored or self.problem.train).batch_size,
-        }
-        return self._config() | self.problem.fingerprint() | mine
-
-    def _candidates(self, candidates: Any) -> Examples | None:
-        given = candidates is None or isinstance(candidates, Examples)
-        return candidates if given else Examples(candidates, "candidates", self.batch_size)
+    def _solve_by_token(
+        self, queries: Any, asked: QueryGradients, parts: Measurement, certify: bool
+    ) -> tuple[Any, Certificate, Any]:
+        """Solve for each token, and certify the sums, which are the queries' solutions."""
+        if asked.mean:
+            raise InputError("The mean of queries has no tokens. Solve with by_token=True, or with mean=True.")
+        inverse = self.inverse
+        gradients = TokenGradients(self.problem, Examples(queries, "queries", 1), parts)
+        directions, tokens = sum_over_tokens(inverse, gradients)
+        certificate = Certificate.of_nothing_solved(len(directions))
+        if certify and not inverse.is_approximate:
+            directions = directions.dense()
+            b = asked.together().dense()
+            residual = relative_norm(inverse.residual_vector(directions, b), b)
+            limit = float("inf") if inverse.tolerance is None else inverse.tolerance
+            certificate = Certificate(residual, residual <= limit, passes=1.0)
+        return directions, certificate, tokens
 
 
-def _checked_damping(path: str | Path, saved: Any, problem: Problem) -> dict[str, float]:
-    """The damping of each parameter in a file.
+def saved_classes() -> list[type]:
+    """List the classes that a saved fit may be made of, those of the user's own solvers too."""
+    return records.with_subclasses(Inverse, Solver, KroneckerBlock, Basis, Plan)
+
+
+def _queries_at_once(problem: Problem) -> int:
+    """Count the queries that can be solved for together at full rank in the problem's memory."""
+    width = sum(block.size for block in problem.blocks) * problem.dtype.itemsize
+    return max(1, int(problem.memory / (COPIES * width)))
+
+
+def _check_damping(path: str | Path, saved: Any, problem: Problem) -> ByBlock:
+    """Read the damping of each block from a file.
 
     Raises:
-        ArtefactError: if there is none, one of another parameter, or one that is not positive.
+        ArtefactError: if there is none, one of another block, or one that is not positive.
     """
-    numbers = isinstance(saved, dict) and all(type(value) in (int, float) for value in saved.values())
-    if not numbers or set(saved) != set(problem.shapes):
-        raise store.wrong(path, "a damping for each parameter", saved)
+    names = {block.name for block in problem.blocks}
+    are_numbers = isinstance(saved, dict) and all(type(value) in (int, float) for value in saved.values())
+    if not are_numbers or set(saved) != names:
+        raise store.wrong(path, "a damping for each block of parameters", saved)
     if bad := [name for name, value in saved.items() if not 0 < value <= sys.float_info.max]:
         raise store.wrong(path, "positive finite dampings", f"{saved[bad[0]]} for {bad[0]}")
     return {name: float(value) for name, value in saved.items()}
-
-
-def _name(curvature: Callable[[Problem], Curvature]) -> str:
-    return getattr(curvature, "__name__", None) or repr(curvature)

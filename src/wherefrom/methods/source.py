@@ -13,27 +13,30 @@ applied on the queries' side. Eq. 16 as printed has a minus sign that its deriva
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wherefrom.curvature.base import Curvature
 from wherefrom.curvature.ggn import GGN
 from wherefrom.errors import expected
-from wherefrom.methods.stream import Measurement, streamed
-from wherefrom.methods.training import OverTraining
+from wherefrom.methods.base import FittedMethod, TrajectoryMethod
+from wherefrom.methods.stream import Measurement, score_stream
 from wherefrom.model.problem import Problem
-from wherefrom.solvers.base import Inverse, Pairing, Solver, instance
-from wherefrom.solvers.exact import Exact
+from wherefrom.model.task import Task
+from wherefrom.scores import Certificate
+from wherefrom.solvers.base import Inverse, Solver, require_solvers
 from wherefrom.solvers.kronecker import EKFAC
+from wherefrom.solvers.spectral import Exact
 from wherefrom.training.trajectory import Segment
 
 
-@dataclass(frozen=True)
-class Fitted:
+@dataclass(frozen=True, eq=False)
+class FittedSegment:
     """One segment.
 
     Args:
@@ -54,17 +57,17 @@ class Fitted:
         return self.segment.rate * self.segment.steps
 
     def remains(self, s: Tensor) -> Tensor:
-        """The eigenvalue of S_l to an eigenvalue of G_l."""
+        """Return the eigenvalue of S_l to an eigenvalue of G_l."""
         return (-self.duration * s).exp()
 
     def response(self, s: Tensor) -> Tensor:
-        """(1 - exp(-eta K s)) / s, which is eta K at 0."""
+        """Return (1 - exp(-eta K s)) / s, which is eta K at 0."""
         x = self.duration * s.clamp(min=0)
         return self.duration * torch.where(x > 1e-12, -torch.expm1(-x) / x.clamp(min=1e-12), torch.ones_like(x))
 
 
-@dataclass(kw_only=True)
-class SOURCE(OverTraining):
+@dataclass(frozen=True, kw_only=True)
+class SOURCE(TrajectoryMethod):
     """Segmented stationary unrolling for SGD; as it stands EKFAC-SOURCE, with ``solver=ASTRA()`` ASTRA-SOURCE.
 
     Args:
@@ -82,7 +85,7 @@ class SOURCE(OverTraining):
     curvature: Callable[[Problem], Curvature] = GGN
 
     def damping(self) -> float:
-        """The damping that these segments imply for influence at the final weights: L over the sum of all rates.
+        """Return the damping that these segments imply for influence at the final weights: L over the sum of all rates.
 
         That is 1 / (eta K) with the mean rate and the mean length of the segments, the same as
         `Damping.from_training` of the run's learning rates, whatever the schedule. Within SOURCE each segment has its
@@ -91,46 +94,76 @@ class SOURCE(OverTraining):
         parts = self.trajectory.segments(self.segments)
         return len(parts) / sum(s.rate * s.steps for s in parts)
 
-    def _fit(self) -> None:
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedSOURCE:
+        """Fit every segment.
+
+        Raises:
+            InputError: if the average is of nothing known, or the basis holds no eigenvalues.
+        """
+        start = time.perf_counter()
         if self.average not in ("gradients", "weights"):
             raise expected("average", "'gradients' or 'weights'", repr(self.average))
-        instance(basis=self.basis, **({"solver": self.solver} if self.solver else {}))
-        self._segments = list(self._fitted())
+        require_solvers(basis=self.basis)
+        if self.solver is not None:
+            require_solvers(solver=self.solver)
+        problem = self.read_problem(model, task, train)
+        segments = tuple(self._fit_segments(problem))
+        return FittedSOURCE(self, problem, time.perf_counter() - start, segments)
 
-    def _fitted(self) -> Iterator[Fitted]:
+    def _fit_segments(self, problem: Problem) -> Iterator[FittedSegment]:
+        basis = self.basis
+        # A function of G needs all its eigenvectors: the dual form, where that is smaller, has none.
+        if isinstance(basis, Exact) and basis.form == "auto":
+            basis = replace(basis, form="primal")
+
         for segment in self.trajectory.segments(self.segments):
-            mean = self.problem.at(segment.mean())
-            each = tuple(self.problem.at(c.state) for c in segment.checkpoints)
-            places = each if self.average == "gradients" else (mean,)
-            curvature = self.curvature(mean)
-            curvature.statistics = places
-            # A function of G needs all its eigenvectors: the dual form, where that is smaller, has none.
-            basis = self.basis
-            if isinstance(basis, Exact) and basis.form == "auto":
-                basis = replace(basis, form="primal")
-            solvers = [s for s in (basis, self.solver) if s is not None]
-            for solver in solvers:
-                solver.check(curvature)
-            fitted, *inverse = (solver.fit(curvature, segment.damping) for solver in solvers)
-            if type(fitted).function is Inverse.function:
+            mean = problem.at(segment.mean())
+            places = (mean,)
+            if self.average == "gradients":
+                places = tuple(problem.at(checkpoint.state) for checkpoint in segment.checkpoints)
+            curvature = self.curvature(mean).with_statistics(places)
+
+            basis.check(curvature)
+            functions = basis.fit(curvature, segment.damping)
+            if type(functions).apply_function is Inverse.apply_function:
                 wanted = "a solver that holds the eigenvalues of G, such as EKFAC() or Exact()"
                 raise expected("basis", wanted, repr(self.basis))
-            yield Fitted(segment, places, fitted, inverse[0] if inverse else None)
+            inverse = None
+            if self.solver is not None:
+                self.solver.check(curvature)
+                inverse = self.solver.fit(curvature, segment.damping)
+            yield FittedSegment(segment, places, functions, inverse)
 
-    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        w = self._query_vectors(self.problem, queries, measurement)
-        values, residuals, converged = torch.zeros(()), [], []
-        for part in reversed(self._segments):
+
+@dataclass(frozen=True, eq=False)
+class FittedSOURCE(FittedMethod):
+    """SOURCE, ready for queries.
+
+    Args:
+        segments: of the run, in order.
+    """
+
+    method: SOURCE
+    segments: tuple[FittedSegment, ...]
+
+    def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
+        """Carry the queries' gradients back through the segments, from the last to the first."""
+        w = self.query_directions(self.problem, queries, measurement)
+        values, certificates = torch.zeros(()), []
+        for part in reversed(self.segments):
             if part.inverse is None:
-                x = part.basis.function(part.response, w)
+                x = part.basis.apply_function(part.response, w)
             else:
-                solution = part.inverse(w)
-                x = solution.x
-                residuals.append(solution.residual)
-                converged.append(solution.converged)
+                x, certificate = part.inverse.solve(w)
+                certificates.append(certificate)
             for place in part.places:
-                values = values + streamed(place, Pairing.of(x, place.blocks)) / len(part.places)
-            w = part.basis.function(part.remains, w)
-        if not residuals:
-            return values, None, torch.ones(len(values), dtype=torch.bool)
-        return values, torch.stack(residuals).amax(0), torch.stack(converged).all(0)
+                values = values + score_stream(place, x) / len(part.places)
+            w = part.basis.apply_function(part.remains, w)
+
+        row_error = self.problem.row_error
+        if not certificates:
+            return values, self.certificate(len(values))
+        # A query is as good as the worst of its solves.
+        residual = torch.stack([c.residual for c in certificates if c.residual is not None]).amax(0)
+        converged = torch.stack([c.converged for c in certificates]).all(0)
+        return values, Certificate(residual, converged, row_error=row_error)

@@ -2,128 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wherefrom.data.examples import Batch, Examples
+from wherefrom.model.capture import Seeds
 from wherefrom.model.problem import Problem
-from wherefrom.persample import gradients, vectors
+from wherefrom.persample import gradients
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
-from wherefrom.persample.lowrank import written
-from wherefrom.solvers.base import Inverse, Pairing, Solution, warn_unconverged
+from wherefrom.solvers.base import Inverse, warn_unconverged
 from wherefrom.store import Shards
 
 Measurement = Callable[[Tensor, Batch], Tensor]  # (outputs, batch) -> (B,)
 
+SLOPES = 16  # directions that go together through the model in forward mode
 
-def query_gradients(
-    problem: Problem, queries: Any, measurement: Measurement | None = None, batch_size: int | None = None
-) -> Gradients:
-    """Gradients of the Q queries' measurements, factored.
+
+@dataclass(frozen=True, eq=False)
+class QueryGradients:
+    """Gradients of the queries' measurements, in pieces that fit into memory, computed anew each time they are read.
 
     Args:
         problem: the model at the weights where they are taken.
-        queries: in the form of the training data.
-        measurement: f of a query, lower is better; None takes the task's.
-        batch_size: queries per pass of the model.
+        examples: the queries.
+        cotangents: makes the cotangents of the outputs that belong to their measurements.
+        size: queries in a piece, at most; None: all of them.
+        mean: take the mean over all queries as one.
     """
-    examples, seeds = Examples(queries, "queries", batch_size), problem.seeds_of("measurement", measurement)
-    return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
+
+    problem: Problem
+    examples: Examples
+    cotangents: Seeds
+    size: int | None = None
+    mean: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        queries: Any,
+        measurement: Measurement | None = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> QueryGradients:
+        """Read queries in the form of the training data; None takes the task's measurement."""
+        examples = Examples(queries, "queries", batch_size)
+        return cls(problem, examples, problem.seeds_of("measurement", measurement), **options)
+
+    def __len__(self) -> int:
+        """Count the right-hand sides, Q."""
+        return 1 if self.mean else len(self.examples)
+
+    def __iter__(self) -> Iterator[Gradients]:
+        if self.mean:
+            yield self.together().mean()
+            return
+        held: list[Gradients] = []
+        for batch in self._batches():
+            for part in self._cut(batch):
+                if held and self.size is not None and sum(map(len, held)) + len(part) > self.size:
+                    yield gradients.concatenate(held)
+                    held = []
+                held.append(part)
+        yield gradients.concatenate(held)
+
+    def together(self) -> Gradients:
+        """Compute the gradients of all queries as one piece."""
+        return gradients.concatenate(list(self._batches()))
+
+    def _batches(self) -> Iterator[Gradients]:
+        for _, batch in self.problem.batches(self.examples):
+            yield self.problem.gradients(batch, self.cotangents)
+
+    def _cut(self, rows: Gradients) -> Iterator[Gradients]:
+        size = self.size or len(rows)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
 
 
-def solved(
-    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None = None, name: str = "solution"
-) -> Solution:
-    """The solution for Q queries' gradients, R = 1; from the disk if it lies there, else kept there if asked."""
-    if shards is None:
-        return inverse(rows.dense(), certify)
-    names = ("residual", "converged", "history", "predicted")
-
-    def make() -> dict[str, Tensor]:
-        found = inverse(rows.dense(), certify)
-        kept = {key: t for key in names if (t := getattr(found, key)) is not None}
-        cost = torch.tensor([found.steps, found.passes, found.seconds], dtype=torch.float64)
-        return kept | {"cost": cost} | {f"x|{p}": t for p, t in found.x.items()}
-
-    Q = len(rows)
-    shapes = {f"x|{p}": (Q, *shape) for p, shape in inverse.curvature.problem.shapes.items()}
-    shapes |= {"residual": (Q,), "converged": (Q,), "predicted": (Q,), "history": (None, None), "cost": (3,)}
-    measured = ("residual", "history", "predicted")  # a theory may expect an error without bound
-    t = shards.get(name, shapes, ("residual", "predicted"), {"converged": torch.bool}, measured)
-    if t is None:
-        t = shards.made(name, make)
-    elif inverse.tolerance is not None:
-        warn_unconverged(t["converged"], "queries", inverse.tolerance)
-    device, (steps, passes, seconds) = rows.weights.device, t["cost"].tolist()
-    x = {key[2:]: v.to(device) for key, v in t.items() if key.startswith("x|")}
-    rest = {key: t[key].to(device) if key in t else None for key in names}
-    return Solution(x, steps=int(steps), passes=passes, seconds=seconds, **rest)  # pyright: ignore[reportArgumentType]
-
-
-def streamed(
+def score_stream(
     problem: Problem,
-    pairing: Pairing,
+    directions: Directions,
     examples: Examples | None = None,
     what: str = "scores",
     shards: Shards | None = None,
+    cosine: bool = False,
 ) -> Tensor:
-    """Scores of all training examples, or of those given, in one pass over them: (Q, n).
+    """Score all training examples, or those given, in one pass over them: (Q, n).
 
     Args:
         problem: the model at the weights where the examples' gradients are taken.
-        pairing: what scores them.
+        directions: what the queries were made to.
         examples: those to score; None: the training set.
         what: words for the progress bar.
         shards: where each batch's scores are kept, and taken from if they are there.
+        cosine: divide by the lengths of the examples' gradients.
     """
     values = torch.empty(0)
     for index, batch in problem.batches(examples, what):
-        found = _against(problem, batch, pairing) if shards is None else _kept(problem, index, batch, pairing, shards)
+
+        def compute(batch: Batch = batch) -> dict[str, Tensor]:
+            return {"values": _score_batch(problem, batch, directions, cosine)}
+
+        if shards is None:
+            part = compute()["values"]
+        else:
+            shape = (len(directions), len(index))
+            part = shards.made(index.start, compute, {"values": shape})["values"].to(problem.device)
+
         if not index.start:
-            values = found.new_empty(len(found), len(examples or problem.train), dtype=problem.dtype)
-        values[:, index.start : index.stop] = found
-    if examples is None and shards is None and not _takes_slopes(problem, pairing):
+            values = part.new_empty(len(part), len(examples or problem.train), dtype=problem.dtype)
+        values[:, index.start : index.stop] = part
+
+    if examples is None and shards is None and not _takes_slopes(problem, directions):
         problem.name_unseen()
     return values
 
 
-def self_influence(inverse: Inverse, examples: Examples | None = None, shards: Shards | None = None) -> Tensor:
-    """g^T (C + damping)^-1 g of all training examples, or of those given, in one pass over them: (n,)."""
+def score_self_influence(inverse: Inverse, examples: Examples | None = None, shards: Shards | None = None) -> Tensor:
+    """Return g^T (C + damping)^-1 g of all training examples, or of those given, in one pass over them: (n,)."""
     problem, parts = inverse.curvature.problem, []
     for index, batch in problem.batches(examples, "self-influence"):
 
-        def make(batch: Batch = batch) -> dict[str, Tensor]:
-            values, converged = inverse.quadratic(problem.loss_gradients(batch))
+        def compute(batch: Batch = batch) -> dict[str, Tensor]:
+            values, converged = inverse.self_influence(problem.loss_gradients(batch))
             return {"values": values, "converged": converged}
 
         shapes = {"values": (len(index),), "converged": (len(index),)}
-        parts.append(make() if shards is None else shards.made(index.start, make, shapes, {"converged": torch.bool}))
-    warn_unconverged(torch.cat([part["converged"] for part in parts]), "training examples", inverse.tolerance or 0.0)
+        if shards is None:
+            parts.append(compute())
+        else:
+            parts.append(shards.made(index.start, compute, shapes, {"converged": torch.bool}))
+
+    converged = torch.cat([part["converged"] for part in parts])
+    warn_unconverged(converged, "training examples", inverse.tolerance or 0.0)
     return torch.cat([part["values"] for part in parts]).to(problem.device, problem.dtype)
 
 
-def _kept(problem: Problem, index: range, batch: Batch, pairing: Pairing, shards: Shards) -> Tensor:
-    make = lambda: {"values": _against(problem, batch, pairing)}  # noqa: E731
-    queries = len(next(iter(pairing.packed.values())) if pairing.mix is None else pairing.mix)
-    return shards.made(index.start, make, {"values": (queries, len(index))})["values"].to(problem.device)
-
-
-def _against(problem: Problem, batch: Batch, pairing: Pairing) -> Tensor:
-    """Scores of a batch, (Q, n), by contractions of factored gradients.
+def _score_batch(problem: Problem, batch: Batch, directions: Directions, cosine: bool) -> Tensor:
+    """Score a batch, (Q, n), by contractions of factored gradients.
 
     Where some parameters' gradients would have to be written out and few directions are enough, by forward-mode
     derivatives along these.
     """
-    mix = pairing.mix
-    if mix is None or not _takes_slopes(problem, pairing):
-        return pairing(problem.loss_gradients(batch))
-    directions = {p: t for b in problem.blocks for p, t in b.unpack(written(pairing.packed[b.name])).items()}
-    return mix @ torch.cat([problem.slopes(batch, some) for some in vectors.chunk(directions, 16)])
+    if _takes_slopes(problem, directions) and not cosine:
+        return _score_by_slopes(problem, batch, directions)
+    rows = problem.loss_gradients(batch)
+    scores = rows.dot(directions)[..., 0]  # (Q, n)
+    if cosine:
+        scores = scores / rows.square_norms().sum(1).sqrt().clamp(min=1e-30)
+    return scores
 
 
-def _takes_slopes(problem: Problem, pairing: Pairing) -> bool:
+def _score_by_slopes(problem: Problem, batch: Batch, directions: Directions) -> Tensor:
+    common = Directions(
+        directions.blocks, directions.forms, directions.bases
+    )  # the p directions, before they are mixed
+    parts = [problem.slopes(batch, some.to_parameters()) for some in common.chunk(SLOPES)]
+    slopes = torch.cat(parts)  # (p, n)
+    return slopes if directions.mix is None else directions.mix.to(slopes) @ slopes
+
+
+def _takes_slopes(problem: Problem, directions: Directions) -> bool:
     """Whether few directions stand for many rows that would have to be written out."""
-    return pairing.mix is not None and bool(problem.layout.slow)
+    return directions.mix is not None and bool(problem.layout.slow)

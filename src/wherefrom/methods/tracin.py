@@ -10,23 +10,24 @@ predicted change.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wherefrom.methods.stream import Measurement, streamed
-from wherefrom.methods.training import OverTraining
+from wherefrom.methods.base import FittedMethod, TrajectoryMethod
+from wherefrom.methods.stream import Measurement, score_stream
 from wherefrom.model.problem import Problem
-from wherefrom.persample.vectors import norm, scale
-from wherefrom.solvers.base import Pairing
+from wherefrom.model.task import Task
+from wherefrom.scores import Certificate
 from wherefrom.surroundings import undisturbed
 
 
-@dataclass(kw_only=True)
-class TracIn(OverTraining):
+@dataclass(frozen=True, kw_only=True)
+class TracIn(TrajectoryMethod):
     """Gradient dot products over checkpoints.
 
     Args:
@@ -39,28 +40,49 @@ class TracIn(OverTraining):
     rates: bool = True
     cosine: bool = False
 
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedTracIn:
+        """Put the model and the data together; every checkpoint is visited when scores are asked for."""
+        start = time.perf_counter()
+        problem = self.read_problem(model, task, train)
+        return FittedTracIn(self, problem, time.perf_counter() - start)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTracIn(FittedMethod):
+    """TracIn, ready for queries."""
+
+    method: TracIn
+
     @undisturbed()
     def self_influence(self) -> Tensor:
-        """The sum of w_c |grad l_c(z)|^2 of each training example, (N,); large for examples learnt by heart."""
+        """Return the sum of w_c |grad l_c(z)|^2 of each training example, (N,); large for examples learnt by heart."""
         total = torch.zeros(len(self.problem.train), dtype=torch.float64, device=self.problem.device)
-        for problem, weight in self._weighted():
+        for problem, weight in self._visit_checkpoints():
             for index, batch in problem.batches(what="self-influence"):
-                norms = problem.loss_gradients(batch).square_norms().sum(1)
-                total[index.start : index.stop] += weight * (torch.ones_like(norms) if self.cosine else norms)
+                squares = problem.loss_gradients(batch).square_norms().sum(1)
+                if self.method.cosine:  # gradients of length 1
+                    squares = torch.ones_like(squares)
+                total[index.start : index.stop] += weight * squares
         return total.to(self.problem.dtype)
 
-    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
+        """Sum the scores of the checkpoints."""
+        cosine = self.method.cosine
         total = torch.zeros(())
-        for problem, weight in self._weighted():
-            f = self._query_vectors(problem, queries, measurement)
-            f = scale(f, weight / norm(f).clamp(min=1e-30) if self.cosine else weight)
-            total = total + streamed(problem, Pairing.of(f, problem.blocks, unit=self.cosine))
-        return total, None, torch.ones(len(total), dtype=torch.bool)
+        for problem, weight in self._visit_checkpoints():
+            f = self.query_directions(problem, queries, measurement)
+            f = f.scale(weight / f.norm().clamp(min=1e-30) if cosine else weight)
+            total = total + score_stream(problem, f, cosine=cosine)
+        return total, self.certificate(len(total))
 
-    def _weighted(self) -> Iterator[tuple[Problem, float]]:
-        """The model at each checkpoint, one after the other, and w_c."""
-        chosen = self.trajectory.spread(self.checkpoints or len(self.trajectory.checkpoints))
-        sums = torch.cat([torch.zeros(1, dtype=torch.float64), self.trajectory.effective_rates().cumsum(0)])
-        at = sums[[0, *(c.step for c in chosen)]].diff()
-        weights = at.tolist() if self.rates else [1 / len(chosen)] * len(chosen)
-        return ((self.problem.at(c.state), w) for c, w in zip(chosen, weights, strict=True))
+    def _visit_checkpoints(self) -> Iterator[tuple[Problem, float]]:
+        """Yield the model at each checkpoint, one after the other, with its weight w_c."""
+        trajectory = self.method.trajectory
+        chosen = trajectory.spread(self.method.checkpoints or len(trajectory.checkpoints))
+        if self.method.rates:
+            sums = torch.cat([torch.zeros(1, dtype=torch.float64), trajectory.effective_rates().cumsum(0)])
+            weights = sums[[0, *(checkpoint.step for checkpoint in chosen)]].diff().tolist()
+        else:
+            weights = [1 / len(chosen)] * len(chosen)
+        for checkpoint, weight in zip(chosen, weights, strict=True):
+            yield self.problem.at(checkpoint.state), weight

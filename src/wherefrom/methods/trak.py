@@ -13,6 +13,7 @@ squares is not weighted by the loss's second derivative in f, so that scores ran
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,19 +24,19 @@ from torch import Tensor, nn
 from wherefrom.curvature.lanczos import embedding
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import DivergenceError, expected
-from wherefrom.methods.base import Method
+from wherefrom.methods.base import FittedMethod, GradientMethod
 from wherefrom.methods.stream import Measurement
 from wherefrom.model.capture import Seeds
 from wherefrom.model.problem import Problem
 from wherefrom.model.task import Task
-from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
-from wherefrom.surroundings import undisturbed
+from wherefrom.scores import Certificate
 
 ROWS = 4096  # examples whose features are widened to float64 together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
     """One model.
 
@@ -52,8 +53,8 @@ class Member:
     weights: Tensor
 
 
-@dataclass(kw_only=True)
-class TRAK(Method):
+@dataclass(frozen=True, kw_only=True)
+class TRAK(GradientMethod):
     """Projected gradients of the measurement and their inverse second moment; better with several models.
 
     Args:
@@ -68,9 +69,8 @@ class TRAK(Method):
     regularisation: float | None = None
     seed: int = 0
 
-    @undisturbed()
-    def fit(self, model: nn.Module | Sequence[nn.Module], task: Task | object, train: Any) -> TRAK:
-        """Features of the training examples, one pass for each model.
+    def fit(self, model: nn.Module | Sequence[nn.Module], task: Task | object, train: Any) -> FittedTRAK:
+        """Compute the features of the training examples, one pass for each model.
 
         Args:
             model: one trained model, or several that were trained independently on the same data.
@@ -81,33 +81,23 @@ class TRAK(Method):
             InputError: see `Problem`.
             DivergenceError: if Phi^T Phi + reg I is singular.
         """
+        start = time.perf_counter()
         if self.size < 1 or (self.regularisation or 0.0) < 0:
             raise expected("size and regularisation", ">= 1 and >= 0", (self.size, self.regularisation))
-        self._models = [model] if isinstance(model, nn.Module) else list(model)
-        if not self._models:
+        models = [model] if isinstance(model, nn.Module) else list(model)
+        if not models:
             raise expected("model", "a model, or several", "none")
-        return super().fit(self._models[0], task, train)
 
-    def _fit(self) -> None:
-        first = self.problem
-        more = [
-            Problem(model, first.task, first.train, self.parameters, None, self.memory, self.progress)
-            for model in self._models[1:]
-        ]
-        for problem in more:
+        first = self.read_problem(models[0], task, train)
+        problems = [first]
+        for other in models[1:]:
+            problem = Problem(other, first.task, first.train, self.parameters, None, self.memory, self.progress)
             problem.row_check = first.row_check
-        self._members = [self._member(problem, self.seed + m) for m, problem in enumerate([first, *more])]
+            problems.append(problem)
+        members = tuple(self._fit_member(problem, self.seed + m) for m, problem in enumerate(problems))
+        return FittedTRAK(self, first, time.perf_counter() - start, members)
 
-    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        examples, found = Examples(queries, "queries", self.batch_size), []
-        for member in self._members:
-            seeds = member.problem.seeds_of("measurement", measurement)
-            found.append(self._features(member.problem, examples, seeds, member.seed) @ member.solved.T)
-        weights = torch.stack([member.weights for member in self._members]).mean(0)
-        values = torch.stack(found).mean(0) * weights * len(weights)
-        return values, None, torch.ones(len(values), dtype=torch.bool)
-
-    def _member(self, problem: Problem, seed: int) -> Member:
+    def _fit_member(self, problem: Problem, seed: int) -> Member:
         weights: list[Tensor] = []
 
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
@@ -117,11 +107,11 @@ class TRAK(Method):
             weights.append(torch.where(own > 0, torch.linalg.vecdot(r, s) / own, 0.0))
             return f
 
-        phi = self._features(problem, problem.train, seeds, seed, "TRAK features")
-        return Member(problem, seed, self._solved(phi), torch.cat(weights))
+        phi = self.compute_features(problem, problem.train, seeds, seed, "TRAK features")
+        return Member(problem, seed, self._solve(phi), torch.cat(weights))
 
-    def _solved(self, phi: Tensor) -> Tensor:
-        """Phi (Phi^T Phi + reg I)^-1, by Cholesky in float64, in place of Phi."""
+    def _solve(self, phi: Tensor) -> Tensor:
+        """Return Phi (Phi^T Phi + reg I)^-1, by Cholesky in float64, in place of Phi."""
         N, k = phi.shape
         gram = torch.zeros(k, k, dtype=torch.float64, device=phi.device)
         for rows in phi.split(ROWS):
@@ -141,32 +131,56 @@ class TRAK(Method):
             rows.copy_(torch.cholesky_solve(rows.double().T, factor).T)
         return phi
 
-    def _features(
+    def compute_features(
         self, problem: Problem, examples: Examples, seeds: Seeds, seed: int, what: str | None = None
     ) -> Tensor:
-        """phi of all examples, (n, k); gradients are held, factored, for as long as half of the memory lasts."""
-        held, numbers, found = [], 0, []
+        """Compute phi of all examples, (n, k); gradients are held, factored, while half of the memory lasts."""
+        held, numbers, features = [], 0, []
         for _, batch in problem.batches(examples, what):
             held.append(problem.gradients(batch, seeds).compact())
             numbers += held[-1].numbers()
             if numbers * problem.dtype.itemsize > self.memory / 2:
-                found.append(self._projected(problem, held, seed))
+                features.append(self._project(problem, held, seed))
                 held, numbers = [], 0
         if held:
-            found.append(self._projected(problem, held, seed))
-        return torch.cat(found)
+            features.append(self._project(problem, held, seed))
+        return torch.cat(features)
 
-    def _projected(self, problem: Problem, held: Sequence[Gradients], seed: int) -> Tensor:
-        """P g of the gradients held, (n, k); P is made anew, in chunks of directions that the memory takes."""
+    def _project(self, problem: Problem, held: Sequence[Gradients], seed: int) -> Tensor:
+        """Return P g of the gradients held, (n, k); P is made anew, in chunks of directions that the memory takes."""
         shapes, like = problem.shapes, next(iter(problem.parameters.values())).detach()
         D = sum(s.numel() for s in shapes.values())
         if self.size >= D:
-            return torch.cat([vectors.flatten(rows.dense()) for rows in held])
+            return torch.cat([rows.dense().flatten() for rows in held])
         out = like.new_empty(sum(map(len, held)), self.size)
         step = max(1, int(self.memory / (32 * D)))
         for start in range(0, self.size, step):
             some = range(start, min(start + step, self.size))
-            directions = {name: embedding(shapes, name, some, self.size, seed, like) for name in shapes}
+            drawn = {name: embedding(shapes, name, some, self.size, seed, like) for name in shapes}
+            directions = Directions.from_parameters(problem.blocks, drawn)
             parts = [rows.dot(directions)[..., 0].T for rows in held]
             out[:, start : some.stop] = torch.cat(parts)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTRAK(FittedMethod):
+    """TRAK, ready for queries.
+
+    Args:
+        members: one for each model.
+    """
+
+    method: TRAK
+    members: tuple[Member, ...]
+
+    def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
+        """Average over the models."""
+        examples, products = Examples(queries, "queries", self.method.batch_size), []
+        for member in self.members:
+            cotangents = member.problem.seeds_of("measurement", measurement)
+            features = self.method.compute_features(member.problem, examples, cotangents, member.seed)
+            products.append(features @ member.solved.T)
+        weights = torch.stack([member.weights for member in self.members]).mean(0)
+        values = torch.stack(products).mean(0) * weights * len(weights)
+        return values, self.certificate(len(values))

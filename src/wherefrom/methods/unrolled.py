@@ -15,30 +15,32 @@ the square root of the steps. It is exact: what is left between it and retrainin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from wherefrom.curvature.ggn import rhs_at_once
 from wherefrom.curvature.plain import GAPS, Function, has_second_derivatives, is_gap, second
 from wherefrom.errors import UnsupportedError
+from wherefrom.methods.base import FittedMethod, TrajectoryMethod
 from wherefrom.methods.optimisers import pulled
 from wherefrom.methods.replay import Replay, State
 from wherefrom.methods.stream import Measurement
-from wherefrom.methods.training import OverTraining
+from wherefrom.model.task import Task
 from wherefrom.persample import vectors
 from wherefrom.persample.vectors import Vectors
 from wherefrom.progress import track
-from wherefrom.scores import Scores
+from wherefrom.scores import Certificate, Scores
 from wherefrom.surroundings import jvp, undisturbed
 
 
-@dataclass(kw_only=True)
-class Unrolled(OverTraining):
+@dataclass(frozen=True, kw_only=True)
+class Unrolled(TrajectoryMethod):
     """Exact unrolled differentiation of SGD, Adam or AdamW.
 
     A query costs about three times the run, and 4 to 5 sets of parameters, so that ``memory`` decides how many go
@@ -52,9 +54,37 @@ class Unrolled(OverTraining):
     segment: int | None = None
     dropped: float = 0.05
 
+    def fit(self, model: nn.Module, task: Task | object, train: Any) -> FittedUnrolled:
+        """Take the run again, and measure how far it can be trusted.
+
+        Raises:
+            InputError, UnsupportedError: see `Replay`.
+        """
+        start = time.perf_counter()
+        problem = self.read_problem(model, task, train)
+        replay = Replay(problem, self.trajectory, self.segment)
+        measured = {"replay error": replay.error}
+        if self.dropped:
+            measured["metasmoothness"] = float(replay.metasmoothness(self.dropped).mean())
+        return FittedUnrolled(self, problem, time.perf_counter() - start, replay, measured)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedUnrolled(FittedMethod):
+    """A run that was taken again, ready for queries.
+
+    Args:
+        replay: the run.
+        measured: "replay error" and "metasmoothness".
+    """
+
+    method: Unrolled
+    replay: Replay
+    measured: dict[str, float]
+
     @undisturbed()
     def score(self, queries: Any, measurement: Measurement | None = None) -> Scores:
-        """Scores of all training examples on Q queries.
+        """Score all training examples on Q queries.
 
         Args:
             queries: in the form of the training data.
@@ -65,26 +95,20 @@ class Unrolled(OverTraining):
             initial weights and the order of the others as they were.
         """
         scores = super().score(queries, measurement)
-        scores.provenance["measured"] = self._measured
-        return scores
+        return replace(scores, provenance=scores.provenance | {"measured": self.measured})
 
-    def _fit(self) -> None:
-        self._replay = Replay(self.problem, self.trajectory, self.segment)
-        self._measured = {"replay error": self._replay.error}
-        if self.dropped:
-            self._measured["metasmoothness"] = float(self._replay.metasmoothness(self.dropped).mean())
-
-    def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        f = self._query_vectors(self._replay.trained, queries, measurement)
-        sets = 2 + max(len(rows) for rows in self._replay.states[0].values())
+    def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
+        """Sweep backwards through the run, with as many queries together as the memory holds."""
+        f = self.query_directions(self.replay.trained, queries, measurement).to_parameters()
+        sets = 2 + max(len(rows) for rows in self.replay.states[0].values())
         size = sum(t[0].numel() * t.element_size() for t in f.values())
-        together = max(1, int(self.memory / (sets * size)))
-        values = torch.cat([self._swept(some) for some in vectors.chunk(f, together)])
-        return -len(self.problem.train) * values, None, torch.ones(len(values), dtype=torch.bool)
+        together = max(1, int(self.method.memory / (sets * size)))
+        values = torch.cat([self._sweep(some) for some in vectors.chunk(f, together)])
+        return -len(self.problem.train) * values, self.certificate(len(values))
 
-    def _swept(self, f: Vectors) -> Tensor:
-        """The derivatives by the examples' weights, (Q, N), from those by the final weights."""
-        replay = self._replay
+    def _sweep(self, f: Vectors) -> Tensor:
+        """Return the derivatives by the examples' weights, (Q, N), from those by the final weights."""
+        replay = self.replay
         kept = {name: len(rows) - 1 for name, rows in replay.states[0].items()}
         batch = replay.problem.batch(replay.order[-1])
         with replay.opened():
@@ -95,7 +119,7 @@ class Unrolled(OverTraining):
         ]
         values = [t.new_zeros(len(t), len(replay.problem.train)) for t in next(iter(f.values())).split(at_once)]
         steps = replay.trajectory.steps
-        for step, state, g in track(replay.backwards(), "unrolling", total=steps, enabled=self.progress):
+        for step, state, g in track(replay.backwards(), "unrolling", total=steps, enabled=self.method.progress):
             slopes, theta = replay.slopes(state, g, step), {name: rows[0][0] for name, rows in state.items()}
             index = replay.order[step].to(replay.problem.device)
             for i, adjoint in enumerate(adjoints):
@@ -107,7 +131,7 @@ class Unrolled(OverTraining):
 
     def _second(self, index: Tensor, theta: Vectors, a: Vectors) -> tuple[Tensor, Vectors]:
         """a . d g / d w_i for each example of a minibatch, (Q, B), and H a, (Q, ...)."""
-        problem = self._replay.problem
+        problem = self.replay.problem
         batch = problem.batch(index)
         outputs, _ = problem.functional(batch)
 
@@ -118,7 +142,7 @@ class Unrolled(OverTraining):
         def along(a: Vectors) -> tuple[Vectors, Tensor]:
             return jvp(grad(loss, has_aux=True), (theta,), (a,))[1]
 
-        with self._replay.opened():
+        with self.replay.opened():
             try:
                 curved, slopes = vmap(along)(a)
             except GAPS as error:
@@ -142,4 +166,4 @@ class Unrolled(OverTraining):
 
     @cached_property
     def _twice(self) -> bool:
-        return has_second_derivatives(self._replay.problem)
+        return has_second_derivatives(self.replay.problem)

@@ -270,7 +270,7 @@ def _weighted_sums(traced: Traced, index: Tensor, weights: Tensor) -> dict[str, 
     places = (index.unsqueeze(1) * positions + torch.arange(positions, device="cpu")).flatten()
     rows = traced.gradients[places.to(traced.outputs.device)]
     each = weights.repeat_interleave(positions, 0).to(traced.outputs)  # (m S, R)
-    return {name: t[0] for name, t in rows.combine(each.unsqueeze(0)).items()}
+    return {name: t[0] for name, t in rows.combine(each.unsqueeze(0)).to_parameters().items()}
 
 
 Piece = tuple[Batch, Tensor, Tensor, Tensor]  # m examples, their outputs in the whole batch, cotangents, weights (m, R)

@@ -34,7 +34,9 @@ from wherefrom.model.observe import (
     trainable,
 )
 from wherefrom.model.task import Task, as_task
-from wherefrom.persample.gradients import Block, Gradients
+from wherefrom.persample.blocks import Block
+from wherefrom.persample.directions import Directions
+from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.layers import Unfactorable
 from wherefrom.persample.layout import Layout, plan
 from wherefrom.persample.vectors import Vectors, norm
@@ -283,8 +285,10 @@ class Problem:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # no forward mode: rows
-                return self.loss_gradients(batch).dot(v)[..., 0]
-        return found if self._agrees(found, batch, v) else self.loss_gradients(batch).dot(v)[..., 0]
+                return self.loss_gradients(batch).dot(Directions.from_parameters(self.blocks, v))[..., 0]
+        if self._agrees(found, batch, v):
+            return found
+        return self.loss_gradients(batch).dot(Directions.from_parameters(self.blocks, v))[..., 0]
 
     def _agrees(self, slopes: Tensor, batch: Batch, v: Vectors) -> bool:
         """Compare the slopes (Q, n) of drawn examples with their gradients, which are certified as all rows are.
@@ -293,7 +297,7 @@ class Problem:
         """
         place = self.row_check.draw_some(slopes.shape[1])
         rows = self.loss_gradients(take(batch, place))
-        wanted = rows.dot(v)[..., 0]  # (Q, m)
+        wanted = rows.dot(Directions.from_parameters(self.blocks, v))[..., 0]  # (Q, m)
         difference = (slopes[:, place.to(slopes.device)] - wanted).abs()
         size = wanted.abs() + FLOOR * rows.square_norms().sqrt().T * norm(v).unsqueeze(1).to(wanted)
         return bool((difference <= TOLERANCE[self.dtype] * size).all())

@@ -12,14 +12,14 @@ by numbers moved to and from memory. Loose parameters have their rows written ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-MOVE = 32.0  # one number moved to and from memory costs about as much as this many multiply-adds of a matrix product
+# One number moved to and from memory costs about as much as this many multiply-adds of a matrix product.
+MEMORY_COST = 32.0
 CHUNK = 2**21  # numbers in an intermediate result, so that it stays in cache
 ROWS = 1024  # positions in one matrix product
 
@@ -88,94 +88,103 @@ class Factored:
         """The same rows with positions next to each other in memory, as products over many examples want them."""
         return Factored(self.a.contiguous(), self.g.contiguous())
 
-    def dot(self, v: Tensor | Sequence[Tensor]) -> Tensor:
-        """Inner products of every row with Q matrices: v (Q, G, O, I), or their columns in pieces, to (Q, n, R)."""
+    def dot(self, v: Tensor) -> Tensor:
+        """Take the inner products of every row with Q matrices: v (Q, G, O, I) to (Q, n, R).
+
+            <V, sum_t g_t a_t^T> = sum_t g_t^T V a_t
+
+        Written out, rows are compared with V as they are ("outer"); else V a ("left") or g^T V ("right") is made first.
+        """
         G, n, R, T, O, I = self.sizes
-        pieces = [p.transpose(0, 1).to(self.a.dtype) for p in ([v] if isinstance(v, Tensor) else v)]  # (G, Q, O, .)
-        Q = pieces[0].shape[1]
-        order = self._order(Q)
-        if order != "left" and len(pieces) > 1:
-            pieces = [torch.cat(pieces, 3)]
-        widths = [p.shape[3] for p in pieces]
-        if order == "outer":  # a stripe of outputs for many examples at a time, so that v is seldom read
-            out = self.a.new_zeros(Q, n, R)
-            for s in slices(n, 16 * G * R * I):
-                rows = self[s]
-                for o in slices(O, G * rows.g.shape[1] * R * I):
-                    stripe = Factored(rows.a, rows.g[..., o]).written()
-                    out[:, s] += stripe.dot(pieces[0][:, :, o].transpose(0, 1))
-            return out
+        v = v.transpose(0, 1).to(self.a.dtype)  # (G, Q, O, I)
+        order = self._order(v.shape[1])
+        if order == "outer":
+            return self._dot_written(v)
+
+        Q = v.shape[1]
         out = self.a.new_empty(Q, n, R)
         whole = self.contiguous()
-        for s, q in _tiles(n, Q, G * T * (O if order == "left" else R * I), T):
-            rows, k = whole[s], len(range(*q.indices(Q)))
-            m = rows.a.shape[1]
-            if order == "left":
-                va = self.a.new_empty(0)  # (G, m T, k O), the sum over pieces of columns
-                for i, (a, p) in enumerate(zip(rows.a.reshape(G, m * T, I).split(widths, 2), pieces, strict=True)):
-                    vp = p[:, q].reshape(G, k * O, -1).mT
-                    va = va.baddbmm_(a, vp) if i else a @ vp
-                if T == 1:
-                    va, g = va.view(G, m, k, O), rows.g.reshape(G, m, R, O)
-                else:
-                    va, g = va.view(G, m, T, k, O).transpose(2, 3).flatten(3), rows.g.reshape(G, m, R, T * O)
-                out[q, s] = (va @ g.mT).sum(0).transpose(0, 1)
-            else:
-                gv = rows.g.reshape(G, 1, m * R * T, O) @ pieces[0][:, q]  # (G, k, m R T, I)
-                gv = gv.view(G, k, m, R, T, I).mul_(rows.a.view(G, 1, m, 1, T, I))
-                out[q, s] = gv.sum((0, 4, 5))
+        width = O if order == "left" else R * I
+        # A tile of examples x matrices whose intermediate result stays in cache.
+        for s, q in _tiles(n, Q, G * T * width, T):
+            contract = whole[s]._dot_left if order == "left" else whole[s]._dot_right
+            out[q, s] = contract(v[:, q])
         return out
 
-    def combine(self, w: Tensor) -> Tensor:
-        """Weighted sums of rows, sum_{n,r} w[q, n, r] W[n, r]: w (Q, n, R) to (Q, G, O, I)."""
-        return self.columns(w, [self.a.shape[3]])[0]
+    def _dot_written(self, v: Tensor) -> Tensor:
+        """Write rows out, a stripe of outputs for many examples at a time, so that v (G, Q, O, I) is seldom read."""
+        G, n, R, _, O, I = self.sizes
+        out = self.a.new_zeros(v.shape[1], n, R)
+        for s in slices(n, 16 * G * R * I):
+            rows = self[s]
+            for o in slices(O, G * rows.g.shape[1] * R * I):
+                stripe = Factored(rows.a, rows.g[..., o]).written()
+                out[:, s] += stripe.dot(v[:, :, o].transpose(0, 1))
+        return out
 
-    def columns(self, w: Tensor, widths: Sequence[int]) -> list[Tensor]:
-        """The columns of `combine` in pieces of these widths, each (Q, G, O, width)."""
+    def _dot_left(self, v: Tensor) -> Tensor:
+        """Multiply inputs by the matrices first: v (G, k, O, I) to (k, m, R)."""
+        G, m, R, T, O, I = self.sizes
+        k = v.shape[1]
+        va = self.a.reshape(G, m * T, I) @ v.reshape(G, k * O, I).mT  # (G, m T, k O)
+        if T == 1:
+            va, g = va.view(G, m, k, O), self.g.reshape(G, m, R, O)
+        else:  # positions and outputs are one axis, which a single matrix product sums over
+            va, g = va.view(G, m, T, k, O).transpose(2, 3).flatten(3), self.g.reshape(G, m, R, T * O)
+        return (va @ g.mT).sum(0).transpose(0, 1)
+
+    def _dot_right(self, v: Tensor) -> Tensor:
+        """Multiply cotangents by the matrices first: v (G, k, O, I) to (k, m, R)."""
+        G, m, R, T, O, I = self.sizes
+        gv = self.g.reshape(G, 1, m * R * T, O) @ v  # (G, k, m R T, I)
+        gv = gv.view(G, -1, m, R, T, I).mul_(self.a.view(G, 1, m, 1, T, I))
+        return gv.sum((0, 4, 5))
+
+    def combine(self, w: Tensor) -> Tensor:
+        """Sum rows with weights, sum_{n,r} w[q, n, r] W[n, r]: w (Q, n, R) to (Q, G, O, I)."""
         G, n, R, T, O, I = self.sizes
         Q, w = w.shape[0], w.to(self.a.dtype)
         order = self._order(Q)
-        if order != "left":
-            return [*self._combine(w, order).split(list(widths), 3)]
-        out = [w.new_empty(G, Q, O, width) for width in widths]
-        whole = self.contiguous()
-        for s, q in _tiles(n, Q, G * T * O, T):
-            rows, wq = whole[s], w[q, s]
-            k, m = wq.shape[:2]
-            if R == 1 and T == 1:
-                wg = rows.g.reshape(G, m, 1, O) * wq.reshape(k, m).T.reshape(1, m, k, 1)
-            else:
-                wg = wq.transpose(0, 1) @ rows.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
-                wg = wg.view(G, m, k, T, O).transpose(2, 3)
-            wg = wg.reshape(G, m * T, k * O).mT
-            for part, a in zip(out, rows.a.reshape(G, m * T, I).split(list(widths), 2), strict=True):
-                some = part[:, q].view(G, k * O, -1)
-                some.baddbmm_(wg, a, beta=1 if s.start else 0)
-        return [part.transpose(0, 1) for part in out]
-
-    def _combine(self, w: Tensor, order: str) -> Tensor:
-        G, n, R, T, O, I = self.sizes
-        Q, out = w.shape[0], w.new_zeros(G, w.shape[0], O, I)
+        out = w.new_zeros(G, Q, O, I)
         if order == "outer":
             for s in slices(n, G * R * O * I):
                 out += self[s].written().combine(w[:, s]).transpose(0, 1)
             return out.transpose(0, 1)
+
         whole = self.contiguous()
-        for s, q in _tiles(n, Q, G * T * R * I, T):
-            rows, wq = whole[s], w[q, s]
-            k, m = wq.shape[:2]
-            wa = wq.reshape(1, k, m, R, 1, 1) * rows.a.view(G, 1, m, 1, T, I)
-            gt = rows.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)
-            out[:, q] += gt @ wa.reshape(G, k, m * R * T, I)
+        width = O if order == "left" else R * I
+        for s, q in _tiles(n, Q, G * T * width, T):
+            add = whole[s]._add_left if order == "left" else whole[s]._add_right
+            add(w[q, s], out[:, q])
         return out.transpose(0, 1)
+
+    def _add_left(self, w: Tensor, out: Tensor) -> None:
+        """Weigh the cotangents, then multiply by the inputs: w (k, m, R), added to out (G, k, O, I)."""
+        G, m, R, T, O, I = self.sizes
+        k = len(w)
+        if R == 1 and T == 1:
+            weighted = self.g.reshape(G, m, 1, O) * w.reshape(k, m).T.reshape(1, m, k, 1)
+        else:
+            weighted = w.transpose(0, 1) @ self.g.reshape(G, m, R, T * O)  # (G, m, k, T O)
+            weighted = weighted.view(G, m, k, T, O).transpose(2, 3)
+        weighted = weighted.reshape(G, m * T, k * O).mT
+        out.view(G, k * O, I).baddbmm_(weighted, self.a.reshape(G, m * T, I))
+
+    def _add_right(self, w: Tensor, out: Tensor) -> None:
+        """Weigh the inputs, then multiply by the cotangents: w (k, m, R), added to out (G, k, O, I)."""
+        G, m, R, T, O, I = self.sizes
+        k = len(w)
+        weighted = w.reshape(1, k, m, R, 1, 1) * self.a.view(G, 1, m, 1, T, I)
+        cotangents = self.g.reshape(G, 1, m * R * T, O).mT.expand(G, k, -1, -1)
+        out += cotangents @ weighted.reshape(G, k, m * R * T, I)
 
     def _order(self, Q: int) -> str:
         """The cheapest order of a contraction with Q matrices: rows written out, or V a or g V first."""
         _, _, R, T, O, I = self.sizes
         costs = {
-            "outer": R * T * O * I + R * Q * O * I + MOVE * R * O * I,
-            "left": T * O * I * Q + R * T * O * Q + MOVE * T * O * Q,
-            "right": R * T * O * I * Q + R * T * I * Q + MOVE * R * T * I * Q,
+            "outer": R * T * O * I + R * Q * O * I + MEMORY_COST * R * O * I,
+            "left": T * O * I * Q + R * T * O * Q + MEMORY_COST * T * O * Q,
+            "right": R * T * O * I * Q + R * T * I * Q + MEMORY_COST * R * T * I * Q,
         }
         return min(costs, key=lambda order: costs[order])
 
@@ -202,8 +211,8 @@ class Factored:
         G, n, R, T, O, I = self.sizes
         _, m, P, S, _, _ = other.sizes
         out = self.a.new_empty(n, R, m, P)
-        ghost = n * m * T * S * (I + R * P * O + MOVE * (1 + R * P))
-        outer = (n * R * T + m * P * S + n * R * m * P) * O * I + MOVE * (n * R + m * P) * O * I
+        ghost = n * m * T * S * (I + R * P * O + MEMORY_COST * (1 + R * P))
+        outer = (n * R * T + m * P * S + n * R * m * P) * O * I + MEMORY_COST * (n * R + m * P) * O * I
         if ghost <= outer:
             for s in slices(n, G * m * T * S * (1 + R * P)):
                 rows, k = self[s], len(range(*s.indices(n)))

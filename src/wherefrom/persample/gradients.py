@@ -1,88 +1,23 @@
-"""Per-example gradients of all selected parameters, kept factored, block by block."""
+"""Per-sample gradients of all selected parameters, kept factored, block by block."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from wherefrom.persample import rows as forms
+from wherefrom.persample.blocks import Block
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.factored import Factored, Written
+from wherefrom.persample.lowrank import LowRank
 from wherefrom.persample.rows import Rows
-from wherefrom.persample.vectors import Vectors, count
 
 
-@dataclass(frozen=True)
-class Block:
-    """Parameters that share one matrix: a layer's weight with its bias as a last column, or loose numbers.
-
-    Args:
-        name: the layer's or parameter's name.
-        shapes: parameter name to shape.
-        matrix: (G, O) if the block is G matrices of O rows; None for loose numbers, one column of them.
-        transposed: whether the parameters are kept as (..., I, O).
-    """
-
-    name: str
-    shapes: Mapping[str, torch.Size]
-    matrix: tuple[int, int] | None
-    transposed: bool = False
-
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(math.prod(s) for s in self.shapes.values())
-
-    @property
-    def sides(self) -> tuple[int, int, int]:
-        """(G, O, I)."""
-        G, O = self.matrix or (1, self.size)
-        return G, O, self.size // (G * O)
-
-    @property
-    def widths(self) -> list[int]:
-        """Columns of each parameter in the matrix; of loose numbers, rows."""
-        G, O = self.matrix or (1, 1)
-        return [math.prod(s) // (G * O) for s in self.shapes.values()]
-
-    def pieces(self, v: Vectors) -> list[Tensor]:
-        """The block of Q parameter-shaped vectors, a matrix for each parameter, side by side those of `pack`: views."""
-        if self.matrix is None:
-            return [v[p].reshape(len(v[p]), 1, -1, 1) for p in self.shapes]
-        G, O = self.matrix
-        if self.transposed:
-            return [v[p].reshape(len(v[p]), G, -1, O).mT for p in self.shapes]
-        return [v[p].reshape(len(v[p]), G, O, -1) for p in self.shapes]
-
-    def pack(self, v: Vectors) -> Tensor:
-        """The block of Q parameter-shaped vectors as matrices: (Q, G, O, I)."""
-        parts = self.pieces(v)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 3 if self.matrix else 2)
-
-    def unpack(self, m: Tensor) -> Vectors:
-        """The inverse of `pack`."""
-        return self.shaped(m.split(self.widths, 3 if self.matrix else 2))
-
-    def shaped(self, pieces: Sequence[Tensor]) -> Vectors:
-        """The inverse of `pieces`."""
-        turned = [t.mT for t in pieces] if self.transposed else pieces
-        return {p: t.reshape(len(t), *s) for (p, s), t in zip(self.shapes.items(), turned, strict=True)}
-
-
-Packed = dict[str, Tensor]  # block name -> (Q, G, O, I)
-
-
-def pack(blocks: Sequence[Block], v: Vectors) -> Packed:
-    """All blocks of Q vectors as matrices."""
-    return {b.name: b.pack(v) for b in blocks}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradients:
-    """Rows J_n^T s_{n,r} of n examples, R a piece, over all blocks.
+    """Rows J_n^T s_{n,r} of n examples, R for each, over all blocks.
 
     Args:
         blocks: the layout.
@@ -95,96 +30,126 @@ class Gradients:
     weights: Tensor
 
     def __getitem__(self, index: slice | Tensor) -> Gradients:
-        """The gradients of some examples."""
-        return Gradients(self.blocks, {k: r[index] for k, r in self.rows.items()}, self.weights[index])
+        """Take the gradients of some examples."""
+        return Gradients(self.blocks, {name: rows[index] for name, rows in self.rows.items()}, self.weights[index])
 
     def __len__(self) -> int:
-        """Number of examples n."""
+        """Count the examples, n."""
         return len(self.weights)
 
     def pick(self, index: Tensor, r: Tensor) -> Gradients:
-        """Chosen rows (index, r) as examples of one row each."""
-        rows = {k: found.pick(index, r) for k, found in self.rows.items()}
+        """Take chosen rows (index, r) as examples of one row each."""
+        rows = {name: some.pick(index, r) for name, some in self.rows.items()}
         return Gradients(self.blocks, rows, self.weights[index, r].unsqueeze(1))
 
     def map(self, f: Callable[[str, Rows], Rows]) -> Gradients:
-        """The same examples with each block's rows, given with its name, replaced."""
-        return Gradients(self.blocks, {k: f(k, r) for k, r in self.rows.items()}, self.weights)
+        """Replace each block's rows by a function of the block's name and of them."""
+        return Gradients(self.blocks, {name: f(name, rows) for name, rows in self.rows.items()}, self.weights)
 
     def compact(self) -> Gradients:
-        """The same rows, each block in the form that takes less memory."""
-        return self.map(lambda _, r: r.compact())
+        """Return the same rows, each block in the form that takes less memory."""
+        return self.map(lambda _, rows: rows.compact())
 
     def numbers(self) -> int:
-        """How many numbers are stored."""
-        return sum(r.numbers() for r in self.rows.values())
+        """Count the numbers that are stored."""
+        return sum(rows.numbers() for rows in self.rows.values())
 
-    def dot(self, v: Vectors | None = None, *, packed: Packed | None = None) -> Tensor:
-        """Inner products of Q vectors with every row: (Q, n, R). Give matrices if they are `pack`-ed already."""
-        out = None
-        for b in self.blocks:
-            rows = self.rows[b.name]
-            if v is None:
-                part = rows.dot((packed or {})[b.name])
-            elif isinstance(rows, Factored) and b.matrix:  # as they are: nothing is copied
-                part = rows.dot(b.pieces(v))
-            else:
-                part = rows.dot(b.pack(v))
-            out = part if out is None else out.add_(part)
-        if out is None:
-            raise KeyError("no block")
-        return out
+    # as directions ----------------------------------------------------------------------------------------------------
 
-    def combine(self, w: Tensor) -> Vectors:
-        """Weighted sums of rows: w (Q, n, R) to Vectors (Q, ...)."""
-        out: Vectors = {}
-        for b in self.blocks:
-            rows = self.rows[b.name]
-            if isinstance(rows, Factored) and b.matrix:
-                out |= b.shaped(rows.columns(w, b.widths))
-            else:
-                out |= b.unpack(rows.combine(w))
-        return out
+    def to_directions(self) -> Directions:
+        """Take the gradients of n examples, one row each, for n directions; nothing is written out."""
+        if self.weights.shape[1] != 1:
+            raise ValueError(f"Directions are one row for each example, got {self.weights.shape[1]}. Call dense().")
+        return Directions(self.blocks, dict(self.rows))
 
-    def product(self, v: Vectors, n: int) -> Vectors:
-        """These rows' part in the product with a curvature of n examples: sum_{n,r} (w / n) (b . v) b."""
-        rows = self.map(lambda _, r: r.ready(count(v)) if isinstance(r, Factored) else r)
-        t = rows.dot(v)
-        return rows.combine(t.mul_((self.weights / n).to(t)))
-
-    def dense(self) -> Vectors:
-        """Every row written out, example by example: Vectors of n R."""
-        out: Vectors = {}
-        for b in self.blocks:
-            out |= b.unpack(self.rows[b.name].written().rows.reshape(-1, *b.sides))
-        return out
+    def dense(self) -> Directions:
+        """Write every row out, example by example: n R directions."""
+        written = {b.name: self.rows[b.name].written().rows.reshape(-1, *b.sides) for b in self.blocks}
+        return Directions(self.blocks, written)
 
     def mean(self) -> Gradients:
-        """The mean of n examples' rows, R = 1, as one example."""
-        total = self.combine(self.weights.new_full((1, len(self), 1), 1 / len(self)))
-        rows = {b.name: Written(b.pack(total).reshape(1, 1, -1), b.sides) for b in self.blocks}
+        """Take the mean of n examples' rows, R = 1, as one example."""
+        total = self.combine(self.weights.new_full((1, len(self), 1), 1 / len(self))).tensors()
+        rows = {b.name: Written(total[b.name].reshape(1, 1, -1), b.sides) for b in self.blocks}
         return Gradients(self.blocks, rows, self.weights[:1])
 
+    # contractions -----------------------------------------------------------------------------------------------------
+
+    def dot(self, v: Directions) -> Tensor:
+        """Take the inner products of Q directions with every row: (Q, n, R).
+
+        Blocks that the directions give in an eigenbasis have their rows rotated into it.
+        """
+        first, *others = self._products(v).values()
+        for part in others:
+            first = first.add_(part)
+        return first if v.mix is None else _mix(v.mix, first)
+
+    def dot_by_block(self, v: Directions) -> dict[str, Tensor]:
+        """Take the same inner products block by block: block name to (Q, n, R). They sum to `dot`."""
+        products = self._products(v)
+        return products if v.mix is None else {name: _mix(v.mix, part) for name, part in products.items()}
+
+    def _products(self, v: Directions) -> dict[str, Tensor]:
+        """Take the products with the directions as they are held, before any are mixed: (Q or p, n, R)."""
+        products: dict[str, Tensor] = {}
+        for block in self.blocks:
+            rows = self.rows[block.name]
+            if block.name in v.bases:
+                rows = v.bases[block.name].rotate_rows(rows)
+            products[block.name] = _dot(v.forms[block.name], rows)
+        return products
+
+    def combine(self, w: Tensor) -> Directions:
+        """Sum rows with weights w (Q, n, R): Q directions."""
+        return Directions(self.blocks, {b.name: self.rows[b.name].combine(w) for b in self.blocks})
+
+    def product(self, v: Directions, n: int) -> Directions:
+        """Return these rows' part in the product with a curvature of n examples: sum_{n,r} (w / n) (b . v) b."""
+        count = len(v)
+        # Two contractions follow: rows that are cheaper to contract when written out are written out once.
+        rows = self.map(lambda _, r: r.ready(count) if isinstance(r, Factored) else r)
+        along = rows.dot(v)
+        return rows.combine(along.mul_((self.weights / n).to(along)))
+
     def square_norms(self, by: Mapping[str, float] | None = None) -> Tensor:
-        """Squared norms of the rows (n, R); ``by`` scales each block."""
-        return torch.stack([r.square_norms() * (by[k] if by else 1.0) for k, r in self.rows.items()]).sum(0)
+        """Return the squared norms of the rows, (n, R); ``by`` scales each block."""
+        first, *others = (r.square_norms() * (by[name] if by else 1.0) for name, r in self.rows.items())
+        for part in others:
+            first = first.add_(part)
+        return first
 
     def gram(self, other: Gradients, by: Mapping[str, float] | None = None) -> Tensor:
-        """Inner products of all rows with all rows of another (n, R, n', R'); ``by`` scales each block."""
-        out = None
+        """Return the inner products of all rows with all rows of another (n, R, n', R'); ``by`` scales each block."""
+        total = None
         for name, rows in self.rows.items():
             part = rows.gram(other.rows[name])
             part = part.mul_(by[name]) if by else part
-            out = part if out is None else out.add_(part)
-        if out is None:
+            total = part if total is None else total.add_(part)
+        if total is None:
             raise KeyError("no block")
-        return out
+        return total
 
 
 def concatenate(batches: Sequence[Gradients]) -> Gradients:
-    """The gradients of several batches, one after another."""
+    """Put the gradients of several batches one after another."""
     first = batches[0]
     if len(batches) == 1:
         return first
     rows = {name: forms.concatenate([b.rows[name] for b in batches]) for name in first.rows}
     return Gradients(first.blocks, rows, forms.join([b.weights for b in batches], 0))
+
+
+def _dot(form: Tensor | LowRank | Rows, rows: Rows) -> Tensor:
+    """Take the inner products of one block's directions, in whichever form, with rows: (Q, n, R)."""
+    if isinstance(form, Tensor):
+        return rows.dot(form)
+    if isinstance(form, LowRank):
+        return form.dot(rows)
+    # Directions that are per-sample gradients themselves: neither side is written out.
+    return rows.gram(form)[..., 0].permute(2, 0, 1)
+
+
+def _mix(mix: Tensor, product: Tensor) -> Tensor:
+    """Combine the products of p directions, (p, n, R), into those of Q: (Q, n, R)."""
+    return (mix.to(product) @ product.flatten(1)).view(len(mix), *product.shape[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from wherefrom.persample.gradients import Block
+from wherefrom.persample.blocks import Block
 from wherefrom.persample.layers import kind_of, register_loaded, transposed
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.errors import expected
-from wherefrom.persample.factored import CHUNK, MOVE, ROWS, Factored
+from wherefrom.persample.factored import CHUNK, MEMORY_COST, ROWS, Factored
 from wherefrom.persample.rows import Lookup, Rows, Several, join
 
 LIMIT = 32  # highest rank that a share of the energy asks for
@@ -49,8 +49,8 @@ class LowRank:
         """How many numbers are stored."""
         return self.left.numel() + self.right.numel()
 
-    def written(self) -> Tensor:
-        """The matrices V, (Q, G, O, I)."""
+    def write(self) -> Tensor:
+        """Write the matrices V out, (Q, G, O, I)."""
         return self.left @ self.right
 
     def dot(self, rows: Rows) -> Tensor:
@@ -65,15 +65,15 @@ class LowRank:
             found = [self[j : j + k]._through(rows, m) for j in range(0, Q, k)]
         else:
             k = max(1, TILE // (G * O * self.right.shape[3]))
-            found = [rows.dot(self[j : j + k].written()) for j in range(0, Q, k)]
+            found = [rows.dot(self[j : j + k].write()) for j in range(0, Q, k)]
         return torch.cat(found)
 
     def _thin(self, rows: Factored) -> bool:
         """Whether the thin matrices cost less than V written out for this batch, per example and direction."""
         _, n, R, T, O, I = rows.sizes
         Q, r = len(self), self.left.shape[3]
-        thin = T * r * (I + R * O) + MOVE * T * r * (1 + R)
-        matrix = O * I * (min(T, 1 + (T + MOVE) / Q) * R + (r + MOVE) / n)
+        thin = T * r * (I + R * O) + MEMORY_COST * T * r * (1 + R)
+        matrix = O * I * (min(T, 1 + (T + MEMORY_COST) / Q) * R + (r + MEMORY_COST) / n)
         return thin < matrix
 
     def _through(self, rows: Factored | Lookup, m: int) -> Tensor:
@@ -98,21 +98,16 @@ class LowRank:
         return (g * a.unsqueeze(1)).sum((2, 4)).permute(2, 0, 1)
 
 
-Directions = Tensor | LowRank  # (Q, G, O, I), or as products
+Form = Tensor | LowRank  # Q matrices (Q, G, O, I), or as products
 
 
-def dot(v: Directions, rows: Rows) -> Tensor:
-    """Inner products of Q directions with every row: (Q, n, R)."""
-    return v.dot(rows) if isinstance(v, LowRank) else rows.dot(v)
+def write(v: Form) -> Tensor:
+    """Write Q matrices out, (Q, G, O, I)."""
+    return v.write() if isinstance(v, LowRank) else v
 
 
-def written(v: Directions) -> Tensor:
-    """Q directions as matrices, (Q, G, O, I)."""
-    return v.written() if isinstance(v, LowRank) else v
-
-
-def checked(rank: float) -> float:
-    """The rank itself.
+def check_rank(rank: float) -> None:
+    """Refuse what is no rank.
 
     Raises:
         InputError: if it is neither a positive integer nor a share of the energy between 0 and 1.
@@ -120,11 +115,10 @@ def checked(rank: float) -> float:
     whole = isinstance(rank, (int, np.integer)) and not isinstance(rank, bool)
     if not (rank >= 1 if whole else isinstance(rank, float) and 0 < rank < 1):
         raise expected("rank", "a positive integer, or a share of the energy between 0 and 1", repr(rank))
-    return rank
 
 
-def truncated(v: Tensor, rank: float) -> tuple[Directions, Tensor]:
-    """Directions with each matrix cut to a rank, and how much of it was dropped.
+def truncate(v: Tensor, rank: float) -> tuple[Form, Tensor]:
+    """Cut each matrix to a low rank, and say how much of it was dropped.
 
     Args:
         v: (Q, G, O, I).
@@ -146,14 +140,14 @@ def truncated(v: Tensor, rank: float) -> tuple[Directions, Tensor]:
         s = s.where(torch.arange(most, device=s.device) < ranks, 0.0)
         most = min(most, int(ranks.max()))
     low = LowRank((u * s.unsqueeze(-2))[..., :most].contiguous(), w[..., :most, :].contiguous())
-    return low, torch.stack([_square(v[q] - low[q : q + 1].written()[0]) for q in range(Q)])
+    return low, torch.stack([_square(v[q] - low[q : q + 1].write()[0]) for q in range(Q)])
 
 
-def concatenate(parts: Sequence[Directions]) -> Directions:
-    """The directions of all parts, one after another; ranks are padded with zeros to the highest."""
+def concatenate(parts: Sequence[Form]) -> Form:
+    """Put the matrices of all parts one after another; ranks are padded with zeros to the highest."""
     low = [p for p in parts if isinstance(p, LowRank)]
-    if not low:
-        return torch.cat([p for p in parts if isinstance(p, Tensor)])
+    if len(low) < len(parts):
+        return torch.cat([write(p) for p in parts])
     return LowRank(join([p.left for p in low], 0), join([p.right for p in low], 0))
 
 

@@ -15,27 +15,25 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from wherefrom.curvature.base import Curvature, Need
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.base import Curvature, Need, probe_signs
+from wherefrom.curvature.damping import Damping
 from wherefrom.errors import DivergenceError, UnsupportedError
-from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Vectors
-from wherefrom.solvers.base import Inverse, Solver, positive, relative, saved_tensor
-from wherefrom.solvers.cg import CG
-from wherefrom.solvers.exact import Exact, dimensions
+from wherefrom.persample.directions import Directions
+from wherefrom.solvers.base import Inverse, Iterates, Solver, relative_norm, require_positive
+from wherefrom.solvers.cg import CG, MARGIN
 from wherefrom.solvers.gram import Dual
 from wherefrom.solvers.kronecker import EKFAC
-from wherefrom.solvers.nystrom import Nystrom
+from wherefrom.solvers.spectral import Exact, Nystrom, matrix_sides
 
 logger = logging.getLogger("wherefrom")
 
 SMALL = 1500  # side of a dense matrix that is decomposed without a second thought
 STEPS = 50  # of CG before the next solver is tried
+FEWEST = 20  # directions that are worth a Nystrom preconditioner
 
 
 @dataclass(frozen=True)
@@ -45,88 +43,89 @@ class Choice:
     solver: Solver
     why: str
 
-    @property
-    def name(self) -> str:
-        """The preconditioner's class, or the solver's own."""
-        return type(getattr(self.solver, "preconditioner", self.solver)).__name__
 
-
+@dataclass(frozen=True, eq=False)
 class AutoInverse(Inverse):
-    """The chosen inverse; the ones behind it are fitted only if they are needed."""
+    """The chosen inverse, and the solvers that go on where it misses the tolerance; these are fitted if needed.
 
-    def __init__(self, curvature: Curvature, shift: Shift, solver: Auto, choices: list[Choice]):
-        super().__init__(curvature, shift)
-        self.tolerance, self.limit, self.choices = solver.tolerance, 0.95 * solver.tolerance, choices
-        self.damping, self.seconds = Damping.by_parameter(shift), solver.seconds
-        self.fitted: dict[int, Inverse] = {}  # by place among the choices
+    Args:
+        solver: the hyper-parameters.
+        chosen: the solver that was chosen.
+        why: the reason.
+        first: what it fitted.
+        others: the solvers behind it, in order.
+    """
 
-    def apply(self, b: Vectors) -> Vectors:
-        """x alone."""
-        return self.solve(b)[0]
+    solver: Auto
+    chosen: Solver
+    why: str
+    first: Inverse
+    others: tuple[Solver, ...]
 
-    def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
-        """Each choice in turn solves for what the ones before it left of the queries that did not converge."""
-        x, residual = vectors.zeros_like(b), (vectors.norm(b) > 0).double()
-        late = residual.nonzero()[:, 0]  # queries that have not converged; a right-hand side of 0 has
+    @property
+    def tolerance(self) -> float:
+        """The relative residual at which a query has converged."""
+        return self.solver.tolerance
+
+    def apply(self, b: Directions) -> Directions:
+        """Return x alone."""
+        return self.iterate(b).x
+
+    def iterate(self, b: Directions) -> Iterates:
+        """Let each solver in turn solve for what the ones before it left of the queries that did not converge."""
+        b = b.dense()
+        x, residual = b.zeros_like(), (b.norm() > 0).double()
         history, passes, start = [residual], 0.0, time.perf_counter()
-        for i, choice in enumerate(self.choices if len(late) else []):
-            some = {name: t[late] for name, t in b.items()}
-            rest = some if i == 0 else self.residual_vector({name: t[late] for name, t in x.items()}, some)
+        late = residual.nonzero()[:, 0]  # queries that have not converged; a right-hand side of 0 has
+        solvers = (self.chosen, *self.others) if len(late) else ()
+        for i, solver in enumerate(solvers):
+            mine = b[late]
+            # What is left to solve for: at first everything, later the true residual.
+            rest = mine if i == 0 else self.residual_vector(x[late], mine)
             try:
-                found, steps, spent = self._fit(i).solve(rest)
+                iterates = self._inverse_of(i).iterate(rest)
             except (UnsupportedError, DivergenceError) as error:
-                if i + 1 == len(self.choices):
+                if i + 1 == len(solvers):
                     raise
-                following = self.choices[i + 1]
-                logger.info("%r cannot solve this (%s): going on with %r", choice.solver, error, following.solver)
+                logger.info("%r cannot solve this (%s): going on with %r", solver, error, solvers[i + 1])
                 continue
-            share = vectors.norm(rest) / vectors.norm(some).clamp(min=1e-300)
-            if not len(steps):  # a direct method: its residual is measured
-                left = {n: t[late] + found[n] for n, t in x.items()}
-                steps, spent = relative(self.residual_vector(left, some), some).unsqueeze(0) / share, spent + 1
-            for name, t in x.items():
-                t[late] += found[name]
-            for r in steps[1:] if len(steps) > 1 else steps:
+
+            share = rest.norm() / mine.norm().clamp(min=1e-300)
+            x.add_to_(late, 1.0, iterates.x)
+            passes += iterates.passes + (i > 0)
+            if iterates.history is not None:
+                # Residuals are relative to what was left; before the first step they are those known already.
+                seen = iterates.history[1:] if len(iterates.history) > 1 else iterates.history
+            else:  # a direct method: its residual is measured
+                seen = relative_norm(self.residual_vector(x[late], mine), mine).unsqueeze(0) / share
+                passes += 1
+            for r in seen:
                 residual = residual.index_copy(0, late.to(r.device), (r * share).to(residual))
                 history.append(residual)
-            passes += spent + (i > 0)
-            late = (residual > self.limit).nonzero()[:, 0]
-            if not len(late) or (self.seconds is not None and time.perf_counter() - start > self.seconds):
+
+            late = (residual > MARGIN * self.tolerance).nonzero()[:, 0]
+            if not len(late) or self._is_late(start):
                 break
-            if i + 1 < len(self.choices):
-                following = self.choices[i + 1]
-                logger.info("%d queries above %g: going on with %r", len(late), self.tolerance, following.solver)
-        return x, torch.stack(history), passes
+            if i + 1 < len(solvers):
+                logger.info("%d queries above %g: going on with %r", len(late), self.tolerance, solvers[i + 1])
+        return Iterates(x, torch.stack(history), passes)
+
+    def _inverse_of(self, i: int) -> Inverse:
+        """Return what the solver of this place fits; it is the same however often it is asked for."""
+        if i == 0:
+            return self.first
+        solver = self.others[i - 1]
+        key = ("fit", solver, tuple(self.damping.items()))
+        return self.curvature.cached(key, lambda: solver.fit(self.curvature, Damping.by_block(self.damping)))
+
+    def _is_late(self, start: float) -> bool:
+        return self.solver.seconds is not None and time.perf_counter() - start > self.solver.seconds
 
     def report(self) -> dict[str, float | str]:
-        """What was chosen and why, and what else had to be fitted."""
-        first = {"solver": repr(self.choices[0].solver), "because": self.choices[0].why}
-        more = [repr(c.solver) for i, c in enumerate(self.choices) if i and i in self.fitted]
-        return first | ({"then": ", ".join(more)} if more else {}) | self._fit(0).report()
-
-    def state(self) -> dict[str, Tensor]:
-        """The first choice's name, and its inverse's state."""
-        return {"auto|first": torch.tensor(list(self.choices[0].name.encode()))} | self._fit(0).state()
-
-    def begin(self) -> None:
-        """Fit the first choice; one that this curvature does not allow is struck off.
-
-        Raises:
-            UnsupportedError: the last choice's, if none can be fitted.
-        """
-        while 0 not in self.fitted:
-            try:
-                self._fit(0)
-            except UnsupportedError as error:
-                if len(self.choices) == 1:
-                    raise
-                failed = self.choices.pop(0)
-                logger.info("%r cannot be fitted (%s): going on with %r", failed.solver, error, self.choices[0].solver)
-
-    def _fit(self, i: int) -> Inverse:
-        if i not in self.fitted:
-            self.fitted[i] = self.choices[i].solver.fit(self.curvature, self.damping)
-        return self.fitted[i]
+        """Return what was chosen and why, what stands behind it, and what the chosen one reports."""
+        behind = ", ".join(repr(solver) for solver in self.others)
+        report: dict[str, float | str] = {"solver": repr(self.chosen), "because": self.why}
+        return report | ({"if that fails": behind} if behind else {}) | self.first.report()
 
 
 @dataclass(frozen=True)
@@ -147,67 +146,83 @@ class Auto(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(tolerance=self.tolerance, memory=self.memory, seconds=self.seconds)
+        require_positive(tolerance=self.tolerance, memory=self.memory, seconds=self.seconds)
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Choose, say so in the log, and fit the first choice."""
+        """Choose, say so in the log, and fit the first choice; one that this curvature does not allow is struck off.
+
+        Raises:
+            UnsupportedError: the last choice's, if none can be fitted.
+        """
         self.check(curvature)
-        inverse = AutoInverse(curvature, Damping.of(damping).resolve(curvature), self, self.choices(curvature))
-        inverse.begin()
-        logger.info("chose %r: %s", inverse.choices[0].solver, inverse.choices[0].why)
-        return inverse
+        resolved = Damping.of(damping).resolve(curvature)
+        choices = self.choices(curvature)
+        while True:
+            chosen, *others = choices
+            try:
+                first = chosen.solver.fit(curvature, Damping.by_block(resolved))
+                break
+            except UnsupportedError as error:
+                if not others:
+                    raise
+                logger.info("%r cannot be fitted (%s): going on with %r", chosen.solver, error, others[0].solver)
+                choices = others
+        logger.info("chose %r: %s", chosen.solver, chosen.why)
+        return AutoInverse(
+            curvature, resolved, self, chosen.solver, chosen.why, first, tuple(choice.solver for choice in others)
+        )
 
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """From the state of the first choice."""
-        first = bytes(saved_tensor(state, "auto|first", None, dtype=torch.int64).tolist()).decode()
-        choices = self.choices(curvature, first)
-        while len(choices) > 1 and choices[0].name != first:
-            del choices[0]
-        inverse = AutoInverse(curvature, shift, self, choices)
-        inverse.fitted[0] = choices[0].solver.restore(curvature, shift, state)
-        return inverse
+    def share(self, inverse: Inverse) -> None:
+        """Share what the chosen solver knows."""
+        if isinstance(inverse, AutoInverse):
+            inverse.chosen.share(inverse.first)
 
-    def choices(self, curvature: Curvature, first: str | None = None) -> list[Choice]:
-        """The first choice, or the one whose name is given, and what to fall back on, in order."""
-        sizes = dimensions(curvature)
-        side, D = min(sizes.values()), int(sizes["primal"])
-        exact = [Choice(Exact(memory=self.memory), "its matrix fits into memory")] if self._fits(side) else []
-        if side <= SMALL and exact:
-            return [Choice(Exact(memory=self.memory), f"a {side:,.0f} x {side:,.0f} matrix is decomposed in seconds")]
+    def choices(self, curvature: Curvature) -> list[Choice]:
+        """List the first choice and what to fall back on, in order."""
+        sides = matrix_sides(curvature)
+        side, D = min(sides.values()), int(sides["primal"])
+        dense = Exact(memory=self.memory)
+        fits = 3 * 8 * side**2 <= self.memory
+        if side <= SMALL and fits:
+            return [Choice(dense, f"a {side:,.0f} x {side:,.0f} matrix is decomposed in seconds")]
+
         plain = CG(tolerance=self.tolerance, steps=STEPS, seconds=self.seconds)
-        behind = exact or [Choice(plain, "too large for anything but products")]
+        behind = [Choice(plain, "too large for anything but products")]
+        if fits:
+            behind = [Choice(dense, "its matrix fits into memory")]
         if Need.GRADIENTS in curvature.offers:
-            dual = CG(Dual(memory=self.memory / 4), self.tolerance, STEPS, seconds=self.seconds)
-            behind = [Choice(dual, "the curvature is made of rows"), *exact]
-        leading = self._first(curvature, D, first)
-        return [leading, *(c for c in behind if c.solver != leading.solver)]
+            dual = replace(plain, preconditioner=Dual(memory=self.memory / 4))
+            last = [Choice(dense, "its matrix fits into memory")] if fits else []
+            behind = [Choice(dual, "the curvature is made of rows"), *last]
 
-    def _first(self, curvature: Curvature, D: int, name: str | None) -> Choice:
+        first = self._choose_first(curvature, D, plain)
+        return [first, *(choice for choice in behind if choice.solver != first.solver)]
+
+    def _choose_first(self, curvature: Curvature, D: int, plain: CG) -> Choice:
+        """Choose a preconditioner for CG: Nystrom where memory and time allow its right-hand sides, else EKFAC."""
         rank = min(Nystrom().rank, int(self.memory / (6 * D * curvature.problem.dtype.itemsize)))
-        allowed = rank >= 20 and name in (None, "Nystrom")
-        why = f"{D:,} parameters: {rank} directions take the top off the spectrum, CG does the rest"
         short = "memory"
-        if allowed and name is None and self.seconds is not None:
-            needed = _seconds(curvature, rank)
-            allowed, short = needed <= self.seconds / 2, f"time (one pass with {rank} directions takes {needed:.0f} s)"
-        options = {"tolerance": self.tolerance, "steps": STEPS, "seconds": self.seconds}
-        if allowed:
-            return Choice(CG(Nystrom(rank, self.seed), **options), why)
-        if Need.KRONECKER in curvature.offers and name in (None, "EKFAC"):
-            return Choice(CG(EKFAC(seed=self.seed), **options), f"too little {short} for a low-rank preconditioner")
-        return Choice(CG(**options), f"too little {short} for a preconditioner, and no Kronecker factors")
+        is_allowed = rank >= FEWEST
+        if is_allowed and self.seconds is not None:
+            needed = _estimate_seconds(curvature, rank)
+            is_allowed = needed <= self.seconds / 2
+            short = f"time (one pass with {rank} directions takes {needed:.0f} s)"
 
-    def _fits(self, side: float) -> bool:
-        return 3 * 8 * side**2 <= self.memory
+        if is_allowed:
+            why = f"{D:,} parameters: {rank} directions take the top off the spectrum, CG does the rest"
+            return Choice(replace(plain, preconditioner=Nystrom(rank, self.seed)), why)
+        if Need.KRONECKER in curvature.offers:
+            why = f"too little {short} for a low-rank preconditioner"
+            return Choice(replace(plain, preconditioner=EKFAC(seed=self.seed)), why)
+        return Choice(plain, f"too little {short} for a preconditioner, and no Kronecker factors")
 
 
-def _seconds(curvature: Curvature, count: int) -> float:
-    """Time of a product with so many right-hand sides, from products with 1 and with 8."""
-    v = vectors.random_signs(curvature.problem.shapes, 8, torch.Generator().manual_seed(0), curvature.problem.dtype)
-    v = {name: t.to(curvature.problem.device) for name, t in v.items()}
+def _estimate_seconds(curvature: Curvature, count: int) -> float:
+    """Estimate the time of a product with so many right-hand sides, from products with 1 and with 8."""
+    v = probe_signs(curvature.problem, 8, torch.Generator().manual_seed(0))
     taken = []
     for n in (1, 1, 8):  # the first fills the caches
         start = time.perf_counter()
-        curvature.product({name: t[:n] for name, t in v.items()})
+        curvature.product(v[:n])
         taken.append(time.perf_counter() - start)
     return taken[1] + max(0.0, taken[2] - taken[1]) / 7 * (count - 1)

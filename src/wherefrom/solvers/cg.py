@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.damping import Damping
 from wherefrom.curvature.ggn import GGN
 from wherefrom.errors import DivergenceError
-from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.progress import track
-from wherefrom.solvers.base import Inverse, Solver, instance, positive
+from wherefrom.solvers.base import Inverse, Iterates, Solver, require_positive, require_solvers
 from wherefrom.solvers.identity import Identity
+
+# So that rounding does not undo a tolerance that was met.
+MARGIN = 0.95
 
 
 class Floor:
@@ -76,141 +79,180 @@ class Floor:
         return replace
 
 
+@dataclass(frozen=True, eq=False)
 class ConjugateGradients(Inverse):
-    """Runs the iteration for each set of right-hand sides."""
+    """Runs the iteration for each set of right-hand sides.
 
-    def __init__(self, curvature: Curvature, shift: Shift, solver: CG, preconditioner: Inverse):
-        super().__init__(curvature, shift)
-        self.solver, self.preconditioner = solver, preconditioner
-        self.tolerance = solver.tolerance
-        self.limit = 0.95 * (solver.tolerance or 0.0)  # so that rounding does not undo a met tolerance
+    Args:
+        solver: the hyper-parameters.
+        preconditioner: applied at every step; symmetric positive definite.
+    """
 
-    def apply(self, b: Vectors) -> Vectors:
-        """x alone."""
-        return self.solve(b)[0]
+    solver: CG
+    preconditioner: Inverse
 
-    def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
-        """x, relative residuals (steps + 1, Q), and the passes: one a step, and one for each residual measured.
+    is_positive_definite: ClassVar[bool] = True
+
+    @property
+    def tolerance(self) -> float | None:
+        """The relative residual at which a query has converged."""
+        return self.solver.tolerance
+
+    @property
+    def limit(self) -> float:
+        """The relative residual at which a query is frozen."""
+        return MARGIN * (self.solver.tolerance or 0.0)
+
+    def apply(self, b: Directions) -> Directions:
+        """Return x alone."""
+        return self.iterate(b).x
+
+    def iterate(self, b: Directions) -> Iterates:
+        """Return x, relative residuals (steps + 1, Q), and the passes: one a step, and one for each residual measured.
 
         Raises:
             DivergenceError: at a direction of non-positive curvature.
         """
-        many = self.solver.block and vectors.count(b) > 1
-        x, history, measured = self._together(b) if many else self._separately(b)
-        return x, torch.stack(history), len(history) - 1.0 + measured
+        b = b.dense()
+        solve = self._solve_as_block if self.solver.block and len(b) > 1 else self._solve_separately
+        x, history, measured = solve(b)
+        return Iterates(x, torch.stack(history), len(history) - 1.0 + measured)
 
-    def _separately(self, b: Vectors) -> tuple[Vectors, list[Tensor], int]:
-        x = vectors.zeros_like(b)
-        size = vectors.norm(b).clamp(min=1e-300)
-        residual = vectors.norm(b) / size  # (Q,)
-        history, measured = [residual], 0
-        floor = Floor(size, self.limit, torch.finfo(self.curvature.problem.dtype).eps)
-        alive = (residual > self.limit).nonzero()[:, 0]  # queries still iterated; r, p and rz hold these alone
-        r, p, rz = vectors.select(b, alive), {}, torch.empty(0)
+    def _solve_separately(self, b: Directions) -> tuple[Directions, list[Tensor], int]:
+        """Run preconditioned conjugate gradients, each query with step lengths of its own.
+
+        Returns:
+            x; relative residuals before every step and after the last, (Q,) each; how many residuals were measured.
+        """
+        x = b.zeros_like()
+        norms = b.norm().clamp(min=1e-300)
+        relative = b.norm() / norms  # relative residuals of all queries, (Q,): 1, or 0 where b = 0
+        history, measured = [relative], 0
+        floor = Floor(norms, self.limit, torch.finfo(self.curvature.problem.dtype).eps)
+
+        # Only the queries that still iterate are held: residual, direction and product are theirs alone.
+        active = (relative > self.limit).nonzero()[:, 0]
+        residual, direction, product = b[active], b[active], torch.empty(0)
         start = time.perf_counter()
         for step in track(range(self.solver.steps), "conjugate gradients", enabled=self.curvature.problem.progress):
-            if not len(alive) or self._late(start):
+            if not len(active) or self._is_late(start):
                 break
-            z = self.preconditioner.apply(r)
-            rz, before = vectors.dot(r, z), rz
-            p = vectors.clone(z) if step == 0 else vectors.add(z, p, rz / before)
-            ap = self._product(p)
-            pap = vectors.dot(p, ap)
-            if bool((pap <= 0).any()):
-                raise indefinite(step, float(pap.min()), self.curvature)
-            alpha = rz / pap
-            for name, t in x.items():
-                t.index_add_(0, alive, p[name] * vectors.expand(alpha, t))
-            vectors.add_(r, ap, -alpha)
-            carried = vectors.norm(r) / size[alive]
 
-            floor.note(alive, vectors.norm(ap) / vectors.norm(p), vectors.norm(vectors.select(x, alive)))
-            doubtful = floor.doubts(alive, carried).nonzero()[:, 0]
+            preconditioned = self.preconditioner.apply(residual)
+            new_product = residual.dot(preconditioned)  # r.z of each query, (q,)
+            if step == 0:
+                direction = preconditioned.clone()
+            else:
+                direction = preconditioned.axpy(new_product / product, direction)
+            product = new_product
+
+            image = self._damped_product(direction)  # (C + damping) p
+            curvature_along = direction.dot(image)
+            # A Hessian can be indefinite: along such a direction the quadratic has no minimum and CG would climb.
+            if bool((curvature_along <= 0).any()):
+                raise indefinite(step, float(curvature_along.min()), self.curvature)
+
+            step_length = product / curvature_along
+            x.add_to_(active, step_length, direction)
+            residual.add_(-step_length, image)
+            carried = residual.norm() / norms[active]
+
+            # Where rounding may have taken over, the true residual is measured and may replace the carried one.
+            floor.note(active, image.norm() / direction.norm(), x[active].norm())
+            doubtful = floor.doubts(active, carried).nonzero()[:, 0]
             if len(doubtful):
-                some = alive[doubtful]
-                true = self.residual_vector(vectors.select(x, some), vectors.select(b, some))
+                queries = active[doubtful]
+                true = self.residual_vector(x[queries], b[queries])
                 measured += 1
-                apart = vectors.norm(vectors.add(true, vectors.select(r, doubtful), -1.0)) / size[some]
-                carried[doubtful] = vectors.norm(true) / size[some]
-                replace = floor.judge(some, carried[doubtful], apart).nonzero()[:, 0]
-                for name, t in r.items():
-                    t[doubtful[replace]] = true[name][replace]
-                    p[name][doubtful[replace]] = 0.0  # their search starts again
+                apart = true.axpy(-1.0, residual[doubtful]).norm() / norms[queries]
+                carried[doubtful] = true.norm() / norms[queries]
+                replaced = floor.judge(queries, carried[doubtful], apart).nonzero()[:, 0]
+                residual.set_(doubtful[replaced], true[replaced])
+                direction.set_(doubtful[replaced], 0.0)  # their search starts again
 
-            residual = residual.index_copy(0, alive, carried)
-            history.append(residual)
-            going = (carried > self.limit) & ~floor.settled[alive]
-            if not going.all():
-                keep = going.nonzero()[:, 0]
-                alive, rz, r, p = alive[keep], rz[keep], vectors.select(r, keep), vectors.select(p, keep)
+            relative = relative.index_copy(0, active, carried)
+            history.append(relative)
+
+            # Freeze what has converged, so that the next product pays for the others alone.
+            going_on = (carried > self.limit) & ~floor.settled[active]
+            if not going_on.all():
+                keep = going_on.nonzero()[:, 0]
+                active, product = active[keep], product[keep]
+                residual, direction = residual[keep], direction[keep]
         return x, history, measured
 
-    def _together(self, b: Vectors) -> tuple[Vectors, list[Tensor], int]:
-        shapes = {name: t.shape[1:] for name, t in b.items()}
-        flat = vectors.flatten(b)  # (Q, D)
-        size = flat.norm(dim=1).double()
-        usable = size.isfinite() & (size > 0)  # a query that is not finite must not spoil the others
-        size = size.where(usable, 1.0)
-        flat = (flat / size.to(flat).unsqueeze(1)).where(usable.unsqueeze(1), 0.0)
-        x, residual = torch.zeros_like(flat), usable.double()
-        history, measured = [residual], 0
+    def _solve_as_block(self, b: Directions) -> tuple[Directions, list[Tensor], int]:
+        """Run block conjugate gradients: each query searches along the directions of all (O'Leary 1980).
+
+        Relative residuals are s q throughout, q (n, D) of orthonormal rows and s (Q, n), n <= min(Q, D).
+        """
+        flat = b.flatten()  # (Q, D)
+        norms = flat.norm(dim=1).double()
+        # A query that is not finite must not spoil the others, whose directions it would share.
+        usable = norms.isfinite() & (norms > 0)
+        norms = norms.where(usable, 1.0)
+        flat = (flat / norms.to(flat).unsqueeze(1)).where(usable.unsqueeze(1), 0.0)
+
+        x, relative = torch.zeros_like(flat), usable.double()
+        history, measured = [relative], 0
         everyone = torch.arange(len(flat), device=flat.device)
-        floor = Floor(torch.ones_like(size), self.limit, torch.finfo(flat.dtype).eps)
-        q, s = _basis(flat, usable)  # relative residuals are s q throughout: (n, D) and (Q, n), n <= min(Q, D)
-        p, ap, factor, fresh = q, q, torch.empty(0), True
+        floor = Floor(torch.ones_like(norms), self.limit, torch.finfo(flat.dtype).eps)
+        q, s = _orthonormalise(flat, usable)
+        p, image, factor, is_fresh = q, q, torch.empty(0), True
         start = time.perf_counter()
         for step in track(range(self.solver.steps), "block CG", enabled=self.curvature.problem.progress):
-            if bool(((residual <= self.limit) | floor.settled).all()) or self._late(start):
+            if bool(((relative <= self.limit) | floor.settled).all()) or self._is_late(start):
                 break
-            z = _flat(self.preconditioner.apply(vectors.unflatten(q, shapes)), shapes)
-            if not fresh:
-                z = z - torch.cholesky_solve((ap @ z.T).double(), factor).T.to(z) @ p
-            p = _basis(z / z.norm(dim=1, keepdim=True).clamp(min=1e-30))[0]
-            ap = _flat(self._product(vectors.unflatten(p, shapes)), shapes)
-            pap = (p @ ap.T).double()
-            factor, info = torch.linalg.cholesky_ex((pap + pap.T) / 2)
+
+            z = self.preconditioner.apply(Directions.unflatten(b.blocks, q)).flatten()
+            if not is_fresh:  # make the new directions conjugate to the last ones
+                z = z - torch.cholesky_solve((image @ z.T).double(), factor).T.to(z) @ p
+            p = _orthonormalise(z / z.norm(dim=1, keepdim=True).clamp(min=1e-30))[0]
+
+            image = self._damped_product(Directions.unflatten(b.blocks, p)).flatten()  # (C + damping) p
+            curvature_along = (p @ image.T).double()
+            curvature_along = (curvature_along + curvature_along.T) / 2
+            factor, info = torch.linalg.cholesky_ex(curvature_along)
             if int(info):
-                raise indefinite(step, float(torch.linalg.eigvalsh((pap + pap.T) / 2)[0]), self.curvature)
-            alpha = torch.cholesky_solve((p @ q.T).double(), factor).T.to(q)  # (n, directions)
-            x.addmm_(s @ alpha, p)
-            cancelled = float(
-                (alpha.abs() @ ap.norm(dim=1)).max()
-            )  # how far q - alpha @ ap can be wrong, in units of eps
-            q, turn = _basis(q - alpha @ ap, noise=max(1.0, cancelled))
+                raise indefinite(step, float(torch.linalg.eigvalsh(curvature_along)[0]), self.curvature)
+
+            step_lengths = torch.cholesky_solve((p @ q.T).double(), factor).T.to(q)  # (n, directions)
+            x.addmm_(s @ step_lengths, p)
+            # How far q - step_lengths @ image can be wrong, in units of eps.
+            cancelled = float((step_lengths.abs() @ image.norm(dim=1)).max())
+            q, turn = _orthonormalise(q - step_lengths @ image, noise=max(1.0, cancelled))
             s = s @ turn
-            residual, fresh = s.norm(dim=1).double(), False
+            relative, is_fresh = s.norm(dim=1).double(), False
 
-            floor.note(everyone, ap.norm(dim=1).double(), x.norm(dim=1).double())
-            doubtful = floor.doubts(everyone, residual) & usable & ~floor.settled
-            busy = (residual > self.limit) & ~doubtful & ~floor.settled
+            floor.note(everyone, image.norm(dim=1).double(), x.norm(dim=1).double())
+            doubtful = floor.doubts(everyone, relative) & usable & ~floor.settled
+            busy = (relative > self.limit) & ~doubtful & ~floor.settled
             # A restart costs all queries the directions that they share, so it waits until none gains from going on.
-            if bool(busy.any() if not len(q) else doubtful.any() and not busy.any()):
-                true = self._true_residual(x, flat, shapes)
+            must_measure = busy.any() if not len(q) else doubtful.any() and not busy.any()
+            if bool(must_measure):
+                true = self._true_residual(x, flat, b)
                 measured += 1
-                apart, residual = (true - s @ q).norm(dim=1).double(), true.norm(dim=1).double()
+                apart, relative = (true - s @ q).norm(dim=1).double(), true.norm(dim=1).double()
                 some = (usable & ~floor.settled).nonzero()[:, 0]
-                if bool(floor.judge(some, residual[some], apart[some]).any()) or not len(q):
+                if bool(floor.judge(some, relative[some], apart[some]).any()) or not len(q):
                     length = true.norm(dim=1, keepdim=True).clamp(min=1e-30)
-                    q, s = _basis(true / length, usable)  # the search starts again from the residuals that are true
-                    s, fresh = length * s, True
-            history.append(residual)
-        return vectors.unflatten(x * size.to(x).unsqueeze(1), shapes), history, measured
+                    q, s = _orthonormalise(true / length, usable)  # the search starts again from the true residuals
+                    s, is_fresh = length * s, True
+            history.append(relative)
+        solutions = Directions.unflatten(b.blocks, x * norms.to(x).unsqueeze(1))
+        return solutions, history, measured
 
-    def _true_residual(self, x: Tensor, b: Tensor, shapes: vectors.Shapes) -> Tensor:
-        return _flat(self.residual_vector(vectors.unflatten(x, shapes), vectors.unflatten(b, shapes)), shapes)
+    def _true_residual(self, x: Tensor, flat: Tensor, b: Directions) -> Tensor:
+        return self.residual_vector(Directions.unflatten(b.blocks, x), Directions.unflatten(b.blocks, flat)).flatten()
 
-    def _product(self, p: Vectors) -> Vectors:
-        return vectors.add(self.curvature.product(p), p, self.shift)
+    def _damped_product(self, p: Directions) -> Directions:
+        return self.curvature.product(p).axpy(self.damping, p)
 
-    def _late(self, start: float) -> bool:
+    def _is_late(self, start: float) -> bool:
         return self.solver.seconds is not None and time.perf_counter() - start > self.solver.seconds
 
-    def state(self) -> dict[str, Tensor]:
-        """The preconditioner's."""
-        return self.preconditioner.state()
-
     def report(self) -> dict[str, float | str]:
-        """The preconditioner's."""
+        """Return the preconditioner's."""
         return self.preconditioner.report()
 
 
@@ -236,23 +278,23 @@ class CG(Solver):
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        instance(preconditioner=self.preconditioner)
-        positive(tolerance=self.tolerance, steps=self.steps, seconds=self.seconds)
+        require_solvers(preconditioner=self.preconditioner)
+        require_positive(tolerance=self.tolerance, steps=self.steps, seconds=self.seconds)
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Fits the preconditioner."""
+        """Fit the preconditioner."""
         self.check(curvature)
-        inner = self.preconditioner.fit(curvature, damping)
-        return ConjugateGradients(curvature, inner.shift, self, inner)
+        preconditioner = self.preconditioner.fit(curvature, damping)
+        return ConjugateGradients(curvature, preconditioner.damping, self, preconditioner)
 
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """Restores the preconditioner."""
-        inner = self.preconditioner.restore(curvature, shift, state)
-        return ConjugateGradients(curvature, inner.shift, self, inner)
+    def share(self, inverse: Inverse) -> None:
+        """Share what the preconditioner knows."""
+        if isinstance(inverse, ConjugateGradients):
+            self.preconditioner.share(inverse.preconditioner)
 
 
 def indefinite(step: int, form: float, curvature: Curvature) -> DivergenceError:
-    """The error at a direction p of non-positive curvature."""
+    """Make the error of a direction p of non-positive curvature."""
     if isinstance(curvature, GGN):
         why, instead = "the loss is not convex in the outputs", "curvature=EmpiricalFisher"
     else:
@@ -263,12 +305,8 @@ def indefinite(step: int, form: float, curvature: Curvature) -> DivergenceError:
     )
 
 
-def _flat(v: Vectors, shapes: vectors.Shapes) -> Tensor:
-    return vectors.flatten({name: v[name] for name in shapes})
-
-
-def _basis(z: Tensor, used: Tensor | None = None, noise: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows q and a matrix t with z = t q, for z (Q, D) with rows that are right to eps times ``noise``.
+def _orthonormalise(z: Tensor, used: Tensor | None = None, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return orthonormal rows q and a matrix t with z = t q, for rows z (Q, D) that are right to eps times ``noise``.
 
     There are as many rows q as z has dimensions: none for what is zero or dependent, up to rounding. A factorisation
     that made up directions for these would have the search follow noise.

@@ -18,40 +18,38 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, Need
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.damping import Damping
 from wherefrom.errors import UnsupportedError
-from wherefrom.persample import gradients
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.factored import Factored
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.rows import Rows
-from wherefrom.persample.vectors import Vectors
 from wherefrom.solvers.base import Inverse, Solver
 
 
+@dataclass(frozen=True, eq=False)
 class MeanInverse(Inverse):
     """The mean over examples of (B_n^T B_n + lambda)^-1, where B_n are the weighted rows of an example in a block."""
 
-    approximate = True
+    is_approximate: ClassVar[bool] = True
 
-    def apply(self, b: Vectors) -> Vectors:
-        """One pass over the rows: (b - mean_n B_n^T (lambda + B_n B_n^T)^-1 B_n b) / lambda."""
-        blocks, N = self.curvature.problem.blocks, len(self.curvature.problem.train)
-        packed = gradients.pack(blocks, b)  # (Q, G, O, I) each
-        found = {name: torch.zeros_like(v) for name, v in packed.items()}
+    def apply(self, b: Directions) -> Directions:
+        """Make one pass over the rows: (b - mean_n B_n^T (lambda + B_n B_n^T)^-1 B_n b) / lambda."""
+        N = len(self.curvature.problem.train)
+        x = b.dense().clone()
+        directions, solutions = b.dense().tensors(), x.tensors()  # (Q, G, O, I) each
         for piece in self.curvature.gradients():
             roots = root_weights(piece, self.curvature)  # (n, R)
-            for block in blocks:
-                rows, damping = piece.rows[block.name], self.shift[next(iter(block.shapes))]
-                t = rows.dot(packed[block.name]).double() * roots  # B_n b, (Q, n, R)
-                found[block.name] += rows.combine(solved(rows, roots, damping, t) * roots / N)
-        x: Vectors = {}
-        for block in blocks:
-            x |= block.unpack((packed[block.name] - found[block.name]) / self.shift[next(iter(block.shapes))])
-        return x
+            for block in piece.blocks:
+                rows = piece.rows[block.name]
+                along = rows.dot(directions[block.name]).double() * roots  # B_n b, (Q, n, R)
+                small = solve_each(rows, roots, self.damping[block.name], along)
+                solutions[block.name] -= rows.combine(small * roots / N)
+        return x.scale({name: 1 / damping for name, damping in self.damping.items()})
 
 
-def solved(rows: Rows, roots: Tensor, damping: float, t: Tensor) -> Tensor:
-    """(damping + B_n B_n^T)^-1 t_n for every example: rows, roots of their weights (n, R), t (Q, n, R)."""
+def solve_each(rows: Rows, roots: Tensor, damping: float, t: Tensor) -> Tensor:
+    """Return (damping + B_n B_n^T)^-1 t_n for every example: rows, roots of their weights (n, R), t (Q, n, R)."""
     n, R = roots.shape
     if R == 1:
         return t / (damping + rows.square_norms().double() * roots.square())
@@ -66,7 +64,7 @@ def solved(rows: Rows, roots: Tensor, damping: float, t: Tensor) -> Tensor:
 
 
 def root_weights(rows: Gradients, curvature: Curvature) -> Tensor:
-    """Square roots of the weights of rows of a curvature, (n, R).
+    """Return the square roots of the weights of rows of a curvature, (n, R).
 
     Raises:
         UnsupportedError: if one is negative beyond rounding, which the curvature found when it made them.
@@ -90,10 +88,6 @@ class DataInf(Solver):
     needs: ClassVar[Need] = Need.GRADIENTS
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Resolves the damping; each solve is one pass over the rows."""
+        """Resolve the damping; each solve is one pass over the rows."""
         self.check(curvature)
         return MeanInverse(curvature, Damping.of(damping).resolve(curvature))
-
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:  # noqa: ARG002
-        """Nothing to restore."""
-        return MeanInverse(curvature, shift)

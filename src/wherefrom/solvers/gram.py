@@ -23,56 +23,71 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, Need
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.damping import ByBlock, Damping
 from wherefrom.errors import UnsupportedError
 from wherefrom.persample import gradients
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.rows import join
-from wherefrom.persample.vectors import Vectors
-from wherefrom.solvers.base import Inverse, Solver, positive, saved_tensor
+from wherefrom.solvers.base import Inverse, Solver, require_positive, require_tensor
 
 
+@dataclass(frozen=True, eq=False)
 class DualInverse(Inverse):
     """A Cholesky factor of the kept rows' Gram matrix.
 
     Args:
-        curvature, shift: the matrix and its damping.
-        kept: (n, R) True for the rows that are kept.
+        kept: (N, R) True for the rows that are kept.
         factor: lower Cholesky factor of N I + B D^-1 B^T, float64.
         dropped: trace of the dropped part of C, in units of the damping.
     """
 
-    def __init__(self, curvature: Curvature, shift: Shift, kept: Tensor, factor: Tensor, dropped: float):
-        super().__init__(curvature, shift)
-        self.kept, self.factor, self.dropped = kept, factor.contiguous(), dropped  # as a file gives them back
+    kept: Tensor
+    factor: Tensor
+    dropped: float
 
-    def apply(self, b: Vectors) -> Vectors:
-        """Two contractions with the rows and one triangular solve each way."""
-        scaled = {name: t / self.shift[name] for name, t in b.items()}
-        packed = gradients.pack(self.curvature.problem.blocks, scaled)
-        parts = [(rows.dot(packed=packed).double() * root)[:, kept] for rows, root, kept in self._pieces()]
-        y = torch.cholesky_solve(torch.cat(parts, 1).mT, self.factor).mT  # (Q, kept rows)
-        x, start = scaled, 0
-        for (rows, root, kept), part in zip(self._pieces(), parts, strict=True):
-            w = torch.zeros(len(y), *kept.shape, dtype=y.dtype, device=y.device)
-            w[:, kept] = y[:, start : start + part.shape[1]]
+    is_positive_definite: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_tensor("kept", self.kept, len(self.curvature.problem.train), None, dtype=torch.bool)
+        size = int(self.kept.sum())
+        require_tensor("factor", self.factor, size, size)
+
+    def apply(self, b: Directions) -> Directions:
+        """Contract twice with the rows, with one triangular solve each way in between."""
+        inverse_damping = invert(self.damping)
+        scaled = b.dense().scale(inverse_damping)  # D^-1 b
+
+        parts = []
+        for rows, roots, kept in self._kept_rows():
+            parts.append((rows.dot(scaled).double() * roots)[:, kept])  # B D^-1 b, (Q, kept here)
+        y = torch.cholesky_solve(torch.cat(parts, 1).mT, self.factor).mT  # (Q, kept)
+
+        x, start = scaled.clone(), 0
+        for (rows, roots, kept), part in zip(self._kept_rows(), parts, strict=True):
+            weights = y.new_zeros(len(y), *kept.shape)  # (Q, n, R)
+            weights[:, kept] = y[:, start : start + part.shape[1]]
             start += part.shape[1]
-            found = rows.combine(w * root)
-            x = {name: t - found[name] / self.shift[name] for name, t in x.items()}
+            x.add_(-1.0, rows.combine(weights * roots).scale(inverse_damping))
         return x
 
-    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
-        """g D^-1 g - k^T (N I + B D^-1 B^T)^-1 k with k = B D^-1 g, from Gram matrices alone, (n,)."""
-        by = block_inverses(self.curvature, self.shift)
-        k = torch.cat(
-            [(piece.gram(rows, by)[..., 0].double() * root.unsqueeze(-1))[kept] for piece, root, kept in self._pieces()]
-        )
-        half = torch.linalg.solve_triangular(self.factor, k, upper=False)
-        values = rows.square_norms(by)[:, 0].double() - half.square().sum(0)
+    def self_influence(self, rows: Gradients) -> tuple[Tensor, Tensor]:
+        """Return g D^-1 g - k^T (N I + B D^-1 B^T)^-1 k with k = B D^-1 g, from Gram matrices alone: (n,)."""
+        inverse_damping = invert(self.damping)
+        parts = []
+        for piece, roots, kept in self._kept_rows():
+            gram = piece.gram(rows, inverse_damping)[..., 0].double()  # (m, R, n)
+            parts.append((gram * roots.unsqueeze(-1))[kept])
+        half = torch.linalg.solve_triangular(self.factor, torch.cat(parts), upper=False)
+        values = rows.square_norms(inverse_damping)[:, 0].double() - half.square().sum(0)
         return values, torch.ones_like(values, dtype=torch.bool)
 
-    def _pieces(self) -> Iterator[tuple[Gradients, Tensor, Tensor]]:
-        """Examples with a kept row: rows b, roots of their weights (b times root is a row of B), and which are kept."""
+    def _kept_rows(self) -> Iterator[tuple[Gradients, Tensor, Tensor]]:
+        """Yield the examples with a kept row.
+
+        Yields:
+            rows b; the roots of their weights (n, R), as b times its root is a row of B; and which rows are kept.
+        """
         start = 0
         for rows in self.curvature.gradients():
             kept = self.kept[start : start + len(rows), : rows.weights.shape[1]]
@@ -83,12 +98,8 @@ class DualInverse(Inverse):
             yield rows, rows.weights.clamp(min=0).sqrt(), kept
 
     def report(self) -> dict[str, float | str]:
-        """How many rows were kept of how many, and the trace of the rest in units of the damping."""
+        """Return how many rows were kept of how many, and the trace of the rest in units of the damping."""
         return {"kept rows": int(self.kept.sum()), "rows": self.kept.numel(), "dropped trace": self.dropped}
-
-    def state(self) -> dict[str, Tensor]:
-        """Kept rows and the factor."""
-        return {"kept": self.kept, "factor": self.factor, "dropped": torch.tensor(self.dropped)}
 
 
 @dataclass(frozen=True)
@@ -105,49 +116,50 @@ class Dual(Solver):
     needs: ClassVar[Need] = Need.GRADIENTS
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """One pass for the rows, their Gram matrix and its Cholesky factor."""
+        """Make one pass for the rows, their Gram matrix and its Cholesky factor."""
         self.check(curvature)
-        positive(memory=self.memory)
-        shift = Damping.of(damping).resolve(curvature)
-        by, N = block_inverses(curvature, shift), len(curvature.problem.train)
-        # in units of the damping: the trace of D^-1/2 b b^T D^-1/2 / N
-        shares = join([rows.square_norms(by).double() * rows.weights / N for rows in curvature.gradients()], 0)
+        require_positive(memory=self.memory)
+        resolved = Damping.of(damping).resolve(curvature)
+        inverse_damping, N = invert(resolved), len(curvature.problem.train)
+
+        # Each row's share of the trace in units of the damping, that of D^-1/2 b b^T D^-1/2 / N.
+        pieces = [rows.square_norms(inverse_damping).double() * rows.weights / N for rows in curvature.gradients()]
+        shares = join(pieces, 0)  # (N, R)
         if not curvature.psd:  # known once the rows have been seen
             raise UnsupportedError(
                 "Dual needs a positive semi-definite curvature; the loss is not convex in the outputs. "
                 "Take curvature=EmpiricalFisher, or Exact(form='primal')."
             )
+
+        kept, dropped = self._choose_rows(shares)
+        rows = gradients.concatenate(list(_pick_rows(curvature, kept)))
+        roots = rows.weights.clamp(min=0).sqrt().flatten()
+        gram = (rows.gram(rows, inverse_damping).view(len(roots), -1).double() * roots).mul_(roots.unsqueeze(1))
+        gram.diagonal().add_(N)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        if int(info):
+            raise UnsupportedError("the Gram matrix is not positive definite in this precision. Raise the damping.")
+        # In memory as a file gives it back: a restored fit rounds alike.
+        return DualInverse(curvature, resolved, kept, factor.contiguous(), dropped)
+
+    def _choose_rows(self, shares: Tensor) -> tuple[Tensor, float]:
+        """Choose the rows to keep by their shares of the trace (N, R): which, and the share of the others."""
         ordered, order = shares.clamp(min=0).flatten().sort()
-        room = int((self.memory / 8) ** 0.5)
         droppable = min(int((ordered.cumsum(0) <= self.drop).sum()), len(ordered) - 1)
+        room = int((self.memory / 8) ** 0.5)
         first = max(droppable, len(ordered) - room)
         kept = torch.zeros(shares.numel(), dtype=torch.bool, device=shares.device)
         kept[order[first:]] = True
-        kept = kept.view(shares.shape)
-        rows = gradients.concatenate(list(_select(curvature, kept)))
-        root = rows.weights.clamp(min=0).sqrt().flatten()
-        m = (rows.gram(rows, by).view(len(root), -1).double() * root).mul_(root.unsqueeze(1))
-        m.diagonal().add_(N)
-        factor, info = torch.linalg.cholesky_ex(m)
-        if int(info):
-            raise UnsupportedError("the Gram matrix is not positive definite in this precision. Raise the damping.")
-        return DualInverse(curvature, shift, kept, factor, float(ordered[:first].sum()))
-
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """From the saved factor."""
-        kept = saved_tensor(state, "kept", len(curvature.problem.train), None, dtype=torch.bool)
-        size = int(kept.sum())
-        factor, dropped = saved_tensor(state, "factor", size, size), float(saved_tensor(state, "dropped"))
-        return DualInverse(curvature, shift, kept, factor, dropped)
+        return kept.view(shares.shape), float(ordered[:first].sum())
 
 
-def block_inverses(curvature: Curvature, shift: Shift) -> dict[str, float]:
-    """1 / damping of each block."""
-    return {b.name: 1 / shift[next(iter(b.shapes))] for b in curvature.problem.blocks}
+def invert(damping: ByBlock) -> ByBlock:
+    """Return 1 / damping of each block."""
+    return {name: 1 / value for name, value in damping.items()}
 
 
-def _select(curvature: Curvature, kept: Tensor) -> Iterator[Gradients]:
-    """The kept rows as examples of one row each."""
+def _pick_rows(curvature: Curvature, kept: Tensor) -> Iterator[Gradients]:
+    """Yield the kept rows as examples of one row each."""
     start = 0
     for rows in curvature.gradients():
         n = len(rows)

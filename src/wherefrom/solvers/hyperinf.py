@@ -16,6 +16,7 @@ the published damping ``Damping.relative(0.1)``; rows of other curvatures enter 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -23,66 +24,60 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, Need
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.damping import Damping
 from wherefrom.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
+from wherefrom.persample.blocks import Block
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.factored import Factored, slices
-from wherefrom.persample.gradients import Block
 from wherefrom.persample.rows import Lookup, Rows
-from wherefrom.persample.vectors import Vectors
-from wherefrom.solvers.base import Inverse, Solver, positive, saved_tensor
+from wherefrom.solvers.base import Inverse, Solver, require_positive, require_tensor
 from wherefrom.solvers.datainf import root_weights
 from wherefrom.solvers.schulz import Schulz, cholesky, schulz
 
 Side = Literal["input", "output", "all"]
 
 
+@dataclass(frozen=True, eq=False)
 class SideInverse(Inverse):
     """Multiplies each block by an inverse from one of its sides.
 
     Args:
-        curvature, shift: the matrix and its damping.
         sides: block name to the side whose matrix was inverted; "all" for the flattened block.
         inverses: block name to (G, d, d) float64, G = 1 for "all".
-        residual: the largest |I - A X|_F of them.
-        steps: the most iterations that one took.
+        inverse_residual: the largest |I - A X|_F of them.
+        inverse_steps: the most iterations that one took.
     """
 
-    approximate = True
+    sides: Mapping[str, Side]
+    inverses: Mapping[str, Tensor]
+    inverse_residual: float
+    inverse_steps: int
 
-    def __init__(
-        self,
-        curvature: Curvature,
-        shift: Shift,
-        sides: dict[str, Side],
-        inverses: dict[str, Tensor],
-        residual: float,
-        steps: int,
-    ):
-        super().__init__(curvature, shift)
-        self.sides, self.inverses, self.residual, self.steps = sides, inverses, residual, steps
+    is_approximate: ClassVar[bool] = True
 
-    def apply(self, b: Vectors) -> Vectors:
-        """One matrix product a block."""
-        out: Vectors = {}
+    def __post_init__(self) -> None:
         for block in self.curvature.problem.blocks:
-            v, side = block.pack(b), self.sides[block.name]  # (Q, G, O, I)
-            x = self.inverses[block.name].to(v.dtype)
-            if side == "output":
-                out |= block.unpack(x @ v)
-            elif side == "input":
-                out |= block.unpack(v @ x.mT)
-            else:
-                out |= block.unpack((v.flatten(1) @ x[0].mT).view_as(v))
-        return out
+            side = self.sides.get(block.name)
+            if side not in ("input", "output", "all"):
+                raise expected(f"the side of block {block.name} of a fit", "'input', 'output' or 'all'", repr(side))
+            d = width(block, side)
+            require_tensor(f"inverse|{block.name}", self.inverses.get(block.name), groups(block, side), d, d)
+
+    def apply(self, b: Directions) -> Directions:
+        """Make one matrix product for each block."""
+        return b.dense().map(self._multiply)
+
+    def _multiply(self, name: str, v: Tensor) -> Tensor:
+        side, inverse = self.sides[name], self.inverses[name].to(v.dtype)
+        if side == "output":
+            return inverse @ v
+        if side == "input":
+            return v @ inverse.mT
+        return (v.flatten(1) @ inverse[0].mT).view_as(v)
 
     def report(self) -> dict[str, float | str]:
-        """The largest |I - A X|_F of the inverses, and the most iterations that one took."""
-        return {"inverse residual": self.residual, "inverse iterations": self.steps}
-
-    def state(self) -> dict[str, Tensor]:
-        """The inverses and how they were reached."""
-        reached = {"reached": torch.tensor([self.residual, self.steps], dtype=torch.float64)}
-        return {f"inverse|{name}": x for name, x in self.inverses.items()} | reached
+        """Return the largest |I - A X|_F of the inverses, and the most iterations that one took."""
+        return {"inverse residual": self.inverse_residual, "inverse iterations": self.inverse_steps}
 
 
 @dataclass(frozen=True)
@@ -115,10 +110,10 @@ class HyperINF(Solver):
         ):
             if getattr(self, name) not in allowed:
                 raise expected(name, f"one of {', '.join(map(repr, allowed))}", repr(getattr(self, name)))
-        positive(tolerance=self.tolerance, memory=self.memory)
+        require_positive(tolerance=self.tolerance, memory=self.memory)
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """One pass over the rows (none for another damping of the same curvature), and the inverses.
+        """Make one pass over the rows (none for another damping of the same curvature), and invert.
 
         Raises:
             UnsupportedError: if the matrices would not fit into ``memory``, or the curvature is not positive
@@ -126,33 +121,25 @@ class HyperINF(Solver):
             DivergenceError: if a matrix cannot be inverted at this damping.
         """
         self.check(curvature)
-        sides = self._sides(curvature)
-        self._fits(curvature, sides)
-        shift = Damping.of(damping).resolve(curvature)
+        sides = self._choose_sides(curvature)
+        self._check_memory(curvature, sides)
+        resolved = Damping.of(damping).resolve(curvature)
         key = ("second moments", tuple(sides.items()))
-        moments = curvature.remember(key, lambda: second_moments(curvature, sides))
+        moments = curvature.cached(key, lambda: second_moments(curvature, sides))
+
         inverses, residual, steps = {}, 0.0, 0
         for block in curvature.problem.blocks:
-            G, O, I = block.sides
-            r = {"input": O, "output": I, "all": 1}[sides[block.name]]
-            lower = shift[next(iter(block.shapes))]
-            A = moments[block.name] / (1 if self.drop_r else r)
-            A.diagonal(dim1=-2, dim2=-1).add_(lower)
-            found = self._inverted(A, lower, block)
-            inverses[block.name] = found.x
-            residual, steps = max(residual, float(found.residuals[-1].max())), max(steps, found.steps)
-        return SideInverse(curvature, shift, sides, inverses, residual, steps)
+            _, O, I = block.sides
+            lines = {"input": O, "output": I, "all": 1}[sides[block.name]]  # r of the paper
+            damped = moments[block.name] / (1 if self.drop_r else lines)
+            damped.diagonal(dim1=-2, dim2=-1).add_(resolved[block.name])
+            inverse = self._invert(damped, resolved[block.name], block)
+            inverses[block.name] = inverse.x
+            residual = max(residual, float(inverse.residuals[-1].max()))
+            steps = max(steps, inverse.steps)
+        return SideInverse(curvature, resolved, sides, inverses, residual, steps)
 
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """From the saved inverses."""
-        sides, inverses = self._sides(curvature), dict[str, Tensor]()
-        for block in curvature.problem.blocks:
-            d = width(block, sides[block.name])
-            inverses[block.name] = saved_tensor(state, f"inverse|{block.name}", groups(block, sides[block.name]), d, d)
-        residual, steps = saved_tensor(state, "reached", 2).tolist()
-        return SideInverse(curvature, shift, sides, inverses, residual, int(steps))
-
-    def _inverted(self, A: Tensor, lower: float, block: Block) -> Schulz:
+    def _invert(self, A: Tensor, lower: float, block: Block) -> Schulz:
         try:
             found = cholesky(A) if self.inverse == "cholesky" else schulz(A, lower, self.tolerance)
         except DivergenceError as error:
@@ -167,8 +154,8 @@ class HyperINF(Solver):
             )
         return found
 
-    def _sides(self, curvature: Curvature) -> dict[str, Side]:
-        """The side of each block."""
+    def _choose_sides(self, curvature: Curvature) -> dict[str, Side]:
+        """Choose the side of each block."""
         out: dict[str, Side] = {}
         for block in curvature.problem.blocks:
             _, O, I = block.sides
@@ -183,7 +170,7 @@ class HyperINF(Solver):
                 out[block.name] = self.side
         return out
 
-    def _fits(self, curvature: Curvature, sides: dict[str, Side]) -> None:
+    def _check_memory(self, curvature: Curvature, sides: dict[str, Side]) -> None:
         sizes = {
             b.name: 8.0 * width(b, sides[b.name]) ** 2 * groups(b, sides[b.name]) for b in curvature.problem.blocks
         }

@@ -6,28 +6,31 @@ It is TracIn at one checkpoint, and the plain preconditioner of CG and Neumann.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.damping import Damping
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
-from wherefrom.persample.vectors import Vectors
 from wherefrom.solvers.base import Inverse, Solver
 
 
-class Unit(Inverse):
-    """The identity."""
+@dataclass(frozen=True, eq=False)
+class IdentityInverse(Inverse):
+    """The identity in place of (C + damping)^-1."""
 
-    approximate = True
+    is_approximate: ClassVar[bool] = True
+    is_positive_definite: ClassVar[bool] = True
 
-    def apply(self, b: Vectors) -> Vectors:
-        """B itself."""
+    def apply(self, b: Directions) -> Directions:
+        """Return b itself."""
         return b
 
-    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
-        """Squared gradient norms, (n,)."""
+    def self_influence(self, rows: Gradients) -> tuple[Tensor, Tensor]:
+        """Return the squared gradient norms, (n,)."""
         values = rows.square_norms().sum(1)
         return values, torch.ones_like(values, dtype=torch.bool)
 
@@ -37,9 +40,5 @@ class Identity(Solver):
     """Gradient dot: C + damping I replaced by I."""
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Nothing to fit."""
-        return Unit(curvature, Damping.of(damping).resolve(curvature))
-
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:  # noqa: ARG002
-        """Nothing to restore."""
-        return Unit(curvature, shift)
+        """Resolve the damping; there is nothing else to fit."""
+        return IdentityInverse(curvature, Damping.of(damping).resolve(curvature))

@@ -7,7 +7,7 @@ Lambda are KFAC's products of eigenvalues or EKFAC's corrected second moments; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,96 +15,101 @@ import torch
 from torch import Tensor
 
 from wherefrom.curvature.base import Curvature, Need
-from wherefrom.curvature.damping import Damping, Shift
-from wherefrom.curvature.kronecker import Basis, KroneckerBlock, Labels, fit
+from wherefrom.curvature.damping import Damping
+from wherefrom.curvature.kronecker import Labels
 from wherefrom.errors import expected
-from wherefrom.persample import lowrank
+from wherefrom.persample.directions import Directions
+from wherefrom.persample.eigenbasis import Basis, KroneckerBlock
 from wherefrom.persample.factored import Factored
-from wherefrom.persample.gradients import Gradients, Packed
-from wherefrom.persample.vectors import Vectors
-from wherefrom.solvers.base import Inverse, Pairing, Solver, saved_tensor
+from wherefrom.persample.gradients import Gradients
+from wherefrom.persample.rows import Rows
+from wherefrom.solvers.base import Inverse, Solver, require_tensor
+
+WRITTEN = 64  # examples whose rows are written out at a time
 
 
+@dataclass(frozen=True, eq=False)
 class EigenInverse(Inverse):
-    """Divides by eigenvalues + damping in the eigenbasis of each block."""
+    """Divides by eigenvalues + damping in the eigenbasis of each block.
 
-    approximate = True
+    Args:
+        factors: block name to its eigenbasis and eigenvalues.
+        corrected: take EKFAC's eigenvalues; False takes KFAC's.
+    """
 
-    def __init__(self, curvature: Curvature, shift: Shift, factors: Mapping[str, KroneckerBlock], corrected: bool):
-        super().__init__(curvature, shift)
-        self.factors, self.corrected = factors, corrected
+    factors: Mapping[str, KroneckerBlock]
+    corrected: bool
+
+    is_approximate: ClassVar[bool] = True
+    is_positive_definite: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for block in self.curvature.problem.blocks:
+            G, O, I = block.sides
+            factors = self.factors.get(block.name)
+            if not isinstance(factors, KroneckerBlock):
+                raise expected("the Kronecker factors of a fit", f"those of block {block.name} too", [*self.factors])
+            require_tensor(f"{block.name}|kfac", factors.kfac, G, O, I)
+            require_tensor(f"{block.name}|ekfac", factors.ekfac, G, O, I)
+            _require_basis(f"{block.name}|left", factors.left, G, O)
+            _require_basis(f"{block.name}|right", factors.right, G, I)
+
+    @property
+    def scoring_basis(self) -> Mapping[str, KroneckerBlock]:
+        """The eigenbasis of every block."""
+        return self.factors
 
     def eigenvalues(self, name: str) -> Tensor:
-        """Eigenvalues of a block, (G, O, I)."""
+        """Return the eigenvalues of a block, (G, O, I)."""
         return self.factors[name].ekfac if self.corrected else self.factors[name].kfac
 
-    def denominators(self, name: str) -> Tensor:
-        """Eigenvalues + damping of a block, (G, O, I)."""
-        block = next(b for b in self.curvature.problem.blocks if b.name == name)
-        return self.eigenvalues(name) + self.shift[next(iter(block.shapes))]
+    def damped_eigenvalues(self, name: str) -> Tensor:
+        """Return eigenvalues + damping of a block, (G, O, I)."""
+        return self.eigenvalues(name) + self.damping[name]
 
-    def apply(self, b: Vectors) -> Vectors:
-        """Rotate, divide, rotate back."""
-        return self._scaled(b, lambda name: 1 / self.denominators(name))
+    def apply(self, b: Directions) -> Directions:
+        """Divide in the eigenbasis; the solutions come in the bases that the right-hand sides are in."""
+        return self._multiply(b, lambda name: 1 / self.damped_eigenvalues(name))
 
-    def function(self, phi: Callable[[Tensor], Tensor], b: Vectors) -> Vectors:
-        """phi(C) b, phi of the eigenvalues alone."""
-        return self._scaled(b, lambda name: phi(self.eigenvalues(name)))
+    def apply_function(self, phi: Callable[[Tensor], Tensor], b: Directions) -> Directions:
+        """Return phi(C) b, phi of the eigenvalues alone."""
+        return self._multiply(b, lambda name: phi(self.eigenvalues(name)))
 
-    def _scaled(self, b: Vectors, by: Callable[[str], Tensor]) -> Vectors:
-        x: Vectors = {}
-        for block in self.curvature.problem.blocks:
-            f = self.factors[block.name]
-            x |= block.unpack(f.back(f.rotate(block.pack(b)) * by(block.name)))
-        return x
+    def _multiply(self, b: Directions, factor_of: Callable[[str], Tensor]) -> Directions:
+        """Multiply the coordinates in every block's eigenbasis."""
+        outside = [name for name in self.factors if name not in b.bases]
+        x = b.to_eigenbasis(self.factors).multiply(factor_of)
+        return x.from_eigenbasis(outside)
 
-    def turned(self, rows: Gradients) -> Gradients:
-        """Rows in the eigenbases, still factored."""
-        return rows.map(lambda name, r: self.factors[name].rotated(r))
-
-    def within(self, rows: Gradients) -> Pairing:
-        """Scores in the eigenbases."""
-        packed: Packed = {}
-        for block in rows.blocks:
-            turned = self.factors[block.name].rotated(rows.rows[block.name]).written().rows
-            packed[block.name] = turned.reshape(-1, *block.sides).div_(self.denominators(block.name))
-        return Pairing(packed, self.factors)
-
-    def pairing(self, rows: Gradients) -> Pairing:
-        """Scores in the eigenbases, except of blocks where rotating Q solutions back costs less than N gradients."""
-        packed = dict(self.within(rows).packed)
-        bases: dict[str, KroneckerBlock] = {}
-        for name, r in rows.rows.items():
-            f = self.factors[name]
-            turn, back = f.costs(r)
-            if turn * len(self.curvature.problem.train) <= back * len(rows):
-                bases[name] = f
-            else:
-                packed[name] = f.back(lowrank.written(packed[name]))
-        return Pairing(packed, bases)
-
-    def quadratic(self, rows: Gradients) -> tuple[Tensor, Tensor]:
-        """Self-influence of rows with R = 1 as sum (Q_S^T W Q_A)^2 / (Lambda + damping), (n,)."""
+    def self_influence(self, rows: Gradients) -> tuple[Tensor, Tensor]:
+        """Return sum (Q_S^T W Q_A)^2 / (Lambda + damping) of each row W, R = 1: (n,)."""
         total = torch.zeros(len(rows), dtype=torch.float32, device=rows.weights.device)
-        for name, r in self.turned(rows).rows.items():
-            weight = 1 / self.denominators(name)
-            if isinstance(r, Factored) and r.sizes[3] == 1:  # a row is one outer product, never formed
-                a, g = r.a[:, :, 0].square(), r.g[:, :, 0, 0].square()  # (G, n, I), (G, n, O)
-                total = total + ((g @ weight) * a).sum((0, 2))
-            else:
-                flat = weight.flatten()
-                parts = [r[i : i + 64].written().rows.square() @ flat for i in range(0, len(rows), 64)]
-                total = total + torch.cat(parts).sum(1)
+        for name, r in rows.rows.items():
+            rotated = self.factors[name].rotate_rows(r)
+            total = total + _sum_weighted_squares(rotated, 1 / self.damped_eigenvalues(name), len(rows))
         return total, torch.ones_like(total, dtype=torch.bool)
 
-    def state(self) -> dict[str, Tensor]:
-        """Bases and both sets of eigenvalues."""
-        out: dict[str, Tensor] = {}
-        for name, f in self.factors.items():
-            out |= {f"{name}|kfac": f.kfac, f"{name}|ekfac": f.ekfac}
-            for side, basis in (("left", f.left), ("right", f.right)):
-                out |= {f"{name}|{side}|{i}": q for i, q in enumerate(basis.pieces)}
-        return out
+
+def _sum_weighted_squares(rows: Rows, weight: Tensor, n: int) -> Tensor:
+    """Sum the squares of each row's coordinates with weights (G, O, I): (n,)."""
+    if isinstance(rows, Factored) and rows.sizes[3] == 1:
+        # A row of one position is one outer product. Its squares are the outer product of squares: it is never formed.
+        a, g = rows.a[:, :, 0].square(), rows.g[:, :, 0, 0].square()  # (G, n, I), (G, n, O)
+        return ((g @ weight) * a).sum((0, 2))
+    flat = weight.flatten()
+    pieces = [rows[i : i + WRITTEN].written().rows.square() @ flat for i in range(0, n, WRITTEN)]
+    return torch.cat(pieces).sum(1)
+
+
+def _require_basis(name: str, basis: Basis, groups: int, size: int) -> None:
+    """Raise InputError for what is no basis of so many dimensions, in pieces."""
+    for i, q in enumerate(basis.pieces):
+        require_tensor(f"{name}|{i}", q, None, None, None)
+    shapes = [tuple(q.shape) for q in basis.pieces]
+    # A piece without eigenvectors stays as it is.
+    fits = all(shape in ((groups, shape[1], shape[1]), (0, shape[1], 0)) for shape in shapes)
+    if not fits or sum(shape[1] for shape in shapes) != size:
+        raise expected(f"{name} of a fit", f"a basis of {size} dimensions for each of {groups} groups", shapes)
 
 
 @dataclass(frozen=True)
@@ -125,36 +130,16 @@ class EKFAC(Solver):
     corrected: ClassVar[bool] = True
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Two passes over the training data (the factors of a curvature are kept: another damping costs nothing)."""
+        """Make two passes over the training data; another damping of the same curvature costs none."""
         self.check(curvature)
-        labels = self.labels or curvature.labels
-        kept = self._kept(curvature)
-        factors = curvature.remember(kept, lambda: fit(curvature.statistics, labels, self.seed, self.limit))
+        factors = curvature.kronecker(self.labels or curvature.labels, self.seed, self.limit)
         return EigenInverse(curvature, Damping.of(damping).resolve(curvature), factors, self.corrected)
 
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """From saved bases and eigenvalues, which another damping takes as they are."""
-
-        def basis(name: str, side: str, groups: int, size: int) -> Basis:
-            count = sum(key.startswith(f"{name}|{side}|") for key in state)
-            pieces = tuple(saved_tensor(state, f"{name}|{side}|{i}", None, None, None) for i in range(count))
-            shapes = [(groups, q.shape[1], q.shape[1]) if len(q) else (0, q.shape[1], 0) for q in pieces]
-            if [tuple(q.shape) for q in pieces] != shapes or sum(q.shape[1] for q in pieces) != size:
-                wanted = f"a basis of {size} dimensions for each of {groups} groups"
-                raise expected(f"{name}|{side} of a saved fit", wanted, [tuple(q.shape) for q in pieces])
-            return Basis(pieces)
-
-        factors: dict[str, KroneckerBlock] = {}
-        for b in curvature.problem.blocks:
-            G, O, I = b.sides
-            eigenvalues = [saved_tensor(state, f"{b.name}|{kind}", G, O, I) for kind in ("kfac", "ekfac")]
-            factors[b.name] = KroneckerBlock(basis(b.name, "left", G, O), basis(b.name, "right", G, I), *eigenvalues)
-        curvature.remember(self._kept(curvature), lambda: factors)
-        return EigenInverse(curvature, shift, factors, self.corrected)
-
-    def _kept(self, curvature: Curvature) -> Hashable:
-        """What the curvature remembers the factors by."""
-        return "kronecker", self.labels or curvature.labels, self.seed, self.limit
+    def share(self, inverse: Inverse) -> None:
+        """Give the curvature the factors of a restored fit."""
+        if isinstance(inverse, EigenInverse):
+            curvature = inverse.curvature
+            curvature.share_kronecker(inverse.factors, self.labels or curvature.labels, self.seed, self.limit)
 
 
 @dataclass(frozen=True)

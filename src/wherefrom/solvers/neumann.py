@@ -19,20 +19,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from wherefrom.curvature.base import Curvature
-from wherefrom.curvature.damping import Damping, Shift
+from wherefrom.curvature.base import Curvature, probe_signs
+from wherefrom.curvature.damping import Damping
 from wherefrom.curvature.lanczos import Spectrum, arnoldi, spectrum
 from wherefrom.errors import ConvergenceWarning, DivergenceError, UnsupportedError, expected
-from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.progress import track
-from wherefrom.solvers.base import Inverse, Solution, Solver, instance, positive, relative, saved_tensor
+from wherefrom.scores import Certificate
+from wherefrom.solvers.base import Inverse, Iterates, Solver, relative_norm, require_positive, require_solvers
 from wherefrom.solvers.identity import Identity
 from wherefrom.solvers.kronecker import EKFAC
 
@@ -58,9 +58,14 @@ class Plan:
     effective_dimension: float = 0.0
     constant: float = 2.0
 
+    def __post_init__(self) -> None:
+        if not (self.step > 0 and self.steps >= 0 and self.batch >= 0):
+            got = (self.step, self.batch, self.steps)
+            raise expected("the plan of an iteration", "a step above 0 and counts", got)
+
 
 def corollary(measured: Spectrum, damping: float, contraction: float = 2.0, batch: int | None = None) -> Plan:
-    """Klochkov & Liu's Corollary 1: step size, batch size and number of steps without preconditioner.
+    """Plan by Klochkov & Liu's Corollary 1: step size, batch size and number of steps without preconditioner.
 
     Args:
         measured: the spectrum of C.
@@ -80,35 +85,49 @@ def corollary(measured: Spectrum, damping: float, contraction: float = 2.0, batc
     return Plan(step, 0 if full else chosen, steps, largest + damping, trace, constant)
 
 
+@dataclass(frozen=True, eq=False)
 class StochasticNeumann(Inverse):
-    """Runs the iteration for each set of right-hand sides, always on the same minibatches."""
+    """Runs the iteration for each set of right-hand sides, always on the same minibatches.
 
-    def __init__(self, curvature: Curvature, shift: Shift, solver: Neumann, preconditioner: Inverse, plan: Plan):
-        super().__init__(curvature, shift)
-        self.solver, self.preconditioner, self.plan = solver, preconditioner, plan
+    Args:
+        solver: the hyper-parameters.
+        preconditioner: P^-1.
+        plan: what was made of them.
+    """
+
+    solver: Neumann
+    preconditioner: Inverse
+    plan: Plan
 
     @property
-    def plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether this is LiSSA, without preconditioner."""
         return isinstance(self.solver.preconditioner, Identity)
 
-    def apply(self, b: Vectors) -> Vectors:
-        """x alone."""
-        return self.solve(b)[0]
+    def apply(self, b: Directions) -> Directions:
+        """Return x alone."""
+        return self.iterate(b).x
 
-    def solve(self, b: Vectors) -> tuple[Vectors, Tensor, float]:
-        """The mean of the repeats' last iterates, the first one's history, and the passes."""
-        runs, history = [], []
+    def iterate(self, b: Directions) -> Iterates:
+        """Return the mean of the repeats' last iterates, the first one's history, and the passes."""
+        b = b.dense()
+        last, history = [], []
         for repeat in range(self.solver.repeats):
-            steps = list(self.iterates(b, repeat))  # the same x at every step
-            history = history or [seen for _, seen in steps]
-            runs.append(steps[-1][0])
-        mean = {name: torch.stack([x[name] for x in runs]).mean(0) for name in b} if len(runs) > 1 else runs[0]
+            steps = list(self.iterates(b, repeat))  # the same x at every step, changed in place
+            last.append(steps[-1][0])
+            history = history or [relative for _, relative in steps]
+
+        mean = last[0]
+        for x in last[1:]:
+            mean.add_(1.0, x)
+        if len(last) > 1:
+            mean = mean.scale(1 / len(last))
+
         N = len(self.curvature.problem.train)
         passes = self.solver.repeats * self.plan.steps * (self.plan.batch or N) / N
-        return mean, torch.stack([*history, history[-1]]), passes
+        return Iterates(mean, torch.stack([*history, history[-1]]), passes)
 
-    def __call__(self, b: Vectors, certify: bool = True) -> Solution:
+    def solve(self, b: Directions, certify: bool = True) -> tuple[Directions, Certificate]:
         """Solve for Q right-hand sides together.
 
         Without preconditioner a query counts as converged unless its residual proves an error above twice the
@@ -117,72 +136,83 @@ class StochasticNeumann(Inverse):
         Raises:
             DivergenceError: if the iterates grow without bound, with the step size that was used.
         """
-        solution, plan = super().__call__(b, certify), self.plan
-        if solution.residual is None or not plan.effective_dimension or not self.plain:
-            return solution
-        predicted = self.predicted(b, solution.x)
-        lower = solution.residual * vectors.norm(b) / (plan.nu * vectors.norm(solution.x).clamp(min=1e-300))
+        x, certificate = super().solve(b, certify)
+        plan = self.plan
+        if certificate.residual is None or not plan.effective_dimension or not self.is_plain:
+            return x, certificate
+
+        predicted = self.predict_error(b, x)
+        # |x - x*| is at least the residual over the largest eigenvalue.
+        proven = certificate.residual * b.norm() / (plan.nu * x.norm().clamp(min=1e-300))
         allowed = 2 * predicted + 100 * torch.finfo(self.curvature.problem.dtype).eps
-        late = (lower > allowed).nonzero().flatten().tolist()
+        late = (proven > allowed).nonzero().flatten().tolist()
         if late:
             warnings.warn(
-                f"{len(late)} of {len(lower)} queries have an error above twice the one that the measured spectrum "
+                f"{len(late)} of {len(proven)} queries have an error above twice the one that the measured spectrum "
                 f"predicts (queries {late[:10]}): condition C.1 fails for them. Raise the batch size, or take CG.",
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        return replace(solution, predicted=predicted, converged=lower <= allowed)
+        return x, replace(certificate, predicted=predicted, converged=proven <= allowed)
 
-    def predicted(self, b: Vectors, x: Vectors) -> Tensor:
-        """Equation 10 with x for x*: the expected |x - x*| / |x|, (Q,).
+    def predict_error(self, b: Directions, x: Directions) -> Tensor:
+        """Return equation 10 with x for x*: the expected |x - x*| / |x|, (Q,).
 
         Momentum counts as a step 1 / (1 - momentum) times as long; a decaying step shortens the first term alone.
         """
-        plan, solver, damping = self.plan, self.solver, min(self.shift.values())
+        plan, solver, damping = self.plan, self.solver, min(self.damping.values())
         step = plan.step / (1 - solver.momentum)
-        rates = (abs(1 - step * damping * solver.decay ** (k // solver.decay_every)) for k in range(plan.steps))
-        size = vectors.norm(x).clamp(min=1e-300)
-        first = math.prod(rates) * vectors.norm(vectors.add(self._start(b), x, -1.0)) / size
-        if not plan.batch:
-            return first
-        t = plan.constant * plan.effective_dimension / plan.batch / solver.repeats
-        form = (vectors.dot(x, b) - vectors.dot(x, vectors.scale(x, self.shift))).clamp(min=0)  # x*.C x*
-        return first + (step * t * form / (damping * max(2 - step * damping, 1e-300))).sqrt() / size
+        norms = x.norm().clamp(min=1e-300)
 
-    def iterates(self, b: Vectors, repeat: int = 0) -> Iterator[tuple[Vectors, Tensor]]:
-        """x_1, x_2, ... and the relative residual that each step saw on its minibatch, (Q,); x changes in place."""
+        # What is left of the error at the start.
+        rates = (abs(1 - step * damping * solver.decay ** (k // solver.decay_every)) for k in range(plan.steps))
+        left = math.prod(rates) * self._start(b.dense()).axpy(-1.0, x).norm() / norms
+        if not plan.batch:
+            return left
+
+        # What the noise of the minibatches adds.
+        t = plan.constant * plan.effective_dimension / plan.batch / solver.repeats
+        form = (x.dot(b) - x.dot(x.scale(self.damping))).clamp(min=0)  # x*.C x*
+        return left + (step * t * form / (damping * max(2 - step * damping, 1e-300))).sqrt() / norms
+
+    def iterates(self, b: Directions, repeat: int = 0) -> Iterator[tuple[Directions, Tensor]]:
+        """Yield x_1, x_2, ... and the relative residuals that the steps saw on their minibatches, (Q,).
+
+        x is the same object every time, changed in place.
+        """
         solver, plan = self.solver, self.plan
         rng = torch.Generator().manual_seed(solver.seed + 7919 * repeat)
-        A = self.curvature.operator(rng, plan.batch) if plan.batch else self.curvature.operator()
-        x, m, limit = self._start(b), vectors.zeros_like(b), torch.zeros(0)
+        draw = self.curvature.operator(rng, plan.batch) if plan.batch else self.curvature.operator()
+        b = b.dense()
+        x, momentum, limit = self._start(b).clone(), b.zeros_like(), torch.zeros(0)
         for k in track(range(plan.steps), "stochastic Neumann", enabled=self.curvature.problem.progress):
-            r = vectors.add(vectors.add(b, A(x), -1.0), x, {p: -s for p, s in self.shift.items()})
-            seen = relative(r, b)
-            limit = limit if k else 1e6 * seen.clamp(min=1.0)
-            if not bool((seen < limit).all()):
+            residual = b.axpy(-1.0, draw(x).axpy(self.damping, x))
+            relative = relative_norm(residual, b)
+
+            # A stable iteration may grow a little at first; one that grows a million times does not come back.
+            if k == 0:
+                limit = 1e6 * relative.clamp(min=1.0)
+            if not bool((relative < limit).all()):
                 raise DivergenceError(
                     f"the iteration diverged at step {k + 1} of {plan.steps} (step size {plan.step:.2e}, batch "
                     f"{plan.batch or 'all'}). Lower the step size, raise the batch size or the damping, or leave "
                     "`step` and `batch` to be chosen from the spectrum."
                 )
-            m = vectors.add_(vectors.scale(m, solver.momentum), self.preconditioner.apply(r))
-            yield vectors.add_(x, m, plan.step * solver.decay ** (k // solver.decay_every)), seen
 
-    def _start(self, b: Vectors) -> Vectors:
+            momentum = momentum.scale(solver.momentum).add_(1.0, self.preconditioner.apply(residual))
+            x.add_(plan.step * solver.decay ** (k // solver.decay_every), momentum)
+            yield x, relative
+
+    def _start(self, b: Directions) -> Directions:
         if self.solver.start == "zero":
-            return vectors.zeros_like(b)
-        if self.plain:  # exact where C vanishes
-            return {name: t / self.shift[name] for name, t in b.items()}
+            return b.zeros_like()
+        if self.is_plain:  # exact where C vanishes
+            return b.scale({name: 1 / damping for name, damping in self.damping.items()})
         return self.preconditioner.apply(b)
 
     def report(self) -> dict[str, float | str]:
-        """The plan."""
+        """Return the plan."""
         return self.preconditioner.report() | asdict(self.plan)
-
-    def state(self) -> dict[str, Tensor]:
-        """The preconditioner's, and the plan."""
-        plan = torch.tensor(astuple(self.plan), dtype=torch.float64)
-        return self.preconditioner.state() | {"neumann|plan": plan}
 
 
 @dataclass(frozen=True)
@@ -216,47 +246,46 @@ class Neumann(Solver):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        instance(preconditioner=self.preconditioner)
-        positive(step=self.step, batch=self.batch, steps=self.steps, decay=self.decay, decay_every=self.decay_every)
-        positive(contraction=self.contraction, repeats=self.repeats)
+        require_solvers(preconditioner=self.preconditioner)
+        require_positive(step=self.step, batch=self.batch, steps=self.steps)
+        require_positive(
+            decay=self.decay, decay_every=self.decay_every, contraction=self.contraction, repeats=self.repeats
+        )
         if not 0 <= self.momentum < 1:
             raise expected("momentum", "in [0, 1)", self.momentum)
         if self.start not in ("preconditioned", "zero"):
             raise expected("start", "'preconditioned' or 'zero'", repr(self.start))
 
     def fit(self, curvature: Curvature, damping: float | Damping) -> Inverse:
-        """Fits the preconditioner and, where the step, batch or number of steps is not given, measures the spectrum.
+        """Fit the preconditioner and, where the step, batch or number of steps is not given, measures the spectrum.
 
         Raises:
             UnsupportedError: if C + damping is not positive definite, or the plan asks for more than 50,000 steps.
         """
         self.check(curvature)
         inner = self.preconditioner.fit(curvature, damping)
-        plan = self._plain(inner) if isinstance(self.preconditioner, Identity) else self._preconditioned(inner)
-        return StochasticNeumann(curvature, inner.shift, self, inner, plan)
+        is_plain = isinstance(self.preconditioner, Identity)
+        plan = self._plan_plain(inner) if is_plain else self._plan_preconditioned(inner)
+        return StochasticNeumann(curvature, inner.damping, self, inner, plan)
 
-    def restore(self, curvature: Curvature, shift: Shift, state: dict[str, Tensor]) -> Inverse:
-        """Restores the preconditioner and the plan."""
-        inner = self.preconditioner.restore(curvature, shift, state)
-        step, batch, steps, nu, dimension, constant = saved_tensor(state, "neumann|plan", 6).tolist()
-        if not (step > 0 and steps >= 0 and batch >= 0):
-            raise expected("the plan of a saved fit", "a step above 0 and counts", (step, batch, steps))
-        plan = Plan(step, int(batch), int(steps), nu, dimension, constant)
-        return StochasticNeumann(curvature, inner.shift, self, inner, plan)
+    def share(self, inverse: Inverse) -> None:
+        """Share what the preconditioner knows."""
+        if isinstance(inverse, StochasticNeumann):
+            self.preconditioner.share(inverse.preconditioner)
 
-    def _plain(self, inner: Inverse) -> Plan:
-        """Corollary 1."""
+    def _plan_plain(self, inner: Inverse) -> Plan:
+        """Plan by Corollary 1."""
         if self.step and self.batch and self.steps:
             return Plan(self.step, self.batch, self.steps)
-        curvature, damping = inner.curvature, min(inner.shift.values())
-        measured = curvature.remember(("spectrum", self.seed), lambda: spectrum(curvature, seed=self.seed))
+        curvature, damping = inner.curvature, min(inner.damping.values())
+        measured = curvature.cached(("spectrum", self.seed), lambda: spectrum(curvature, seed=self.seed))
         if measured.smallest + damping <= 0:
             raise UnsupportedError(
                 f"C + damping has a negative eigenvalue ({measured.smallest:.2e} + {damping:.2e}): the iteration "
                 f"would diverge. Raise the damping above {-measured.smallest:.2e}, or take the GGN."
             )
         found = corollary(measured, damping, self.contraction, self.batch)
-        spread = max(inner.shift.values()) - damping  # the other blocks' damping adds to their largest eigenvalues
+        spread = max(inner.damping.values()) - damping  # the other blocks' damping adds to their largest eigenvalues
         step = self.step or (1 - self.momentum) / (1 / found.step + spread)
         steps = self.steps or math.ceil(self.contraction * (1 - self.momentum) / (step * damping))
         if self.steps is None and steps > MOST:
@@ -268,8 +297,8 @@ class Neumann(Solver):
         dimension = found.effective_dimension
         return Plan(step, found.batch, steps, found.nu + spread, dimension, found.constant)
 
-    def _preconditioned(self, inner: Inverse) -> Plan:
-        """The step of ASTRA from the spectrum of P^-1 (C + damping)."""
+    def _plan_preconditioned(self, inner: Inverse) -> Plan:
+        """Take the step of ASTRA from the spectrum of P^-1 (C + damping)."""
         N = len(inner.curvature.problem.train)
         batch, steps = self.batch or (256 if N > 256 else 0), self.steps or 200
         if self.step:
@@ -294,21 +323,19 @@ class ASTRA(Neumann):
 
 
 def preconditioned_spectrum(inner: Inverse, seed: int = 0, steps: int = 15, probes: int = 8) -> tuple[float, float]:
-    """(largest eigenvalue of P^-1 (C + damping), trace of P^-1 C) by the Arnoldi process and by random probes.
+    """Measure P^-1 (C + damping): its largest eigenvalue by the Arnoldi process, and tr P^-1 C by random probes.
 
     Raises:
         UnsupportedError: if an eigenvalue is found to be negative.
     """
     problem = inner.curvature.problem
-    rng = torch.Generator().manual_seed(seed)
-    z = vectors.random_signs(problem.shapes, probes, rng, problem.dtype)
-    z = {name: t.to(problem.device) for name, t in z.items()}
-    dimension = float(vectors.dot(z, inner.apply(inner.curvature.product(z))).mean())
+    z = probe_signs(problem, probes, torch.Generator().manual_seed(seed))
+    dimension = float(z.dot(inner.apply(inner.curvature.product(z))).mean())
 
-    def damped(v: Vectors) -> Vectors:
-        return vectors.add(inner.curvature.product(v), v, inner.shift)
+    def damped(v: Directions) -> Directions:
+        return inner.curvature.product(v).axpy(inner.damping, v)
 
-    values = arnoldi(damped, {name: t[:1] for name, t in z.items()}, steps, inner.apply).ritz()[0]
+    values = arnoldi(damped, z[:1], steps, inner.apply).ritz()[0]
     noise = 1e3 * torch.finfo(problem.dtype).eps
     if not len(values) or float(values[0]) < -noise * abs(float(values[-1])):
         raise UnsupportedError(

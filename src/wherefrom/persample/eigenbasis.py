@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wherefrom.persample.factored import Factored
+from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.rows import Lookup, Rows, Several
 
 
@@ -21,24 +21,26 @@ class Basis:
 
     pieces: tuple[Tensor, ...]
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Coordinates in the basis: x (G, ..., d) to the same shape."""
+    def to_basis(self, x: Tensor) -> Tensor:
+        """Give vectors by their coordinates in the basis: x (G, ..., d) to the same shape."""
         return self._apply(x, transposed=False)
 
-    def back(self, x: Tensor) -> Tensor:
-        """From coordinates in the basis: the inverse of `rotate`."""
+    def from_basis(self, x: Tensor) -> Tensor:
+        """Give vectors from their coordinates: the inverse of `to_basis`."""
         return self._apply(x, transposed=True)
 
-    def across(self, v: Tensor, back: bool = False) -> Tensor:
-        """`rotate`, or `back`, of the columns of matrices v (Q, G, d, other)."""
+    def rotate_columns(self, v: Tensor, back: bool = False) -> Tensor:
+        """Apply `to_basis`, or `from_basis`, to the columns of matrices v (Q, G, d, other)."""
         parts = []
         for q, part in zip(self.pieces, v.split([q.shape[1] for q in self.pieces], 2), strict=True):
-            parts.append((q if back else q.mT).to(v.dtype) @ part if len(q) else part)
+            rotation = q if back else q.mT
+            # A piece without eigenvectors is its own eigenbasis and stays as it is.
+            parts.append(rotation.to(v.dtype) @ part if len(q) else part)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     @property
     def cost(self) -> int:
-        """Multiply-adds to rotate a vector of every group."""
+        """Count the multiply-adds to rotate a vector of every group."""
         return sum(q.numel() for q in self.pieces)
 
     def _apply(self, x: Tensor, transposed: bool) -> Tensor:
@@ -78,32 +80,35 @@ class KroneckerBlock:
         left, right = (t.where(total > 0, 1.0).sqrt() for t in raised)
         return left, right
 
-    def rotate(self, v: Tensor) -> Tensor:
-        """Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
-        return self.left.across(self.right.rotate(v.transpose(0, 1)).transpose(0, 1))
+    def to_eigenbasis(self, v: Tensor) -> Tensor:
+        """Rotate matrices into the basis, Q_S^T V Q_A: (Q, G, O, I) to the same shape."""
+        return self.left.rotate_columns(self.right.to_basis(v.transpose(0, 1)).transpose(0, 1))
 
-    def back(self, v: Tensor) -> Tensor:
-        """Q_S V Q_A^T: the inverse of `rotate`."""
-        return self.left.across(self.right.back(v.transpose(0, 1)).transpose(0, 1), back=True)
+    def from_eigenbasis(self, v: Tensor) -> Tensor:
+        """Rotate matrices back, Q_S V Q_A^T: the inverse of `to_eigenbasis`."""
+        return self.left.rotate_columns(self.right.from_basis(v.transpose(0, 1)).transpose(0, 1), back=True)
 
-    def costs(self, rows: Rows) -> tuple[int, int]:
-        """Multiply-adds per example of `rotated` for rows like these, and of `back` for one matrix."""
+    def rotation_costs(self, rows: Rows) -> tuple[int, int]:
+        """Count the multiply-adds of `rotate_rows` for an example like these, and of `from_eigenbasis` for a matrix."""
         _, O, I = self.kfac.shape
         left, right = self.left.cost, self.right.cost
         written = O * right + I * left
         if isinstance(rows, Factored):
             return rows.sizes[3] * (left + right), written
-        return rows.ids.shape[1] * right if isinstance(rows, Lookup) and not left else written, written
+        if isinstance(rows, Lookup) and not left:
+            return rows.ids.shape[1] * right, written
+        return written, written
 
-    def rotated(self, rows: Rows) -> Rows:
-        """Rows in the eigenbasis; factored rows stay factored, one rotation per position."""
+    def rotate_rows(self, rows: Rows) -> Rows:
+        """Rotate per-sample gradients into the basis; factored rows stay factored, one rotation for each position."""
         if isinstance(rows, Factored):
-            return Factored(self.right.rotate(rows.a), self.left.rotate(rows.g))
+            return Factored(self.right.to_basis(rows.a), self.left.to_basis(rows.g))
         if isinstance(rows, Lookup) and not any(len(q) for q in self.left.pieces):
-            return Lookup(rows.ids, self.right.rotate(rows.g.unsqueeze(0))[0], rows.size)
+            # The side of the tokens is an eigenbasis already, so that the table stays a table.
+            return Lookup(rows.ids, self.right.to_basis(rows.g.unsqueeze(0))[0], rows.size)
         if isinstance(rows, Several):
-            return Several(tuple(self.rotated(part) for part in rows.parts))  # type: ignore[arg-type]
+            return Several(tuple(self.rotate_rows(part) for part in rows.parts))  # type: ignore[arg-type]
         written = rows.written()
         n, R, _ = written.rows.shape
-        v = self.rotate(written.rows.reshape(n * R, *written.sides))
-        return type(written)(v.reshape(n, R, -1), written.sides)
+        v = self.to_eigenbasis(written.rows.reshape(n * R, *written.sides))
+        return Written(v.reshape(n, R, -1), written.sides)

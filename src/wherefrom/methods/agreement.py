@@ -1,4 +1,4 @@
-"""The certificate of an approximate inverse: how its scores agree with accurate ones, found within a budget.
+"""How the scores of an approximate inverse agree with accurate ones, found within a budget.
 
 A method such as EKFAC answers for an approximation of C. The residual with the true C may be 10 or 1e4 and says little
 on what its scores are good for, and measuring it can cost many times what the scores do. So one or two drawn queries
@@ -8,9 +8,10 @@ the scores did, or than two seconds.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,15 +20,15 @@ from torch import Tensor
 
 from wherefrom.data.examples import Examples
 from wherefrom.errors import DivergenceError
-from wherefrom.methods.stream import streamed
-from wherefrom.persample import gradients, vectors
+from wherefrom.methods.stream import score_stream
+from wherefrom.persample import gradients
+from wherefrom.persample.directions import Directions, concatenate
 from wherefrom.persample.gradients import Gradients
-from wherefrom.persample.vectors import Vectors
+from wherefrom.scores import Certificate
 from wherefrom.solvers.auto import Auto
-from wherefrom.solvers.base import Inverse, Pairing, relative
+from wherefrom.solvers.base import Inverse, relative_norm
 from wherefrom.solvers.cg import CG, ConjugateGradients
-from wherefrom.solvers.identity import Unit
-from wherefrom.solvers.kronecker import EigenInverse
+from wherefrom.solvers.identity import IdentityInverse
 
 TOLERANCE = Auto.tolerance  # of the accurate solve: that at which scores stop changing
 DRAWN = 2  # queries that are solved accurately
@@ -38,23 +39,6 @@ STEPS = 3  # products without which an accurate solve is not begun
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What was found.
-
-    Args:
-        residual: of each query with the true operator, (Q,); None if measuring it would have cost too much.
-        agreement: see `Scores.agreement`.
-        passes: over the training data.
-        seconds: that it took.
-    """
-
-    residual: Tensor | None
-    agreement: dict[str, Any]
-    passes: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Costs:
     """Seconds of a product with C over all the training data: ``base`` and so many more for each right-hand side."""
 
@@ -62,89 +46,104 @@ class Costs:
     each: float
 
     def of(self, count: int) -> float:
-        """Those of a product with so many right-hand sides."""
+        """Return those of a product with so many right-hand sides."""
         return self.base + self.each * count
 
 
-def check(
+def certify(
     inverse: Inverse,
-    make_rows: Callable[[], Iterable[Gradients]],
+    queries: Iterable[Gradients],
     values: Tensor,
     scored: Examples | None,
+    certificate: Certificate,
     spent: float,
     scoring: float,
-) -> Checked:
-    """Certify the scores of an approximate inverse.
+) -> Certificate:
+    """Add to a certificate what can be said of the scores of an approximate inverse.
 
     Args:
         inverse: what made the scores.
-        make_rows: the queries' gradients, in pieces.
+        queries: their gradients, in pieces that can be read again.
         values: the scores, (Q, n).
         scored: the examples of the columns; None: the training set.
+        certificate: of the solve.
         spent: seconds that the fit, the solutions and the scores took.
         scoring: seconds of those that the scores took.
+
+    Returns:
+        The certificate with the agreement; with the residual too, where measuring it costs little beside the rest; and
+        with the passes and seconds that all this took.
     """
     start = time.perf_counter()
     allowed = max(FLOOR, spent)
     Q = len(values)
     drawn = torch.randperm(Q, generator=torch.Generator().manual_seed(0), device="cpu")[:DRAWN].sort().values
-    rows = _pick(make_rows(), drawn)
+    rows = _pick(queries, drawn)
     costs = _time_products(inverse, rows.dense(), allowed)
+
     residual, passes = None, 0.0
     if costs.of(Q) <= allowed / 2:
-        residual = torch.cat([_residual(inverse, piece.dense()) for piece in make_rows()])
+        residual = torch.cat([_measure_residual(inverse, piece) for piece in queries])
         passes = 1.0
+
     left = allowed - (time.perf_counter() - start) - scoring
-    count = next((m for m in range(len(drawn), 0, -1) if STEPS * costs.of(m) <= left), 0)
+    count = len(drawn)
+    while count and STEPS * costs.of(count) > left:
+        count -= 1
     if count:
-        agreement, steps = _agree(inverse, rows[:count], drawn[:count], values, scored, left - costs.of(count))
+        budget = left - costs.of(count)
+        agreement, steps = _agree(inverse, rows[:count], drawn[:count], values, scored, budget)
         passes += steps
     else:
         needed = STEPS * costs.of(1) + scoring
         agreement = _unchecked(f"it would take about {needed:.0f} s, and the fit and the scores took {spent:.0f} s")
-    return Checked(residual, agreement, passes, time.perf_counter() - start)
+    return replace(
+        certificate, residual=residual, agreement=agreement, passes=passes, seconds=time.perf_counter() - start
+    )
 
 
 def _agree(
     inverse: Inverse, rows: Gradients, drawn: Tensor, values: Tensor, scored: Examples | None, seconds: float
 ) -> tuple[dict[str, Any], float]:
-    """Solve the drawn queries accurately and compare their scores; the passes that took."""
-    problem = inverse.curvature.problem
-    positive = isinstance(inverse, EigenInverse)  # else the inverse may be no preconditioner
-    preconditioner = inverse if positive else Unit(inverse.curvature, inverse.shift)
+    """Solve the drawn queries accurately and compare their scores.
+
+    Returns:
+        The agreement, and the passes over the training data that it took.
+    """
+    curvature, damping = inverse.curvature, inverse.damping
+    # The inverse itself preconditions where it can, as it is near the answer.
+    preconditioner = inverse if inverse.is_positive_definite else IdentityInverse(curvature, damping)
     solver = CG(tolerance=TOLERANCE, seconds=seconds)
     try:
-        x, history, passes = ConjugateGradients(inverse.curvature, inverse.shift, solver, preconditioner).solve(
-            rows.dense()
-        )
+        iterates = ConjugateGradients(curvature, damping, solver, preconditioner).iterate(rows.dense())
     except DivergenceError:
         return _unchecked("C is not positive definite, so that CG cannot solve accurately"), 0.0
-    if not bool((history[-1] <= TOLERANCE).all()):
-        return _unchecked(f"an accurate solve took more than {seconds:.0f} s"), passes
-    accurate = streamed(problem, Pairing.of(x, problem.blocks), scored, "accurate scores")
-    return compare(values[drawn.to(values.device)], accurate, drawn), passes
+    if iterates.history is None or not bool((iterates.history[-1] <= TOLERANCE).all()):
+        return _unchecked(f"an accurate solve took more than {seconds:.0f} s"), iterates.passes
+    accurate = score_stream(curvature.problem, iterates.x, scored, "accurate scores")
+    return compare(values[drawn.to(values.device)], accurate, drawn), iterates.passes
 
 
 def compare(values: Tensor, accurate: Tensor, drawn: Tensor) -> dict[str, Any]:
-    """The agreement of scores (m, n) with accurate ones (m, n), of the worst of the m queries."""
+    """Compare scores (m, n) with accurate ones (m, n): their agreement, of the worst of the m queries."""
     top = min(TOP, max(1, values.shape[1] // 4))  # of few examples, fewer: else any scores would share them
     correlations, shared = [], []
     for mine, right in zip(values.double().cpu(), accurate.double().cpu(), strict=True):
         correlations.append(_rank_correlation(mine, right))
         best = set(mine.topk(top).indices.tolist()) & set(right.topk(top).indices.tolist())
         shared.append(len(best))
-    if not all(c == c for c in correlations):
+    if any(math.isnan(correlation) for correlation in correlations):
         return _unchecked("the scores of a query are all the same")
     worst = {"rank correlation": min(correlations), "shared": min(shared), "top": top}
     return {"queries": drawn.tolist(), **worst, "tolerance": TOLERANCE}
 
 
 def _rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's, of vectors (n,); NaN for fewer than two numbers or equal ones."""
+    """Compute Spearman's, of vectors (n,); NaN for fewer than two numbers or equal ones."""
     if len(a) < 2:
         return float("nan")
-    found: Any = spearmanr(a.numpy(), b.numpy())
-    return float(found.statistic)
+    result: Any = spearmanr(a.numpy(), b.numpy())
+    return float(result.statistic)
 
 
 def _unchecked(why: str) -> dict[str, Any]:
@@ -152,39 +151,39 @@ def _unchecked(why: str) -> dict[str, Any]:
 
 
 def _pick(pieces: Iterable[Gradients], numbers: Tensor) -> Gradients:
-    """The gradients of some queries, in increasing order."""
-    found, start = [], 0
+    """Take the gradients of some queries, in increasing order."""
+    picked, start = [], 0
     for piece in pieces:
         here = numbers[(numbers >= start) & (numbers < start + len(piece))] - start
         if len(here):
-            found.append(piece[here.to(piece.weights.device)])
+            picked.append(piece[here.to(piece.weights.device)])
         start += len(piece)
-    return gradients.concatenate(found)
+    return gradients.concatenate(picked)
 
 
-def _residual(inverse: Inverse, b: Vectors) -> Tensor:
-    """The residual of each of Q right-hand sides with the true operator, (Q,)."""
-    return relative(inverse.residual_vector(inverse.apply(b), b), b)
+def _measure_residual(inverse: Inverse, rows: Gradients) -> Tensor:
+    """Measure the residual of each of Q right-hand sides with the true operator, (Q,)."""
+    b = rows.dense()
+    return relative_norm(inverse.residual_vector(inverse.apply(b), b), b)
 
 
-def _time_products(inverse: Inverse, b: Vectors, allowed: float) -> Costs:
+def _time_products(inverse: Inverse, b: Directions, allowed: float) -> Costs:
     """Time products over a small part of the training data, with one right-hand side and with two."""
     problem = inverse.curvature.problem
     N = len(problem.train)
     size = min(N, problem.train.batch_size, max(SAMPLE, N // 16))
-    one = vectors.select(b, torch.zeros(1, dtype=torch.long, device="cpu"))
+    one = b[:1]
 
-    def seconds(v: Vectors) -> float:
+    def time_product(v: Directions) -> float:
         start = time.perf_counter()
         inverse.curvature.product(v, torch.arange(size, device="cpu"))
         return (time.perf_counter() - start) * N / size
 
-    inverse.curvature.product(
-        one, torch.arange(1, device="cpu")
-    )  # the first in a process loads what PyTorch has for forward mode
-    single = seconds(one)
+    # The first in a process loads what PyTorch has for forward mode.
+    inverse.curvature.product(one, torch.arange(1, device="cpu"))
+    single = time_product(one)
     if single > allowed:
         return Costs(single, single)
-    double = seconds(vectors.concatenate([one, one]))
+    double = time_product(concatenate([one, one]))
     each = min(single, max(0.0, double - single))
     return Costs(single - each, each)
