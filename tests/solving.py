@@ -1,0 +1,60 @@
+"""Inverses and curvatures asked by parameter: tests know the dense answer by parameter name, the library by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wherefrom import Certificate, Curvature, Directions, Inverse
+
+ByParameter = dict[str, Tensor]  # parameter name -> (Q, *shape)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Solutions by parameter, with the fields of their certificate beside them."""
+
+    x: ByParameter
+    certificate: Certificate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.certificate, name)
+
+
+def directions(of: Inverse | Curvature, v: Mapping[str, Tensor]) -> Directions:
+    """Parameter-shaped tensors as directions of the blocks of an inverse or a curvature."""
+    curvature = of.curvature if isinstance(of, Inverse) else of
+    return Directions.from_parameters(curvature.problem.blocks, v)
+
+
+def solve(inverse: Inverse, b: Mapping[str, Tensor], certify: bool = True) -> Solved:
+    x, certificate = inverse.solve(directions(inverse, b), certify)
+    return Solved(x.to_parameters(), certificate)
+
+
+def apply(inverse: Inverse, b: Mapping[str, Tensor]) -> ByParameter:
+    return inverse.apply(directions(inverse, b)).to_parameters()
+
+
+def product(curvature: Curvature, v: Mapping[str, Tensor], index: Tensor | None = None) -> ByParameter:
+    return curvature.product(directions(curvature, v), index).to_parameters()
+
+
+def by_block(inverse_or_curvature: Inverse | Curvature, by_parameter: Mapping[str, float]) -> dict[str, float]:
+    """A number for each block from one for each parameter; parameters of one block share theirs."""
+    of = inverse_or_curvature
+    curvature = of.curvature if isinstance(of, Inverse) else of
+    return {block.name: by_parameter[next(iter(block.shapes))] for block in curvature.problem.blocks}
+
+
+def diagonal(inverse: Inverse) -> Tensor:
+    """The damping of each coordinate, parameters in the model's order: (D,)."""
+    problem = inverse.curvature.problem
+    of = {name: inverse.damping[block.name] for block in problem.blocks for name in block.shapes}
+    return torch.cat(
+        [torch.full((shape.numel(),), of[name], dtype=torch.float64) for name, shape in problem.shapes.items()]
+    )
