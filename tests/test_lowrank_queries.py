@@ -27,9 +27,9 @@ from wherefrom import (
     RandProj,
     lowrank,
 )
-from wherefrom.persample.eigenbasis import Basis
 from wherefrom.curvature.kronecker import fit
 from wherefrom.methods import directions
+from wherefrom.persample.eigenbasis import Basis
 from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.lowrank import LowRank
 from wherefrom.persample.rows import Lookup, Routed, Several
