@@ -42,8 +42,7 @@ from wherefrom.tools.cli import main as cli
 from wherefrom.tools.cli.options import Attributed
 from wherefrom.tools.cli.registry import COMMANDS
 from wherefrom.tools.evaluate import Truth, load_matrix
-from wherefrom.tools.evaluate.kept import read as read_runs
-from wherefrom.tools.evaluate.kept import write as write_runs
+from wherefrom.tools.evaluate.finished_runs import read_runs, write_runs
 from wherefrom.training.trajectory import LOG, Recorder, Trajectory
 
 ROOM = 6 * 2**30  # bytes of address space beyond those that are in use
