@@ -22,7 +22,7 @@ from wherefrom.tools.evaluate import (
     run_seed,
     train_small,
 )
-from wherefrom.tools.evaluate.small import streams
+from wherefrom.tools.evaluate.small import derive_streams
 from wherefrom.tools.evaluate.statistics import Bootstrap, _resample_means
 
 # --- the linear datamodeling score ---
@@ -262,7 +262,7 @@ def data(kind):
 
 def alone(build, kind, train, subset, recipe, seed):
     """One model, trained by torch.optim.SGD."""
-    weights, rng = streams(seed)
+    weights, rng = derive_streams(seed)
     torch.manual_seed(weights)
     model = build()
     sgd = torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)

@@ -65,7 +65,7 @@ class SGDRecipe:
         return self.epochs * per_epoch
 
 
-def streams(seed: int) -> tuple[int, torch.Generator]:
+def derive_streams(seed: int) -> tuple[int, torch.Generator]:
     """Derive a run's two independent random streams: the seed of its weights, the generator of its epochs' orders.
 
     An epoch's order is one of all N examples, of which those in the run's subset are taken: runs of the same seed keep
@@ -89,7 +89,7 @@ def train_small(
 
     Args:
         build, task, train, recipe, chunk, progress: as in `retrain_small`.
-        seeds: one per model; the weights and the order of a model are `streams` of its seed.
+        seeds: one per model; the weights and the order of a model are `derive_streams` of its seed.
         masks: (len(seeds), N) bool, the subset of each model; None: all the data.
 
     Returns:
@@ -203,7 +203,7 @@ class Trainer:
     def build_initial(self, run: Run) -> nn.Module:
         """Build the untrained model of a run."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(streams(run.seed)[0])
+            torch.manual_seed(derive_streams(run.seed)[0])
             return self.build().to(self.train[0].device)
 
     @torch.enable_grad()
@@ -216,7 +216,7 @@ class Trainer:
         forward = vmap(lambda p, b, *batch: functional_call(wrapped[0], (p, b), batch))
         trained = [p for p in parameters.values() if p.requires_grad]
         sgd = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        rngs = [streams(run.seed)[1] for run in runs]
+        rngs = [derive_streams(run.seed)[1] for run in runs]
 
         for _ in range(recipe.epochs):
             orders = [_shuffle_epoch(run.mask, rng) for run, rng in zip(runs, rngs, strict=True)]
