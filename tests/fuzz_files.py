@@ -287,7 +287,7 @@ def forge(content: bytes, path: Path, rng: random.Random) -> None:
     """An artefact with other contents under a checksum that fits, as another program may write it."""
     path.write_bytes(content)
     with open(path, "rb") as file:
-        meta = store._metadata(path, store._header(file, path))
+        meta = store._parse_header(path, store._read_header(file, path))
     kind = meta["kind"]
     tensors, header = store.load(path, kind)
     if rng.random() < 0.5 and tensors:

@@ -120,7 +120,7 @@ def write_table(path: str | Path, data: Data) -> None:
     table = as_table(data)
     for name, cells in table.items():
         _check_unicode(name, (name, *cells))
-    with store.whole(path) as temporary:
+    with store.write_atomically(path) as temporary:
         write(temporary, table)
 
 

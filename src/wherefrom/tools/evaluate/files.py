@@ -118,7 +118,7 @@ class Truth:
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.comment = b"0" * CHECKSUM_DIGITS
         body = buffer.getbuffer()[:-CHECKSUM_DIGITS]
-        with store.whole(path) as temporary, open(temporary, "wb") as file:
+        with store.write_atomically(path) as temporary, open(temporary, "wb") as file:
             file.write(body)
             file.write(_hash_bytes(body))
 

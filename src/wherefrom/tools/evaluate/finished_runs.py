@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.errors import ArtefactError
-from wherefrom.store import Shards, wrong
+from wherefrom.store import Shards, wrong_contents
 
 KIND = "runs"
 NAME_BYTES = 16
@@ -34,7 +34,7 @@ def read_runs(pieces: Shards) -> dict[str, Tensor]:
                 continue
             names, targets = piece["names"], piece["targets"]
             if len(names) != len(targets):
-                raise wrong(path, "a name for each run", f"{len(names)} for {len(targets)}")
+                raise wrong_contents(path, "a name for each run", f"{len(names)} for {len(targets)}")
         except ArtefactError as error:
             raise ArtefactError(f"{error} Or give another folder; deleting a file only costs its runs.") from error
         for name, values in zip(names.tolist(), targets, strict=True):
