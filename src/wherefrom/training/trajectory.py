@@ -70,16 +70,18 @@ class Segment:
 
     @property
     def damping(self) -> float:
-        """1 / (eta K), the damping that the segment implies (SOURCE; ASTRA, appendix C)."""
+        """Compute 1 / (eta K), the damping that the segment implies (SOURCE; ASTRA, appendix C)."""
         return 1 / (self.rate * self.steps)
 
     def mean(self) -> dict[str, Tensor]:
-        """The checkpoints' weights, averaged; buffers of whole numbers are the last one's (FAST-SOURCE)."""
+        """Average the checkpoints' weights; buffers of whole numbers are the last one's (FAST-SOURCE)."""
         states = [c.state for c in self.checkpoints]
-        return {
-            name: torch.stack([s[name] for s in states]).mean(0) if t.is_floating_point() else t
-            for name, t in states[-1].items()
-        }
+        averages = {}
+        for name, last in states[-1].items():
+            averages[name] = last
+            if last.is_floating_point():
+                averages[name] = torch.stack([state[name] for state in states]).mean(0)
+        return averages
 
 
 @dataclass(frozen=True, repr=False)
@@ -390,7 +392,6 @@ def _name_file(folder: str | Path, step: int) -> Path:
 
 
 def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    # Clones, because tied weights share their memory, which a file cannot.
     tensors = {name: t.detach().clone() for name, t in checkpoint.state.items()}
     store.save(_name_file(folder, checkpoint.step), "checkpoint", tensors, {"step": checkpoint.step})
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from wherefrom import Task
 from wherefrom.errors import UnsupportedError, expected
-from wherefrom.model.task import Task, as_task
+from wherefrom.model.task import as_task
 from wherefrom.progress import track
 from wherefrom.tools.evaluate.arrays import bool_array
 
