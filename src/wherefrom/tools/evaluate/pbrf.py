@@ -156,8 +156,8 @@ def _describe_unconverged(residual: Tensor, converged: Tensor, tolerance: float)
     more = ", ..." if len(late) > 10 else ""
     return (
         f"{len(late)} of {len(residual)} examples did not converge: |grad PBO| / (eps |grad l|) is {worst}{more}, "
-        f"above {tolerance:g}. Take eps=None, which fits it to each, raise the damping, or allow more steps or a looser "
-        "tolerance."
+        f"above {tolerance:g}. Take eps=None, which fits it to each, raise the damping, or allow more steps or a "
+        "looser tolerance."
     )
 
 
