@@ -42,8 +42,7 @@ from wherefrom.tools.cli import main as cli
 from wherefrom.tools.cli.options import Attributed
 from wherefrom.tools.cli.registry import COMMANDS
 from wherefrom.tools.evaluate import Truth, load_matrix
-from wherefrom.tools.evaluate.kept import read as read_runs
-from wherefrom.tools.evaluate.kept import write as write_runs
+from wherefrom.tools.evaluate.finished_runs import read_runs, write_runs
 from wherefrom.training.trajectory import LOG, Recorder, Trajectory
 
 ROOM = 6 * 2**30  # bytes of address space beyond those that are in use
@@ -288,7 +287,7 @@ def forge(content: bytes, path: Path, rng: random.Random) -> None:
     """An artefact with other contents under a checksum that fits, as another program may write it."""
     path.write_bytes(content)
     with open(path, "rb") as file:
-        meta = store._metadata(path, store._header(file, path))
+        meta = store._parse_header(path, store._read_header(file, path))
     kind = meta["kind"]
     tensors, header = store.load(path, kind)
     if rng.random() < 0.5 and tensors:

@@ -537,13 +537,13 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path, 
 
 
 def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
-    lines = ["import os", "from wherefrom.disk import whole", "with whole('file.txt') as at:"]
+    lines = ["import os", "from wherefrom.disk import write_atomically", "with write_atomically('file.txt') as at:"]
     lines += ["    at.write_text('half')", "    os.kill(os.getpid(), 9)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, timeout=120)
     assert done.returncode == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
     assert re.fullmatch(r"\.file\.txt\..*\.\d+\.part", left)
-    with disk.whole(tmp_path / "other.txt") as at:
+    with disk.write_atomically(tmp_path / "other.txt") as at:
         at.write_text("whole")
     assert os.listdir(tmp_path) == ["other.txt"]
 
@@ -879,9 +879,9 @@ def test_the_fuzzer_finds_what_it_looks_for(monkeypatch):
     """Without the checksum it fails."""
 
     def stored(file):
-        file.seek(8 + len(store.BEGIN))
-        return file.read(len(store.NONE)).decode()
+        file.seek(8 + len(store.HEADER_START))
+        return file.read(len(store.BLANK_CHECKSUM)).decode()
 
-    monkeypatch.setattr(store, "_checksum", stored)
+    monkeypatch.setattr(store, "_hash_file", stored)
     _, failures = fuzz_files.run(150, seed=3)
     assert any("taken in spite of its checksum" in failure for failure in failures)
