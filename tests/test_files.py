@@ -805,7 +805,7 @@ def test_source_is_read_for_a_target_and_nothing_is_imported(mine):
     (mine / "pack" / "__init__.py").write_text("open('imported', 'w')\n")
     (mine / "pack" / "inner.py").write_text("def a() -> Target: ...\ndef b(): ...\nx: Target = 1\nclass c: ...\n")
     (mine / "broken.py").write_text("def a() -> Target: (\n")
-    with loading.from_here():
+    with loading.import_from_here():
         assert loading.says_target("pack.inner:a") and loading.is_own("pack.inner") and not loading.is_own("numpy")
         for other in (
             "pack.inner:b",

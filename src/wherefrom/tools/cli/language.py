@@ -53,8 +53,8 @@ class Language:
     completion: tuple[str, ...] | None = None
     rendered: bool = False
 
-    def language(self) -> Target:
-        """The target that these options describe.
+    def load_language_model(self) -> Target:
+        """Make the target that these options describe.
 
         Raises:
             MissingExtraError: if transformers, or datasets or peft where they are needed, is not installed.
