@@ -701,7 +701,7 @@ def test_a_terminated_run_keeps_its_results_and_goes_on(mine, sent, code, said):
 def test_the_current_folder_is_not_searched_without_a_target(mine, monkeypatch, line):
     np.save("a.npy", np.eye(3))
     seen = []
-    monkeypatch.setattr(cli.loading, "from_here", lambda: seen.append(1))
+    monkeypatch.setattr(cli.loading, "import_from_here", lambda: seen.append(1))
     cli.main(line.split())
     assert not seen and str(mine) not in sys.path
 
