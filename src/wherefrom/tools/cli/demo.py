@@ -94,35 +94,52 @@ def demo(out: str = "wherefrom-demo", seed: int = 0, queries: int = 6, examples:
         say("AUC: 1 perfect, 0.5 chance. LDS, against retraining: 1 perfect, 0 chance. It judges the formula and its")
         say("solver together; a small residual vouches for the solver alone.")
 
-        start = time.perf_counter()
-        train_examples, query_examples = target.shown("train"), target.shown("queries")
-        note = (
-            f"Half of the digits shown below are those of {len(query_examples)} that the model finds hardest; the "
-            "others are simply the first. Self-influence was solved less exactly than the queries, to a residual of "
-            f"{ROUGH_TOLERANCE:g}: enough for a ranking."
-        )
         configuration = {
             "seed": seed,
             "self-influence": ranking.method.solver,
             "training": target_of_demo.RECIPE,
             "wherefrom": wherefrom.__version__,
         }
-        sections: list[Section] = [
-            Overview(scores, query_examples, target.page["measurement"]),
-            Queries(scores, train_examples, query_examples, shown, notes=[note]),
-            Suspects(train_examples, values, detection),
-            *([Retraining(measured)] if measured else []),
-            Spread(scores),
-            Convergence(scores, query_examples),
-            Provenance(scores, configuration, seconds),
-        ]
-        run.write_report(Report(TITLE, sections, target.page["lead"]))
-        seconds["report"] = time.perf_counter() - start
+        evidence: list[Section] = [Suspects(target.shown("train"), values, detection)]
+        if measured:
+            evidence.append(Retraining(measured))
+        page = compose_report(scores, target, shown, evidence, Provenance(scores, configuration, dict(seconds)))
+        with _time(seconds, "report"):
+            run.write_report(page)
 
     parts = scores.provenance["seconds"] | seconds
     words = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
     say(f"\nSeconds   {words}: {sum(parts.values()):.1f} in all")
     say(f"Report    {run.folder / 'report.html'}")
+
+
+def compose_report(
+    scores: Scores, target: Target, shown: Sequence[int], evidence: Sequence[Section], provenance: Provenance
+) -> Report:
+    """Return the page on all that the demo did.
+
+    Args:
+        scores: of the queries.
+        target: what they are of.
+        shown: the queries that get a card.
+        evidence: the sections on how good the scores are.
+        provenance: the last section.
+    """
+    train_examples, query_examples = target.shown("train"), target.shown("queries")
+    note = (
+        f"Half of the digits shown below are those of {len(query_examples)} that the model finds hardest; the others "
+        "are simply the first. Self-influence was solved less exactly than the queries, to a residual of "
+        f"{ROUGH_TOLERANCE:g}: enough for a ranking."
+    )
+    sections = [
+        Overview(scores, query_examples, target.page["measurement"]),
+        Queries(scores, train_examples, query_examples, shown, notes=[note]),
+        *evidence,
+        Spread(scores),
+        Convergence(scores, query_examples),
+        provenance,
+    ]
+    return Report(TITLE, sections, target.page["lead"])
 
 
 def compare_with_retraining(run: Run, scores: Scores, seed: int) -> dict[str, LDS]:
@@ -179,7 +196,8 @@ def _say_data(digits: Digits, target: Target) -> None:
 
 def _say_command(command: str, options: Attributed) -> None:
     """Say which command does the same to a target of the user's."""
-    say(f'\nAs with: wherefrom {command} {options.name} --solver "{options.solver}" --damping "{options.damping}"')
+    arguments = f'--solver "{options.solver}" --damping "{options.damping}" --seed {options.seed} --out {options.out}'
+    say(f"\nAs with: wherefrom {command} {options.name} {arguments}")
 
 
 def _say_queries(scores: Scores, target: Target, shown: Sequence[int]) -> None:
