@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wherefrom.scores import Scores
+from wherefrom import Scores
 from wherefrom.tools.evaluate.arrays import Floats
 from wherefrom.tools.report.drawing import (
     DASHED,

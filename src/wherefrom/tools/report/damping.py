@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from wherefrom import Scores
 from wherefrom.errors import expected
-from wherefrom.scores import Scores
 from wherefrom.tools.evaluate.arrays import float_array
 from wherefrom.tools.evaluate.lds import LDS
 from wherefrom.tools.evaluate.statistics import spearman

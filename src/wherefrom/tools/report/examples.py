@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from wherefrom import Scores
 from wherefrom.errors import MissingExtraError, expected
-from wherefrom.scores import Scores
 
 LARGEST = 320  # pixels; larger pictures are scaled down so that the page stays small
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from wherefrom.scores import Scores
+from wherefrom import Scores
 from wherefrom.tools.report.convergence import classify_solves
 from wherefrom.tools.report.examples import Example, check_count
 from wherefrom.tools.report.numbers import short

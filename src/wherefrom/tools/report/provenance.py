@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from wherefrom.scores import Scores
+from wherefrom import Scores
 from wherefrom.tools.report.section import Section
 
 # What the section on convergence says of scores of queries, and is not said twice.

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from wherefrom import Scores
 from wherefrom.errors import expected
-from wherefrom.scores import Scores
 from wherefrom.tools.report.convergence import describe_certificate
 from wherefrom.tools.report.examples import Example, check_count
 from wherefrom.tools.report.overview import count_examples

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wherefrom import Scores
 from wherefrom.disk import whole
 from wherefrom.errors import expected
-from wherefrom.scores import Scores
 from wherefrom.tools.report.convergence import Convergence
 from wherefrom.tools.report.examples import Example, missing_package
 from wherefrom.tools.report.numbers import short, signed

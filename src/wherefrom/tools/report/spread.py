@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wherefrom.scores import Scores
+from wherefrom import Scores
 from wherefrom.tools.evaluate.arrays import Floats, float_array
 from wherefrom.tools.evaluate.tail import Tail, tail
 from wherefrom.tools.report.drawing import (
