@@ -384,11 +384,11 @@ def configuration(folder: Path, rng: random.Random) -> str:
     path.write_bytes(damage(CONFIG.encode(), rng) if rng.random() < 0.9 else CONFIG.encode())
     try:
         name = rng.choice(["fit", "score", "select", "evaluate", "clean", "report"])
-        command = config.configured(COMMANDS, name, path)
+        command = config.configure(COMMANDS, name, path)
         config.check_values([v for v in getattr(command, "keywords", {}).values()])
         options = getattr(command, "keywords", {}).get("options")
         if isinstance(options, Attributed):
-            options.chosen_method()
+            options.parse_method()
     except AttributionError:
         return "refused"
     return "taken"
@@ -399,7 +399,7 @@ def expression(rng: random.Random) -> str:
     slot = rng.choice(list(EXPRESSIONS))
     text = damage(rng.choice(EXPRESSIONS[slot]).encode(), rng).decode("utf-8", "surrogateescape")
     try:
-        Attributed("m:f", **{slot: text}).chosen_method()
+        Attributed("m:f", **{slot: text}).parse_method()
     except AttributionError:
         return "refused"
     return "taken"

@@ -701,7 +701,7 @@ def test_a_terminated_run_keeps_its_results_and_goes_on(mine, sent, code, said):
 def test_the_current_folder_is_not_searched_without_a_target(mine, monkeypatch, line):
     np.save("a.npy", np.eye(3))
     seen = []
-    monkeypatch.setattr(cli.loading, "from_here", lambda: seen.append(1))
+    monkeypatch.setattr(cli.loading, "import_from_here", lambda: seen.append(1))
     cli.main(line.split())
     assert not seen and str(mine) not in sys.path
 
@@ -805,7 +805,7 @@ def test_source_is_read_for_a_target_and_nothing_is_imported(mine):
     (mine / "pack" / "__init__.py").write_text("open('imported', 'w')\n")
     (mine / "pack" / "inner.py").write_text("def a() -> Target: ...\ndef b(): ...\nx: Target = 1\nclass c: ...\n")
     (mine / "broken.py").write_text("def a() -> Target: (\n")
-    with loading.from_here():
+    with loading.import_from_here():
         assert loading.says_target("pack.inner:a") and loading.is_own("pack.inner") and not loading.is_own("numpy")
         for other in (
             "pack.inner:b",
