@@ -16,10 +16,10 @@ from wherefrom import (
     InputError,
     Problem,
     Regression,
-    factored,
 )
 from wherefrom.curvature import kronecker
 from wherefrom.curvature.eigenbasis import KroneckerBlock
+from wherefrom.persample import factored
 from wherefrom.solvers.base import Pairing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")

@@ -32,8 +32,8 @@ from wherefrom import (
     RandSelect,
     Regression,
     UnsupportedError,
-    vectors,
 )
+from wherefrom.persample import vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SLOW = ("positions", "odd_parameters", "subclassed", "parametrized", "time_first")  # a layer without an entry

@@ -25,11 +25,11 @@ from wherefrom import (
     Neumann,
     Pairing,
     RandProj,
-    lowrank,
 )
 from wherefrom.curvature.eigenbasis import Basis
 from wherefrom.curvature.kronecker import fit
-from wherefrom.methods import directions
+from wherefrom.methods import solution as directions
+from wherefrom.persample import lowrank
 from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.lowrank import LowRank
 from wherefrom.persample.rows import Lookup, Routed, Several

@@ -25,9 +25,9 @@ from wherefrom import (
     Problem,
     UnsupportedError,
     attribute,
-    layers,
-    verify,
 )
+from wherefrom.model import check as verify
+from wherefrom.persample import layers
 
 DAMPING = 0.05
 FLOAT64 = 1e-12
