@@ -90,7 +90,7 @@ class GGN(RowCurvature):
         """K rows per example, K the number of outputs, weighted by the eigenvalues of the output Hessian."""
         held: dict[str, Tensor] = {}
 
-        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
+        def output_cotangents(outputs: Tensor, batch: Batch) -> Tensor:
             values, u = self._spectrum(outputs, batch)
             held["weights"] = values
             # Directions without curvature are left out, above all those at padding, where outputs may be anything.
@@ -98,7 +98,7 @@ class GGN(RowCurvature):
             u = u.masked_fill(flat.T.unsqueeze(2), 0.0)
             return u.reshape(len(u), *outputs.shape).to(outputs.dtype)
 
-        found = self.problem.gradients(batch, seeds)
+        found = self.problem.gradients(batch, output_cotangents)
         return Gradients(found.blocks, found.rows, held["weights"])
 
     def _spectrum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

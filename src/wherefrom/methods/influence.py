@@ -83,8 +83,10 @@ class Influence:
         """
         start = time.perf_counter()
         damping, solver = Damping.of(self.damping), self._solver()
-        self._curvature = self.curvature(self._problem(model, task, train))
-        logger.info(self._curvature.problem.coverage())
+        problem = self._problem(model, task, train)
+        logger.info(problem.coverage())
+        problem.examine()  # what is wrong with the model is told here
+        self._curvature = self.curvature(problem)
         solver.check(self._curvature)
         self._inverse = solver.fit(self._curvature, damping)
         self._seconds = {"fit": time.perf_counter() - start}
@@ -254,6 +256,7 @@ class Influence:
         store.same(path, header.get("fingerprint", {}), problem.fingerprint())
         store.check_finite(path, tensors)
         shift = _checked_damping(path, header.get("shift"), problem)
+        problem.examine()
         self._curvature = self.curvature(problem)
         state = {name: t.to(problem.device) for name, t in tensors.items()}
         with store.reading(path):

@@ -53,7 +53,7 @@ def by_token(inverse: Inverse, rows: Gradients, examples: Indices) -> Tensor:
                 "cannot be split over them. Define it, or take by_block."
             )
         S = real.shape[1]
-        parts.append(pairing(problem.gradients(batch, problem.seeds_of("loss"), S)).unflatten(1, (-1, S)))
+        parts.append(pairing(problem.gradients(batch, problem.output_cotangents("loss"), S)).unflatten(1, (-1, S)))
     T = max(part.shape[2] for part in parts)
     return torch.cat([F.pad(part, (0, T - part.shape[2])) for part in parts], 1)
 

@@ -6,7 +6,6 @@ rank are solved for and cut a piece of the queries at a time, so that they need 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from wherefrom.data.examples import Examples
 from wherefrom.digest import digest
 from wherefrom.errors import AttributionWarning, ConvergenceWarning, DivergenceError
 from wherefrom.methods.stream import Measurement, query_gradients, solved
-from wherefrom.model.capture import Seeds
+from wherefrom.model.capture import OutputCotangents
 from wherefrom.model.problem import Problem
 from wherefrom.persample.gradients import Gradients, concatenate
 from wherefrom.persample.lowrank import checked
@@ -42,19 +41,19 @@ class Pieces:
     Args:
         problem: the model at the weights where they are taken.
         examples: the queries.
-        seeds: the cotangents of their measurements.
+        output_cotangents: those of their measurements.
         size: queries in a piece.
     """
 
     problem: Problem
     examples: Examples
-    seeds: Seeds
+    output_cotangents: OutputCotangents
     size: int
 
     def __iter__(self) -> Iterator[Gradients]:
         held: list[Gradients] = []
         for _, batch in self.problem.batches(self.examples):
-            rows = self.problem.gradients(batch, self.seeds)
+            rows = self.problem.gradients(batch, self.output_cotangents)
             for part in (rows[i : i + self.size] for i in range(0, len(rows), self.size)):
                 if held and sum(map(len, held)) + len(part) > self.size:
                     yield concatenate(held)
@@ -82,8 +81,8 @@ def pieces(
         rows = query_gradients(problem, queries, measurement, batch_size)
         return [rows.mean() if mean else rows]
     width = sum(b.size for b in problem.blocks) * problem.dtype.itemsize * COPIES
-    seeds = problem.seeds_of("measurement", measurement)
-    return Pieces(problem, Examples(queries, "queries", batch_size), seeds, max(1, int(problem.memory / width)))
+    cotangents = problem.output_cotangents("measurement", measurement)
+    return Pieces(problem, Examples(queries, "queries", batch_size), cotangents, max(1, int(problem.memory / width)))
 
 
 def fingerprint(rows: Iterable[Gradients]) -> str:
@@ -170,9 +169,7 @@ class Cut:
         return {"truncation": {"rank": self.rank, **error, "energy": float(torch.cat(self.kept).mean())}}
 
     def _sampled(self) -> dict[str, KroneckerBlock]:
-        few = copy.copy(self.problem)
-        few.train = self.sample
-        return kronecker.fit(few, "true")
+        return kronecker.fit(self.problem.with_train(self.sample), "true")
 
 
 def _full(

@@ -30,8 +30,9 @@ def query_gradients(
         measurement: f of a query, lower is better; None takes the task's.
         batch_size: queries per pass of the model.
     """
-    examples, seeds = Examples(queries, "queries", batch_size), problem.seeds_of("measurement", measurement)
-    return gradients.concatenate([problem.gradients(batch, seeds) for _, batch in problem.batches(examples)])
+    examples = Examples(queries, "queries", batch_size)
+    cotangents = problem.output_cotangents("measurement", measurement)
+    return gradients.concatenate([problem.gradients(batch, cotangents) for _, batch in problem.batches(examples)])
 
 
 def solved(

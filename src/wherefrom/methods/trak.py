@@ -25,7 +25,7 @@ from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import DivergenceError, expected
 from wherefrom.methods.base import Method
 from wherefrom.methods.stream import Measurement
-from wherefrom.model.capture import Seeds
+from wherefrom.model.capture import OutputCotangents
 from wherefrom.model.problem import Problem
 from wherefrom.model.task import Task
 from wherefrom.persample import vectors
@@ -90,19 +90,14 @@ class TRAK(Method):
 
     def _fit(self) -> None:
         first = self.problem
-        more = [
-            Problem(model, first.task, first.train, self.parameters, None, self.memory, self.progress)
-            for model in self._models[1:]
-        ]
-        for problem in more:
-            problem.row_check = first.row_check
+        more = [first.with_model(model, self.parameters) for model in self._models[1:]]
         self._members = [self._member(problem, self.seed + m) for m, problem in enumerate([first, *more])]
 
     def _score(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Tensor | None, Tensor]:
         examples, found = Examples(queries, "queries", self.batch_size), []
         for member in self._members:
-            seeds = member.problem.seeds_of("measurement", measurement)
-            found.append(self._features(member.problem, examples, seeds, member.seed) @ member.solved.T)
+            cotangents = member.problem.output_cotangents("measurement", measurement)
+            found.append(self._features(member.problem, examples, cotangents, member.seed) @ member.solved.T)
         weights = torch.stack([member.weights for member in self._members]).mean(0)
         values = torch.stack(found).mean(0) * weights * len(weights)
         return values, None, torch.ones(len(values), dtype=torch.bool)
@@ -110,14 +105,14 @@ class TRAK(Method):
     def _member(self, problem: Problem, seed: int) -> Member:
         weights: list[Tensor] = []
 
-        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            f, loss = (problem.seeds_of(what)(outputs, batch) for what in ("measurement", "loss"))
+        def output_cotangents(outputs: Tensor, batch: Batch) -> Tensor:
+            f, loss = (problem.output_cotangents(what)(outputs, batch) for what in ("measurement", "loss"))
             s, r = f[0].flatten(1), loss[0].flatten(1)
             own = torch.linalg.vecdot(s, s)
             weights.append(torch.where(own > 0, torch.linalg.vecdot(r, s) / own, 0.0))
             return f
 
-        phi = self._features(problem, problem.train, seeds, seed, "TRAK features")
+        phi = self._features(problem, problem.train, output_cotangents, seed, "TRAK features")
         return Member(problem, seed, self._solved(phi), torch.cat(weights))
 
     def _solved(self, phi: Tensor) -> Tensor:
@@ -142,12 +137,17 @@ class TRAK(Method):
         return phi
 
     def _features(
-        self, problem: Problem, examples: Examples, seeds: Seeds, seed: int, what: str | None = None
+        self,
+        problem: Problem,
+        examples: Examples,
+        output_cotangents: OutputCotangents,
+        seed: int,
+        what: str | None = None,
     ) -> Tensor:
         """phi of all examples, (n, k); gradients are held, factored, for as long as half of the memory lasts."""
         held, numbers, found = [], 0, []
         for _, batch in problem.batches(examples, what):
-            held.append(problem.gradients(batch, seeds).compact())
+            held.append(problem.gradients(batch, output_cotangents).compact())
             numbers += held[-1].numbers()
             if numbers * problem.dtype.itemsize > self.memory / 2:
                 found.append(self._projected(problem, held, seed))

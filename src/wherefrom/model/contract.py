@@ -90,6 +90,34 @@ def check_outputs(outputs: Any, n: int) -> None:
     raise expected("task.outputs", wanted, tuple(outputs.shape), do)
 
 
+def check_values(value: Any, n: int, what: str) -> Tensor:
+    """Make sure that a task's method gave one finite number per example, and give it back.
+
+    Args:
+        value: what it returned.
+        n: examples in the batch.
+        what: which method, "loss" or "measurement".
+
+    Raises:
+        InputError: otherwise.
+    """
+    if not isinstance(value, Tensor) or value.shape != (n,):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise expected(
+            f"task.{what}",
+            f"one number per example, shape ({n},)",
+            got,
+            "Use reduction='none' and sum over each example's own tokens.",
+        )
+    if not value.isfinite().all():
+        bad = int((~value.isfinite()).nonzero()[0])
+        raise InputError(
+            f"task.{what} must be finite, got {value[bad].item()} for example {bad} of a batch. "
+            "Look for overflow in the loss (use logsumexp), or drop the example."
+        )
+    return value
+
+
 def check_slope(slope: Tensor, what: str, which: str = "derivative") -> None:
     """Make sure that derivatives by the outputs, (n, ...), are finite.
 

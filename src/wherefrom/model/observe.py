@@ -293,8 +293,8 @@ def _bound_rows(model: nn.Module) -> None:
                 torch.embedding_renorm_(module.weight.detach(), every, *vars(module)[BOUND])
 
 
-def chosen(select: Select) -> Callable[[str], bool]:
-    """The selection as a predicate on parameter names."""
+def parameter_filter(select: Select) -> Callable[[str], bool]:
+    """Turn the selection into a predicate on parameter names."""
     if select is None:
         return lambda _: True
     if callable(select):
