@@ -28,7 +28,7 @@ from wherefrom.errors import AttributionWarning, InputError
 from wherefrom.persample import rows as forms
 from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.gradients import Block, Gradients
-from wherefrom.persample.layers import CHANNELS_FIRST, Arguments, Unfactorable, inside, kind_of
+from wherefrom.persample.layers import CHANNELS_FIRST, Arguments, Unfactorable, function_inside, kind_of
 from wherefrom.persample.layout import Layout, Use
 from wherefrom.persample.rows import Lookup, Rows, Scattered
 from wherefrom.persample.vectors import Vectors
@@ -225,7 +225,7 @@ def _recorded_calls(model: nn.Module, layout: Layout, n: int) -> Iterator[Calls]
         module = model.get_submodule(path)
         # A module of an unknown type may do more than apply its weight, so its output says nothing. What is observed
         # then is the function that it gives its weight to.
-        function = inside(module, parts[path][0])
+        function = function_inside(module, parts[path][0])
         if function is None:
             handles.append(module.register_forward_hook(recorder.hook(path), with_kwargs=True))
         else:
