@@ -16,7 +16,7 @@ FAILURES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, As
 
 
 def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtype: torch.dtype) -> Any:
-    """The value of a task's method.
+    """Call a task's method.
 
     Args:
         what: who fails, such as "the model" or "task.loss".
