@@ -48,7 +48,7 @@ def check_once(model: nn.Module, what: str, batch: Batch, forward: Forward, chec
             _checked.setdefault(model, set()).add(what)
 
 
-def causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_is_causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Change the later half of the longest sequence; the logits on the earlier half must stay.
 
     Returns:
@@ -73,7 +73,7 @@ def causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     return True
 
 
-def apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_documents_stay_apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Change the first document of a packed row; the logits on the others must stay.
 
     Returns:
@@ -98,7 +98,7 @@ def apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     return True
 
 
-def unpadded(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_padding_changes_nothing(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Cut the padding off the shortest sequence; its logits must stay.
 
     Returns:

@@ -40,7 +40,9 @@ class Labelled(Task):
         _refuse_packing(batch)
         found = self._logits(model, batch)
         if "input_ids" in batch:
-            reading.check_once(model, "unpadded", batch, lambda some: self._logits(model, some), reading.unpadded)
+            reading.check_once(
+                model, "unpadded", batch, lambda some: self._logits(model, some), reading.check_padding_changes_nothing
+            )
         return found
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -125,9 +127,9 @@ class CausalLM(Labelled):
         mask = batch.get("attention_mask")
         if "input_ids" in batch and (mask is None or mask.ndim == 2):
             forward = lambda some: self._logits(model, some)  # noqa: E731
-            reading.check_once(model, "causal", batch, forward, reading.causal)
+            reading.check_once(model, "causal", batch, forward, reading.check_is_causal)
             if mask is None and _is_packed(batch):
-                reading.check_once(model, "apart", batch, forward, reading.apart)
+                reading.check_once(model, "apart", batch, forward, reading.check_documents_stay_apart)
         return found
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from wherefrom.data.batches import Batch, shapes, tensors
 from wherefrom.errors import AttributionError, InputError, expected
 
-ALONE = 1e-2  # of the largest: how much the loss of an example may differ between batches, for rounding
+ALONE = 1e-2  # how much an example's loss may differ between batches by rounding, as a share of the largest
 FAILURES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
@@ -39,8 +39,9 @@ def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtyp
 
 
 def _remedy(what: str, error: Exception, batch: Batch, dtype: torch.dtype) -> str:
-    wide = any(t.dtype == torch.float64 for t in tensors(batch))
-    if dtype == torch.float32 and wide and "dtype" in str(error).replace("type", "dtype").lower():
+    """Say what may help, as far as the error and the batch tell."""
+    has_doubles = any(t.dtype == torch.float64 for t in tensors(batch))
+    if dtype == torch.float32 and has_doubles and "dtype" in str(error).replace("type", "dtype").lower():
         return (
             "The model is float32 and data are float64, as NumPy makes them: give them as x.float(), or "
             "x.astype('float32') in the data set or its collate_fn; or convert the model with model.double()."
@@ -169,5 +170,6 @@ def is_finite(outputs: Tensor, loss: Callable[[Tensor], Tensor], parameters: Ite
     value = loss(outputs)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return False
-    found = torch.autograd.grad(value.sum(), [outputs, *parameters], allow_unused=True)
-    return all(bool(t.isfinite().all()) for t in (outputs, value, *found) if t is not None)
+    grads = torch.autograd.grad(value.sum(), [outputs, *parameters], allow_unused=True)
+    everything = [t for t in (outputs, value, *grads) if t is not None]
+    return all(bool(t.isfinite().all()) for t in everything)

@@ -96,7 +96,8 @@ def _report(model: nn.Module, changed: list[str], lost: list[str], weights: list
 
 def _few(names: Sequence[str]) -> str:
     """List the first few names, and say how many more there are."""
-    return ", ".join([*names[:5], *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
+    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+    return ", ".join([*names[:5], *more])
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -133,6 +134,7 @@ def ready(model: nn.Module) -> nn.Module:
 
 
 def _ready(model: nn.Module) -> nn.Module:
+    """Do what `ready` does with a model that has no wrappers and that no other thread observes."""
     _refuse_scripts(model)
     _refuse_values(dict(model.named_parameters()))
     if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
@@ -299,5 +301,6 @@ def parameter_filter(select: Select) -> Callable[[str], bool]:
         return lambda _: True
     if callable(select):
         return select
-    patterns = [re.compile(p) for p in ([select] if isinstance(select, str) else select)]
+    expressions = [select] if isinstance(select, str) else select
+    patterns = [re.compile(expression) for expression in expressions]
     return lambda name: any(p.search(name) for p in patterns)

@@ -106,12 +106,14 @@ class Classification(Task):
         """Draw labels from softmax(outputs) by the inverse of its CDF; ignored positions stay ignored."""
         labels = self._labels(outputs, batch)
         real = labels != self.ignore_index
-        at = real.flatten().nonzero()[:, 0]  # padding draws nothing
+        at = real.flatten().nonzero()[:, 0]  # padding draws nothing, so that its length changes no other draw
         u = torch.rand(len(at), generator=rng, dtype=torch.float64, device="cpu").to(labels.device)
-        flat, drawn = outputs.detach().flatten(0, -2), torch.full_like(labels, self.ignore_index).flatten()
-        step = max(1, CHUNK // flat.shape[1])
+        logits = outputs.detach().flatten(0, -2)  # (positions, C)
+        drawn = torch.full_like(labels, self.ignore_index).flatten()
+        step = max(1, CHUNK // logits.shape[1])  # a vocabulary is large: a few positions at a time
         for some, points in zip(at.split(step), u.split(step), strict=True):
-            cdf = flat[some].double().softmax(-1).cumsum(-1)
+            cdf = logits[some].double().softmax(-1).cumsum(-1)
+            # The sum of all probabilities differs from 1 by rounding; so the points are scaled to it.
             drawn[some] = (cdf < points.unsqueeze(-1) * cdf[:, -1:]).sum(-1)
         return (batch[0], drawn.view_as(labels), *batch[2:])
 
@@ -166,17 +168,15 @@ class Regression(Task):
 
     @staticmethod
     def _error(outputs: Tensor, batch: Batch) -> Tensor:
+        # torch subtracts no booleans.
         targets = batch[1].to(outputs.dtype) if batch[1].dtype == torch.bool else batch[1]
         if targets.numel() != outputs.numel() or len(targets) != len(outputs):
             raise InputError(
                 f"Regression expects one target per output, got outputs {tuple(outputs.shape)} and targets "
                 f"{tuple(targets.shape)}. Give targets of the outputs' shape."
             )
-        return (
-            outputs.flatten(1) - targets.reshape(outputs.shape).flatten(1)
-            if outputs.ndim > 1
-            else (outputs - targets.reshape(outputs.shape)).unsqueeze(1)
-        )
+        error = outputs - targets.reshape(outputs.shape)
+        return error.flatten(1) if error.ndim > 1 else error.unsqueeze(1)  # (B, K)
 
 
 def as_task(task: object) -> Task:
