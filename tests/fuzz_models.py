@@ -52,8 +52,8 @@ from wherefrom import (
     RandProj,
     RandSelect,
     Task,
-    verify,
 )
+from wherefrom.model import check as verify
 from wherefrom.solvers.base import Inverse
 
 IGNORE = -100
