@@ -96,7 +96,7 @@ def artefacts(folder: Path) -> dict[str, Kind]:
         wherefrom.Influence(solver, 0.1).fit(model, task, train).save(path)
 
         def load(at: Path, solver: Any = solver) -> Any:
-            return wherefrom.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.shift
+            return wherefrom.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.damping
 
         kinds[f"fit of {name}"] = Kind(path.read_bytes(), "fit", load, sealed=True)
 
@@ -365,7 +365,7 @@ EXPRESSIONS = {
         "relative(0.1)",
         "0.01",
         "from_training(lr=[0.1, 0.2], steps=3, momentum=0.9)",
-        "by_parameter({'w': 1})",
+        "by_block({'w': 1})",
     ],
     "method": [
         "SOURCE(segments=3, solver=ASTRA())",

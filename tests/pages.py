@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wherefrom.methods import Scores
+from wherefrom import Certificate, Scores
 from wherefrom.tools.evaluate import LDS, MislabeledCurve, linear_datamodeling_score, mislabeled_curve, random_subsets
 from wherefrom.tools.report import Example, Report, Retraining, Section, Suspects, usual_sections
 
@@ -69,12 +69,14 @@ def make_scores(**changes) -> Scores:
     steps = torch.tensor([1.0, 0.3, 0.05, 0.004])
     scores = Scores(
         values=torch.randn(Q, N, generator=g, dtype=torch.float64) * 10,
-        residual=torch.tensor([0.004, 0.002, 0.001]),
-        converged=torch.ones(Q, dtype=torch.bool),
-        history=steps[:, None] * torch.tensor([1.0, 0.5, 0.25]),
+        certificate=Certificate(
+            torch.tensor([0.004, 0.002, 0.001]),
+            torch.ones(Q, dtype=torch.bool),
+            history=steps[:, None] * torch.tensor([1.0, 0.5, 0.25]),
+        ),
         provenance={
             "solver": "CG()",
-            "damping by parameter": {"a": 0.1, "b": 0.1},
+            "damping by block": {"a": 0.1, "b": 0.1},
             "coverage": "attributing 7 of 9 trainable parameters",
             "seconds": {"fit": 1.0, "solve": 2.5},
             "passes": 4.0,
@@ -82,7 +84,10 @@ def make_scores(**changes) -> Scores:
         },
         self_values=torch.rand(N, generator=g),
     )
-    return dataclasses.replace(scores, **changes)
+    certified = {f.name for f in dataclasses.fields(Certificate)}
+    of_certificate = {name: changes.pop(name) for name in certified & set(changes)}
+    certificate = dataclasses.replace(scores.certificate, **of_certificate)
+    return dataclasses.replace(scores, certificate=certificate, **changes)
 
 
 def of_kind(kind: str, count: int) -> list[Example]:

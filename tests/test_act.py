@@ -36,7 +36,9 @@ def test_the_outer_fence_by_hand():
     assert not clean([4.0, 0.0, 11.25, 2.0, 3.0, 1.0]).proposals  # on the fence is not beyond it
 
 
-@pytest.mark.parametrize("wrap", [np.array, torch.tensor, lambda v: Scores(torch.tensor(v), None, torch.ones(2))])
+@pytest.mark.parametrize(
+    "wrap", [np.array, torch.tensor, lambda v: Scores(torch.tensor(v), wherefrom.Certificate.of_nothing_solved(2))]
+)
 def test_harm_is_minus_the_mean_over_trusted_queries(wrap):
     found = clean(wrap([[1.0, -6.0, 0.0, 2.0], [3.0, 2.0, -4.0, 2.0]]), count=2)
     assert found.by == "harm"
@@ -197,13 +199,13 @@ def test_the_stand_ins_are_of_every_label_unsuspicious_and_seeded(noisy, monkeyp
     influence, *_ = noisy
     values, asked = influence.self_influence(), []
     y = influence.problem.train.data[1]
-    real = wherefrom.Influence.score
+    real = wherefrom.FittedInfluence.score
 
     def score(self, queries, *args, **kwargs):
         asked.append(queries)
         return real(self, queries, *args, **kwargs)
 
-    monkeypatch.setattr(wherefrom.Influence, "score", score)
+    monkeypatch.setattr(wherefrom.FittedInfluence, "score", score)
     runs = [clean(values, influence, count=30, seed=seed) for seed in (0, 0, 1)]
     (x0, y0), (x1, _), (x2, _) = asked
     assert torch.equal(x0, x1) and not torch.equal(x0, x2)
@@ -368,7 +370,7 @@ def test_what_select_refuses():
 
 
 def test_of_a_shortlist_the_examples_are_numbered_as_in_training():
-    some = Scores(torch.tensor([[1.0, 3.0, 2.0]]), None, torch.ones(1, dtype=torch.bool))
+    some = Scores(torch.tensor([[1.0, 3.0, 2.0]]), wherefrom.Certificate.of_nothing_solved(1))
     some = dataclasses.replace(some, numbers=torch.tensor([6, 7, 5]))
     found = select(some, count=2)
     assert found.examples.tolist() == some.top(2).proponents[0].tolist() == [7, 5]
@@ -392,7 +394,7 @@ def test_the_table_of_a_selection():
 
 def test_explain_by_hand(tmp_path):
     values = torch.tensor([[1.0, -2.0, 0.0, 3.0, 1.0], [0.0, 0.0, 0.0, -0.5, 0.0]])
-    scores = Scores(values, torch.tensor([0.25, 0.5]), torch.tensor([True, False]))
+    scores = Scores(values, wherefrom.Certificate(torch.tensor([0.25, 0.5]), torch.tensor([True, False])))
     found = explain(scores, k=2, examples={"label": list("abcde")}, queries={"caption": ["one", "two"]})
     assert found == {
         "query": [0, 0, 0, 1],
@@ -421,7 +423,7 @@ def test_explain_of_a_plain_matrix_and_of_nothing():
 def test_the_predicted_change_of_candidates_is_over_the_training_examples():
     p = problem("mlp")
     influence = wherefrom.Influence(wherefrom.Exact(), 0.05).fit(p.model, p.task, p.train)
-    scores = influence.score(p.queries, candidates=tuple(t[:4] for t in p.train))
+    scores = influence.score(p.queries, examples=tuple(t[:4] for t in p.train))
     found = explain(scores, k=1)
     assert found["predicted_change"] == pytest.approx([s / p.n for s in found["score"]])
     same = explain(dataclasses.replace(scores, provenance={}), k=1)

@@ -13,7 +13,6 @@ import torch
 import wherefrom
 from wherefrom.errors import DivergenceError, InputError
 from wherefrom.methods import Scores
-from wherefrom.persample import vectors
 from wherefrom.solvers.neumann import corollary
 from wherefrom.tools import demo, loading
 from wherefrom.tools.cli import demo as demo_command
@@ -53,8 +52,8 @@ def test_the_demo(tmp_path, capsys, monkeypatch):
     assert 'id="truth"' in page and 'id="suspects"' in page
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
 
-    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
-    monkeypatch.setattr(wherefrom.Influence, "self_influence", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(wherefrom.Solution, "score", lambda *_, **__: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.FittedInfluence, "self_influence", lambda *_: pytest.fail("made again"))
     assert cli.main(line) == 0
     assert "The scores are taken from" in capsys.readouterr().out
     assert cli.main([*line, "--seed", "1"]) == 2
@@ -154,7 +153,7 @@ def test_no_convergence_has_its_own_code(tmp_path, monkeypatch, capsys):
 
     values = torch.zeros(2, 3)
     values[0, 0] = 1
-    Scores(values, None, torch.ones(2, dtype=torch.bool)).save(tmp_path / "s.safetensors")
+    Scores(values, wherefrom.Certificate.of_nothing_solved(2)).save(tmp_path / "s.safetensors")
 
     def load(path):
         warnings.warn("1 of 2 queries did not converge", wherefrom.ConvergenceWarning, stacklevel=1)
@@ -322,9 +321,9 @@ def test_an_indefinite_hessian_is_told(mine, capsys):
 
 
 def dense(c: wherefrom.Curvature) -> torch.Tensor:
-    shapes = c.problem.shapes
-    eye = torch.eye(sum(s.numel() for s in shapes.values()), dtype=torch.float64)
-    return vectors.flatten(c.product(vectors.unflatten(eye, shapes)))
+    size = sum(block.size for block in c.problem.blocks)
+    eye = torch.eye(size, dtype=torch.float64)
+    return c.product(wherefrom.Directions.unflatten(c.problem.blocks, eye)).flatten()
 
 
 @pytest.mark.parametrize("damping", [0.3, 0.01, 1e-4])
@@ -337,16 +336,17 @@ def test_what_is_said_of_cg_is_true(mine, capsys, damping):
     condition = float(re.search(r"condition number of C \+ damping is at most (\S+)\. ", text)[1].replace(",", ""))
     assert float(torch.linalg.cond(A)) <= condition * 1.005
     b = torch.randn(4, len(C), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    solution = wherefrom.CG(tolerance=None, steps=steps).fit(c, damping)(vectors.unflatten(b, c.problem.shapes))
+    inverse = wherefrom.CG(tolerance=None, steps=steps).fit(c, damping)
+    x = inverse.apply(wherefrom.Directions.unflatten(c.problem.blocks, b))
     exact = torch.linalg.solve(A, b.T).T
-    off = vectors.flatten({name: solution.x[name] for name in c.problem.shapes}) - exact
+    off = x.flatten() - exact
     assert bool((((off @ A) * off).sum(1) <= 1e-4 * ((exact @ A) * exact).sum(1)).all())
 
 
 @pytest.mark.usefixtures("mine")
 def test_the_sampling_error_is_that_of_the_worst_query():
     c = curvature()
-    C, shapes = dense(c), c.problem.shapes
+    C, blocks = dense(c), c.problem.blocks
     damping = 0.05
     inverse = wherefrom.Neumann(batch=5).fit(c, damping)
     plan, bound = inverse.plan, spectrum.bound_sampling_error(inverse.plan, damping)
@@ -354,7 +354,8 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     b = torch.cat([directions.T, torch.randn(20, len(C), generator=torch.Generator().manual_seed(0)).double()])
     x = torch.linalg.solve(C + damping * torch.eye(len(C), dtype=torch.float64), b.T).T
     first = (1 - plan.step * damping) ** plan.steps * (b / damping - x).norm(dim=1) / x.norm(dim=1)
-    noise = inverse.predicted(vectors.unflatten(b, shapes), vectors.unflatten(x, shapes)) - first
+    rows = wherefrom.Directions.unflatten
+    noise = inverse.predict_error(rows(blocks, b), rows(blocks, x)) - first
     assert bool((noise <= bound).all())
     top = float(values[-1])
     assert float(noise[len(C) - 1]) == pytest.approx(bound * (top / (plan.nu - damping)) ** 0.5, rel=1e-6)

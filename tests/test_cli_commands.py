@@ -61,7 +61,7 @@ def test_a_fit_is_made_once(mine, capsys, monkeypatch):
     assert [int(j) for j in found["example"]] == expected.argsort(descending=True).tolist()
     assert [float(v) for v in found["self-influence"]] == pytest.approx(expected.sort(descending=True).values.tolist())
     assert found["rank"] == [str(i + 1) for i in range(30)]
-    monkeypatch.setattr(wherefrom.Influence, "self_influence", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(wherefrom.FittedInfluence, "self_influence", lambda *_: pytest.fail("made again"))
     run("self-influence mine:problem --damping 0.05 --out r --solver EKFAC()")
 
 
@@ -69,7 +69,7 @@ def test_top_reads_any_scores(mine, capsys):
     values = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     np.save("foreign.npy", values.numpy())
     run("top foreign.npy --k 3 --out t")
-    found, best = table("t/top.csv"), wherefrom.Scores(values, None, torch.ones(2, dtype=torch.bool)).top(3)
+    found, best = table("t/top.csv"), wherefrom.Scores(values, wherefrom.Certificate.of_nothing_solved(2)).top(3)
     assert [int(j) for j in found["example"]] == torch.cat([best.proponents, best.opponents], 1).flatten().tolist()
     assert found["side"] == 2 * (3 * ["proponent"] + 3 * ["opponent"]) and found["rank"] == 4 * ["1", "2", "3"]
     assert [float(v) * 7 for v in found["predicted_change"]] == pytest.approx([float(v) for v in found["score"]])

@@ -38,7 +38,7 @@ from wherefrom.tools.cli.registry import COMMANDS
             "from_training(lr=[0.1, 0.3], steps=300, momentum=0.9)",
             wherefrom.Damping.from_training([0.1, 0.3], 300, 0.9),
         ),
-        ("by_parameter({'w': 0.1})", wherefrom.Damping.by_parameter({"w": 0.1})),
+        ("by_block({'w': 0.1})", wherefrom.Damping.by_block({"w": 0.1})),
         ("GGN", wherefrom.GGN),
     ],
 )

@@ -40,7 +40,7 @@ def measured(folder: str = "j") -> dict[tuple[str, str], tuple[float, ...]]:
 @pytest.fixture
 def files(mine):
     """Scores of 4 queries and 30 examples in three formats, and a truth."""
-    ours = wherefrom.Scores(draw(4, 30), None, torch.ones(4, dtype=torch.bool))
+    ours = wherefrom.Scores(draw(4, 30), wherefrom.Certificate.of_nothing_solved(4))
     ours.save("a/scores.safetensors")
     np.save("b.npy", draw(4, 30, seed=1).numpy())
     with open("c.csv", "w", newline="") as file:

@@ -119,7 +119,7 @@ def test_the_page_shows_the_parts_of_every_score(here, tmp_path):
         for parts in (tokens, through):
             values = torch.tensor([float(t.replace("−", "-")) for t in parts])
             assert values.sum() == pytest.approx(whole, abs=0.01 * (abs(whole) + values.abs().sum().item()))
-        truth = influence.by_token(queries, [n])[query, 0, : len(tokens)]
+        truth = influence.solve(queries).by_token([n])[query, 0, : len(tokens)]
         close = torch.tensor([float(t.replace("−", "-")) for t in tokens])
         torch.testing.assert_close(close, truth, rtol=0.01, atol=1e-3 * truth.abs().max().item())
     read = Page(text)
@@ -192,8 +192,8 @@ def test_adapters_are_attributed(here, tmp_path, capsys):
     size = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     said = capsys.readouterr().out
     assert f"attributing {size:,} of {size:,} trainable parameters (100.0%); 28 frozen parameters" in said
-    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1))
-    influence.fit(tuned.eval(), CausalLM(), pad(sequences(here[1], TEXTS, 24)[:]))
+    method = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1))
+    influence = method.fit(tuned.eval(), CausalLM(), pad(sequences(here[1], TEXTS, 24)[:]))
     values = influence.score(completion_batch(here[1], [ASK[1], ASK[2]], [ASK[4], ASK[5]]), certify=False).values
     torch.testing.assert_close(wherefrom.Scores.load("a/scores.safetensors").values, values, rtol=1e-4, atol=1e-6)
 
@@ -315,7 +315,7 @@ def test_an_interrupted_run_goes_on(here, tmp_path, capsys, monkeypatch):
     assert "The fit is taken from r/fit.safetensors." in capsys.readouterr().out
     same = [wherefrom.Scores.load(f"{folder}/scores.safetensors").values for folder in ("r", "whole")]
     assert torch.equal(*same)
-    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.Solution, "score", lambda *_, **__: pytest.fail("scored again"))
     run("explain --config r/explain.toml --out r")
     assert [n for n in whole(tmp_path / "r") if "pieces" in n] == []
     refused(capsys, "r/scores.safetensors was made for another queries", line, "--prompt", "in peru", *ASK[3:5])
@@ -366,8 +366,8 @@ def test_only_answers_count_in_data_sets_of_conversations(here, tmp_path, capsys
         start = tokenizer(user.replace("peru", country))["input_ids"]
         answer = [*tokenizer(f" {city}")["input_ids"], *end]
         train.append({"input_ids": start + answer, "labels": [-100] * len(start) + answer})
-    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), parameters="mlp")
-    influence.fit(model, CausalLM(), pad(train))
+    method = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1), parameters="mlp")
+    influence = method.fit(model, CausalLM(), pad(train))
     queries = completion_batch(None, tokenizer(user)["input_ids"], tokenizer(" lima")["input_ids"])
     values = influence.score(queries, certify=False).values
     torch.testing.assert_close(wherefrom.Scores.load("c/scores.safetensors").values, values, rtol=1e-4, atol=1e-5)

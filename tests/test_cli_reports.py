@@ -102,7 +102,7 @@ def test_the_full_report(mine, fitted, capsys, monkeypatch):
     text = page("report")
     assert "0.weight" in text or "layer" in text.lower()
     assert "self-influence" in text.lower() and "damping" in text.lower()
-    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.Solution, "score", lambda *_, **__: pytest.fail("scored again"))
     run(f"report mine:full {LIKE} --sweep 0.1 10")
     refused(capsys, "sweep must be positive multiples", f"report mine:full {LIKE} --sweep -1")
     refused(capsys, "--layers and --sweep are for influence functions",
@@ -142,9 +142,9 @@ def test_clean_needs_what_it_ranks_by(mine, capsys):
 @pytest.mark.parametrize(
     ("target", "options", "like"),
     [
-        ("full", "--count 3", lambda t, i: select(i.score(t.queries, candidates=t.candidates), count=3)),
+        ("full", "--count 3", lambda t, i: select(i.score(t.queries, examples=t.candidates), count=3)),
         ("full", "--share 0.5 --by coverage --seed 2",
-         lambda t, i: select(i.score(t.queries, candidates=t.candidates), 0.5, by="coverage", seed=2)),
+         lambda t, i: select(i.score(t.queries, examples=t.candidates), 0.5, by="coverage", seed=2)),
         ("problem", "--count 3 --by max", lambda t, i: select(i.score(t.queries), count=3, by="max")),
         ("full", "--count 3 --by cleanest", lambda t, i: cleanest(i.self_influence(), count=3)),
     ],

@@ -110,7 +110,7 @@ def test_agreement_bad_input(matrices):
 
 def test_every_format_gives_the_same_matrix(tmp_path, matrices):
     want = matrices["exact"]
-    scores = wherefrom.Scores(torch.tensor(want), None, torch.ones(Q, dtype=torch.bool))
+    scores = wherefrom.Scores(torch.tensor(want), wherefrom.Certificate.of_nothing_solved(Q))
     scores.save(tmp_path / "ours.safetensors")
     save_file({"all_modules": want, "extra": np.zeros(3)}, tmp_path / "foreign.safetensors")
     np.save(tmp_path / "plain.npy", want)
