@@ -83,8 +83,7 @@ def solvers(inverse) -> list:
 
 def fitted(inverse) -> list:
     """Those of them that had to be fitted."""
-    behind = [key[1] for key in inverse.curvature._cache if key[0] == "fit"]
-    return [inverse.chosen, *(solver for solver in inverse.others if solver in behind)]
+    return [inverse.chosen, *(inverse.others[i - 1] for i in sorted(inverse._fits))]
 
 
 def tight(p: TinyProblem) -> int:
