@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wherefrom import Certificate, Curvature, Directions, Inverse
+from wherefrom import Certificate, Curvature, Directions, Inverse, records
+from wherefrom.methods.influence import GIVEN, saved_classes
 
 ByParameter = dict[str, Tensor]  # parameter name -> (Q, *shape)
 
@@ -58,3 +60,11 @@ def diagonal(inverse: Inverse) -> Tensor:
     return torch.cat(
         [torch.full((shape.numel(),), of[name], dtype=torch.float64) for name, shape in problem.shapes.items()]
     )
+
+
+def restore(inverse: Inverse, curvature: Curvature | None = None) -> Any:
+    """The inverse as a file gives it back, for a curvature that has fitted nothing yet, or for its own."""
+    tensors, description = records.describe(inverse, GIVEN)
+    saved = {path: t.clone() for path, t in tensors.items()}
+    given = {"curvature": inverse.curvature if curvature is None else curvature, "damping": dict(inverse.damping)}
+    return records.rebuild(json.loads(json.dumps(description)), saved, given, saved_classes())

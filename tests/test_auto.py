@@ -1,5 +1,6 @@
 """The solver that chooses: what it chooses and says, what it falls back on, and that the answer is right anyway."""
 
+import dataclasses
 import functools
 import logging
 import warnings
@@ -7,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+import solving
 from problems import TinyProblem, problem
 from wherefrom import (
     CG,
@@ -27,9 +29,12 @@ from wherefrom import (
     Problem,
     UnsupportedError,
     attribute,
+    records,
 )
 from wherefrom.curvature import Need
+from wherefrom.methods.influence import GIVEN
 from wherefrom.solvers import auto
+from wherefrom.solvers.cg import ConjugateGradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 TIGHT = 1e-6
@@ -73,7 +78,12 @@ def residual(p: TinyProblem, matrix: torch.Tensor, damping: float, x, b: torch.T
 
 
 def solvers(inverse) -> list:
-    return [choice.solver for choice in inverse.choices]
+    return [inverse.chosen, *inverse.others]
+
+
+def fitted(inverse) -> list:
+    """Those of them that had to be fitted."""
+    return [inverse.chosen, *(inverse.others[i - 1] for i in sorted(inverse._fits))]
 
 
 def tight(p: TinyProblem) -> int:
@@ -81,9 +91,9 @@ def tight(p: TinyProblem) -> int:
     return 20 * 6 * 8 * p.dim
 
 
-def begin_with(inverse, solver) -> None:
-    inverse.choices[0] = auto.Choice(solver, "the test says so")
-    inverse.fitted.clear()
+def begin_with(inverse, solver):
+    first = solver.fit(inverse.curvature, Damping.by_block(inverse.damping))
+    return dataclasses.replace(inverse, chosen=solver, why="the test says so", first=first)
 
 
 @pytest.fixture
@@ -149,11 +159,11 @@ def test_short_memory_chooses_what_fits(curvature, memory, first, why, large):
     p = problem("mlp")
     b = right_hand_sides(p)
     inverse = Auto(memory=memory).fit(curvature(library(p)), 5.0)
-    assert inverse.choices[0].solver == first and inverse.report()["because"].startswith(why)
+    assert inverse.chosen == first and inverse.report()["because"].startswith(why)
     for solver in solvers(inverse)[1:]:
         assert solver in (CG(Dual(memory=memory / 4), 0.03, 50), Exact(memory=memory), CG(tolerance=0.03, steps=50))
-    assert len(set(solvers(inverse))) == len(inverse.choices)
-    solution = inverse(p.unflatten(b))
+    assert len(set(solvers(inverse))) == len(solvers(inverse))
+    solution = solving.solve(inverse, p.unflatten(b))
     matrix = {GGN: p.ggn, Products: p.ggn, EmpiricalFisher: p.empirical_fisher, Hessian: p.hessian}[curvature]()
     assert (residual(p, matrix, 5.0, solution.x, b) <= 0.03).all() and solution.converged.all()
 
@@ -169,11 +179,11 @@ def test_exact_is_not_behind_where_it_does_not_fit(large):
 @pytest.mark.parametrize(("needed", "first"), [(1.0, Nystrom(200)), (6.0, EKFAC())])
 def test_short_time_chooses_what_is_quicker(needed, first, large, monkeypatch):
     asked = []
-    monkeypatch.setattr(auto, "_seconds", lambda curvature, count: asked.append(count) or needed)
+    monkeypatch.setattr(auto, "_estimate_seconds", lambda curvature, count: asked.append(count) or needed)
     p = problem("mlp")
     inverse = Auto(seconds=10.0).fit(GGN(library(p)), 0.1)
     assert asked == [200]
-    assert inverse.choices[0].solver == CG(first, tolerance=0.03, steps=50, seconds=10.0)
+    assert inverse.chosen == CG(first, tolerance=0.03, steps=50, seconds=10.0)
     if first == EKFAC():
         assert "too little time (one pass with 200 directions takes 6 s)" in inverse.report()["because"]
     Auto().fit(GGN(library(p)), 0.1)
@@ -185,7 +195,7 @@ def test_the_time_of_a_pass_is_measured_on_products(monkeypatch):
         [0.0, 5.0, 10.0, 11.0, 20.0, 28.0]
     )  # 5 s to warm up, then 1 s with one right-hand side, 8 s with eight
     monkeypatch.setattr(auto.time, "perf_counter", lambda: next(clock))
-    assert auto._seconds(GGN(library(problem("mlp"))), 200) == pytest.approx(1 + 199)
+    assert auto._estimate_seconds(GGN(library(problem("mlp"))), 200) == pytest.approx(1 + 199)
 
 
 @pytest.mark.parametrize("options", [{"tolerance": 0.0}, {"memory": -1.0}, {"seconds": 0.0}])
@@ -207,8 +217,8 @@ def test_the_answer_is_within_the_tolerance_of_the_dense_one(name, directions, l
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             inverse = Auto(tolerance, memory).fit(GGN(library(p)), damping)
-            solution = inverse(p.unflatten(b))
-        inner = inverse.choices[0].solver.preconditioner
+            solution = solving.solve(inverse, p.unflatten(b))
+        inner = inverse.chosen.preconditioner
         assert inner == (Nystrom(directions) if directions >= 20 else EKFAC())
         true = residual(p, p.ggn(), damping, solution.x, b)
         torch.testing.assert_close(solution.residual, true, rtol=1e-6, atol=1e-12)
@@ -219,7 +229,7 @@ def test_the_answer_is_within_the_tolerance_of_the_dense_one(name, directions, l
         close(
             p.flatten(solution.x)[met], dense(p.ggn(), damping, b)[met], 1e-5 if tolerance < 1e-6 else 100 * tolerance
         )
-        close(p.flatten(inverse.apply(p.unflatten(b))), p.flatten(solution.x), 1e-10)
+        close(p.flatten(solving.apply(inverse, p.unflatten(b))), p.flatten(solution.x), 1e-10)
 
 
 @pytest.mark.parametrize("small_enough", [1500, 0])
@@ -230,24 +240,24 @@ def test_the_answer_does_not_depend_on_the_queries_solved_with_it(name, small_en
     damping = small(p.ggn())
     b = torch.cat([right_hand_sides(p, 4), p.measurement_gradients(), torch.zeros(1, p.dim).double()])
     inverse = Auto(memory=tight(p) if not small_enough else 4e9).fit(GGN(library(p)), damping)
-    solution = inverse(p.unflatten(b))
+    solution = solving.solve(inverse, p.unflatten(b))
     x = p.flatten(solution.x)
     assert small_enough or solution.residual.max() > 1e-4, "two answers of rounding alone would agree anyway"
     for i in range(len(b)):
-        close(p.flatten(inverse(p.unflatten(b[i : i + 1])).x), x[i : i + 1], 1e-10)
+        close(p.flatten(solving.solve(inverse, p.unflatten(b[i : i + 1])).x), x[i : i + 1], 1e-10)
     order = torch.randperm(len(b), generator=torch.Generator().manual_seed(0))
     for some, wanted in ((b[order], x[order]), (b[::2], x[::2])):
-        close(p.flatten(inverse(p.unflatten(some)).x), wanted, 1e-10)
+        close(p.flatten(solving.solve(inverse, p.unflatten(some)).x), wanted, 1e-10)
 
 
 def test_the_answer_does_not_depend_on_the_queries_that_fall_back_with_it(hasty):
     p = problem("mlp")
     damping, b = small(p.ggn()), right_hand_sides(p, 4)
     inverse = Auto(TIGHT, tight(p)).fit(GGN(library(p)), damping)
-    x = p.flatten(inverse(p.unflatten(b)).x)
-    assert list(inverse.fitted) == [0, 1, 2]
+    x = p.flatten(solving.solve(inverse, p.unflatten(b)).x)
+    assert fitted(inverse) == solvers(inverse) and len(fitted(inverse)) == 3
     for i in range(4):
-        close(p.flatten(inverse(p.unflatten(b[i : i + 1])).x), x[i : i + 1], 1e-10)
+        close(p.flatten(solving.solve(inverse, p.unflatten(b[i : i + 1])).x), x[i : i + 1], 1e-10)
 
 
 @pytest.mark.parametrize("small_enough", [1500, 0])
@@ -255,9 +265,8 @@ def test_relative_damping(small_enough, monkeypatch):
     monkeypatch.setattr(auto, "SMALL", small_enough)
     p = problem("mlp")
     b, inverse = right_hand_sides(p), Auto(1e-10).fit(GGN(library(p)), Damping.relative(0.1))
-    assert len(set(inverse.shift.values())) == 3
-    shift = torch.cat([torch.full((s.numel(),), inverse.shift[q], dtype=torch.float64) for q, s in p.shapes.items()])
-    close(p.flatten(inverse(p.unflatten(b)).x), dense(p.ggn(), shift, b), 1e-6)
+    assert len(set(inverse.damping.values())) == 3
+    close(p.flatten(solving.solve(inverse, p.unflatten(b)).x), dense(p.ggn(), solving.diagonal(inverse), b), 1e-6)
 
 
 def test_self_influence_and_scores(large):
@@ -277,7 +286,7 @@ def test_a_right_hand_side_of_zero_is_solved(small_enough, monkeypatch):
     inverse = Auto(TIGHT).fit(GGN(library(p)), 0.1)
     for b in (g, 0 * g):
         for certify in (True, False):
-            solution = inverse(p.unflatten(b), certify)
+            solution = solving.solve(inverse, p.unflatten(b), certify)
             assert solution.converged.all() and solution.history.isfinite().all()
             assert (p.flatten(solution.x)[b.norm(dim=1) == 0] == 0).all()
     attribute(p.model, p.task, p.train, p.queries, damping=0.1, self_influence=True)  # an unconverged one would warn
@@ -292,7 +301,7 @@ def test_an_unmet_tolerance_moves_on_and_ends_converged(hasty, caplog):
     solver = Auto(1e-9, tight(p))
     with caplog.at_level(logging.INFO, logger="wherefrom"):
         inverse = solver.fit(GGN(library(p)), damping)
-        solution = inverse(p.unflatten(b))
+        solution = solving.solve(inverse, p.unflatten(b))
     assert solution.converged.all() and (residual(p, p.ggn(), damping, solution.x, b)[:3] <= 1e-9).all()
     assert solution.history.shape == (solution.steps + 1, 4) and solution.history.isfinite().all()
     assert solution.steps == 3  # one of each CG, and the direct method's residual
@@ -300,16 +309,16 @@ def test_an_unmet_tolerance_moves_on_and_ends_converged(hasty, caplog):
     assert solution.history[0].tolist() == [1, 1, 1, 0]
     assert min(first) > 1e-9 and min(second) > 1e-9 and max(direct) <= 1e-9
     again = solver.fit(GGN(library(p)), damping)
-    assert "then" not in again.report()
+    assert fitted(again) == [again.chosen] and fitted(inverse) == solvers(inverse)
     x = torch.zeros_like(b[:3])
     for i, said in enumerate((first, second)):
         left = b[:3] - x @ p.ggn() - damping * x
-        x = x + p.flatten(again._fit(i).apply(p.unflatten(left)))
+        x = x + p.flatten(solving.apply(again._inverse_of(i), p.unflatten(left)))
         wanted = residual(p, p.ggn(), damping, p.unflatten(x), b[:3])
         close(torch.tensor(said, dtype=torch.float64), wanted, 1e-9)  # of the query, not of what was left of it
     assert (solution.history[:, 3] == 0).all()
     report, lines = inverse.report(), [r.getMessage() for r in caplog.records if r.name == "wherefrom"]
-    assert "Nystrom" in report["solver"] and "Dual" in report["then"] and "Exact" in report["then"]
+    assert "Nystrom" in report["solver"] and "Dual" in report["if that fails"] and "Exact" in report["if that fails"]
     assert any("chose CG(preconditioner=Nystrom" in s and "130 parameters" in s for s in lines)
     moves = [s for s in lines if s.startswith("3 queries above 1e-09: going on with")]
     assert "Dual" in moves[0] and "Exact" in moves[1] and len(moves) == 2
@@ -320,36 +329,40 @@ def test_passes_count_those_of_all_solvers(hasty):
     b, calls = p.unflatten(right_hand_sides(p)), []
     curvature = Products(library(p))
     inverse = Auto(1e-9).fit(curvature, small(p.ggn()))
-    begin_with(inverse, CG(Nystrom(5), tolerance=1e-9, steps=1))
-    inverse._fit(0)
-    inverse._fit(1)  # Exact, which takes products to build its matrix
+    inverse = begin_with(inverse, CG(Nystrom(5), tolerance=1e-9, steps=1))
+    inverse._inverse_of(1)  # Exact, which takes products to build its matrix
     product = curvature.product
     curvature.product = lambda *args: calls.append(1) or product(*args)
-    assert inverse(b).passes == len(calls) == 1 + 1 + 1 + 1  # CG, what it left, Exact's residual, the certificate
+    # CG, what it left, Exact's residual, the certificate
+    assert solving.solve(inverse, b).passes == len(calls) == 1 + 1 + 1 + 1
 
 
-def test_only_the_queries_that_are_late_move_on(large):
+def test_only_the_queries_that_are_late_move_on(large, monkeypatch):
     p = problem("mlp")
     easy, hard = torch.linalg.eigh(p.ggn())[1][:, [-1]].T, right_hand_sides(p, 2)
     inverse = Auto(1e-5).fit(GGN(library(p)), small(p.ggn(), 1e-4))
-    begin_with(inverse, CG(tolerance=1e-5, steps=3))  # one step is enough for an eigenvector
-    counts = []
-    inverse._fit(1)
-    solve = inverse.fitted[1].solve
-    inverse.fitted[1].solve = lambda b: counts.append(len(next(iter(b.values())))) or solve(b)
-    solution = inverse(p.unflatten(torch.cat([hard[:1], easy, hard[1:]])))
+    inverse = begin_with(inverse, CG(tolerance=1e-5, steps=3))  # one step is enough for an eigenvector
+    counts, iterate = [], ConjugateGradients.iterate
+
+    def counted(self, b):
+        if self.solver != inverse.chosen:
+            counts.append(len(b))
+        return iterate(self, b)
+
+    monkeypatch.setattr(ConjugateGradients, "iterate", counted)
+    solution = solving.solve(inverse, p.unflatten(torch.cat([hard[:1], easy, hard[1:]])))
     assert counts == [2] and solution.converged.all()
     assert (solution.history[1:, 1] == solution.history[1, 1]).all() and solution.history[1, 1] < 1e-5
 
 
-def test_the_report_and_the_provenance_name_what_was_needed(hasty):
+def test_the_report_and_the_provenance_name_what_stands_behind(hasty):
     p = problem("mlp")
     influence = Influence(Auto(1e-9, tight(p)), small(p.ggn())).fit(p.model, p.task, p.train)
-    assert "then" not in influence.provenance()["chosen"]
     scores = influence.score(p.queries)
     chosen = scores.provenance["chosen"]
-    assert set(chosen) >= {"solver", "because", "then", "rank"}
-    assert "Dual" in chosen["then"] and scores.history.shape == (scores.provenance["steps"] + 1, 3)
+    assert chosen == influence.provenance()["chosen"], "it does not depend on what was solved for before"
+    assert set(chosen) >= {"solver", "because", "if that fails", "directions"}
+    assert "Dual" in chosen["if that fails"] and scores.history.shape == (scores.provenance["steps"] + 1, 3)
     close(scores.values, p.exact_scores(p.ggn(), small(p.ggn())), 1e-6)
 
 
@@ -364,13 +377,13 @@ def test_what_cannot_be_fitted_is_passed_over(hasty, monkeypatch, caplog):
     damping, b = small(p.ggn()), right_hand_sides(p)
     curvature = GGN(library(p), "rows")
     inverse = Auto(1e-9, tight(p)).fit(curvature, damping)
-    inverse.choices[2] = auto.Choice(Exact(form="primal"), "the dual is out of order")
+    inverse = dataclasses.replace(inverse, others=(inverse.others[0], Exact(form="primal")))  # the dual is out of order
     with caplog.at_level(logging.INFO, logger="wherefrom"):
-        solution = inverse(p.unflatten(b))
+        solution = solving.solve(inverse, p.unflatten(b))
     assert solution.converged.all()
     close(p.flatten(solution.x), dense(p.ggn(), damping, b), 1e-7)
     assert "cannot solve this (not today): going on with Exact(form='primal'" in caplog.text
-    assert solution.history.shape == (solution.steps + 1, 3) and "Dual" not in inverse.report()["then"]
+    assert solution.history.shape == (solution.steps + 1, 3) and fitted(inverse) == [inverse.chosen, inverse.others[1]]
 
 
 def test_an_indefinite_hessian_ends_with_exact(large, caplog):
@@ -379,10 +392,10 @@ def test_an_indefinite_hessian_ends_with_exact(large, caplog):
     damping, b = -0.4 * float(values[0]), right_hand_sides(p)
     with caplog.at_level(logging.INFO, logger="wherefrom"):
         inverse = Auto(TIGHT).fit(Hessian(library(p)), damping)
-    assert isinstance(inverse.choices[0].solver, Exact) and "Exact" in inverse.report()["solver"]
+    assert isinstance(inverse.chosen, Exact) and "Exact" in inverse.report()["solver"]
     assert "cannot be fitted (Nystrom needs a positive semi-definite curvature" in caplog.text
     assert "going on with Exact" in caplog.text and "chose Exact" in caplog.text
-    solution = inverse(p.unflatten(b))
+    solution = solving.solve(inverse, p.unflatten(b))
     assert solution.converged.all() and solution.history.shape == (solution.steps + 1, 3)
     close(p.flatten(solution.x), dense(p.hessian(), damping, b))
 
@@ -392,10 +405,10 @@ def test_an_indefinite_hessian_found_while_solving_ends_with_exact(large, caplog
     p = problem("mlp")
     damping, b = -0.4 * float(torch.linalg.eigvalsh(p.hessian())[0]), right_hand_sides(p)
     inverse = Auto(TIGHT, memory=1.2e5).fit(Hessian(library(p)), damping)
-    assert inverse.choices[0].solver.preconditioner == EKFAC()
-    inverse.choices[1:] = [auto.Choice(Exact(), "for a test")]
+    assert inverse.chosen.preconditioner == EKFAC()
+    inverse = dataclasses.replace(inverse, others=(Exact(),))
     with caplog.at_level(logging.INFO, logger="wherefrom"):
-        solution = inverse(p.unflatten(b))
+        solution = solving.solve(inverse, p.unflatten(b))
     assert "cannot solve this (CG met a direction of non-positive curvature" in caplog.text
     assert solution.converged.all() and solution.history.shape == (solution.steps + 1, 3)
     close(p.flatten(solution.x), dense(p.hessian(), damping, b))
@@ -407,7 +420,7 @@ def test_a_hessian_that_damping_makes_definite_is_solved_where_exact_does_not_fi
     damping, b = 0.2 - 1.5 * float(torch.linalg.eigvalsh(p.hessian())[0]), right_hand_sides(p)
     inverse = Auto(TIGHT, memory=3e5).fit(Hessian(library(p)), damping)
     assert solvers(inverse) == [CG(tolerance=TIGHT, steps=50)]
-    solution = inverse(p.unflatten(b))
+    solution = solving.solve(inverse, p.unflatten(b))
     assert solution.converged.all()
     close(p.flatten(solution.x), dense(p.hessian(), damping, b), 1e-5)
 
@@ -417,7 +430,7 @@ def test_the_last_choice_says_why_nothing_works(large):
     damping = -0.4 * float(torch.linalg.eigvalsh(p.hessian())[0])
     inverse = Auto(TIGHT, memory=3e5).fit(Hessian(library(p)), damping)
     with pytest.raises(DivergenceError, match="non-positive curvature"):
-        inverse(p.unflatten(right_hand_sides(p)))
+        solving.solve(inverse, p.unflatten(right_hand_sides(p)))
 
 
 def test_a_task_without_labels_to_draw_needs_no_kronecker_factors(large):
@@ -433,18 +446,18 @@ def test_a_task_without_labels_to_draw_needs_no_kronecker_factors(large):
     with pytest.raises(UnsupportedError, match="does not say how to draw labels"):
         EKFAC().fit(curvature, 0.1)
     inverse = Auto(memory=1.2e5).fit(curvature, 0.1)
-    assert isinstance(inverse.choices[0].solver.preconditioner, Dual)
-    assert inverse(p.unflatten(right_hand_sides(p))).converged.all()
+    assert isinstance(inverse.chosen.preconditioner, Dual)
+    assert solving.solve(inverse, p.unflatten(right_hand_sides(p))).converged.all()
 
 
 def test_a_budget_of_time_names_what_has_not_converged(large):
     p = problem("mlp")
     b = right_hand_sides(p)
     inverse = Auto(1e-9, seconds=1e-9).fit(GGN(library(p)), 1e-4)
-    assert inverse.choices[0].solver.preconditioner == EKFAC() and len(inverse.choices) == 3
+    assert inverse.chosen.preconditioner == EKFAC() and len(solvers(inverse)) == 3
     with pytest.warns(ConvergenceWarning, match="3 of 3 queries did not converge"):
-        solution = inverse(p.unflatten(b))
-    assert list(inverse.fitted) == [0], "no time is left for another solver"
+        solution = solving.solve(inverse, p.unflatten(b))
+    assert fitted(inverse) == [inverse.chosen], "no time is left for another solver"
     assert solution.steps <= 1 and solution.history.shape == (solution.steps + 1, 3)
 
 
@@ -464,53 +477,57 @@ def test_a_budget_of_time_names_what_has_not_converged(large):
 )
 def test_what_is_restored_is_what_was_chosen_without_timing(curvature, memory, slow, first, large, monkeypatch):
     p, solver = problem("mlp"), Auto(1e-4, memory, seconds=100.0)
-    monkeypatch.setattr(auto, "_seconds", lambda *_: 1e9 if slow else 0.0)
+    monkeypatch.setattr(auto, "_estimate_seconds", lambda *_: 1e9 if slow else 0.0)
     b, damping = p.unflatten(right_hand_sides(p)), 5.0
     inverse = solver.fit(curvature(library(p)), damping)
-    assert inverse.choices[0].name == first
-    x, state = p.flatten(inverse(b).x), inverse.state()
-    monkeypatch.setattr(auto, "_seconds", lambda *_: pytest.fail("timed"))
+    assert type(getattr(inverse.chosen, "preconditioner", inverse.chosen)).__name__ == first
+    x, (tensors, description) = p.flatten(solving.solve(inverse, b).x), records.describe(inverse, GIVEN)
+    monkeypatch.setattr(auto, "_estimate_seconds", lambda *_: pytest.fail("timed"))
     with monkeypatch.context() as m:
         for fitted in (Nystrom, EKFAC, Exact):
             m.setattr(fitted, "fit", lambda *_: pytest.fail("fitted again"))
-        restored = solver.restore(curvature(library(p)), dict(inverse.shift), state)
-        assert restored.report() == {**inverse.report(), "because": restored.report()["because"]}
+        restored = solving.restore(inverse, curvature(library(p)))
+        assert restored.report() == inverse.report()
     assert solvers(restored) == solvers(inverse)
-    close(p.flatten(restored(b).x), x, 1e-9)
-    assert all(torch.equal(t, state[k]) for k, t in restored.state().items()) and set(restored.state()) == set(state)
+    close(p.flatten(solving.solve(restored, b).x), x, 1e-9)
+    again, same = records.describe(restored, GIVEN)
+    assert same == description and set(again) == set(tensors)
+    assert all(torch.equal(again[path], t) for path, t in tensors.items())
 
 
-# --- damping by parameter ---
+# --- damping by block ---
 
 
-def test_damping_by_parameter_is_what_it_says():
+def test_damping_by_block_is_what_it_says():
     p = problem("mlp")
-    shift = {q: 0.1 * (1 + int(q[0])) for q in p.shapes}
-    damping = Damping.by_parameter(shift)
-    assert damping.resolve(GGN(library(p))) == shift and damping.value == max(shift.values())
-    assert "by parameter" in str(damping) and damping == Damping.by_parameter(dict(shift))
-    assert damping != Damping.by_parameter(shift | {"0.weight": 0.2, "0.bias": 0.2})
-    wanted = torch.cat([torch.full((s.numel(),), shift[q], dtype=torch.float64) for q, s in p.shapes.items()])
-    matrix = p.ggn() + torch.diag(wanted)
+    curvature = GGN(library(p))
+    by_block = {block.name: 0.1 * (1 + i) for i, block in enumerate(curvature.problem.blocks)}
+    damping = Damping.by_block(by_block)
+    assert damping.resolve(curvature) == by_block and damping.value == max(by_block.values())
+    assert "by block" in str(damping) and damping == Damping.by_block(dict(by_block))
+    assert damping != Damping.by_block(by_block | {"0": 0.2})
+    matrix = p.ggn() + torch.diag(solving.diagonal(Exact(form="primal").fit(curvature, damping)))
     scores = attribute(p.model, p.task, p.train, p.queries, damping=damping)
     close(scores.values, p.measurement_gradients() @ torch.linalg.solve(matrix, p.loss_gradients().T))
-    assert scores.provenance["damping by parameter"] == shift
+    assert scores.provenance["damping by block"] == by_block
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: {k: v for k, v in s.items() if k != "2.weight"}, "a positive number for each attributed parameter"),
-        (lambda s: s | {"9.weight": 0.1}, "a positive number for each attributed parameter"),
-        (lambda s: s | {"2.weight": 0.0, "2.bias": 0.0}, "a positive number for each attributed parameter"),
-        (lambda s: s | {"2.weight": -0.1, "2.bias": -0.1}, "a positive number for each attributed parameter"),
-        (lambda s: s | {"2.weight": float("nan"), "2.bias": float("nan")}, "a positive"),
-        (lambda s: s | {"2.weight": float("inf"), "2.bias": float("inf")}, "a positive finite number"),
+        (lambda s: {k: v for k, v in s.items() if k != "2"}, "a positive number for each block of parameters"),
+        (lambda s: s | {"9": 0.1}, "a positive number for each block of parameters"),
+        (lambda s: s | {"2": 0.0}, "a positive number for each block of parameters"),
+        (lambda s: s | {"2": -0.1}, "a positive number for each block of parameters"),
+        (lambda s: s | {"2": float("nan")}, "a positive"),
+        (lambda s: s | {"2": float("inf")}, "a positive finite number"),
         (lambda s: dict.fromkeys(s, 0.0), "a positive finite number"),
-        (lambda s: s | {"2.weight": 0.2}, "one number for all parameters of a layer"),
+        (lambda s: {}, "a positive number for each block of parameters"),
+        (lambda s: dict.fromkeys(("2.weight", "2.bias"), 0.1), r"each block of parameters \(0, 2, 4\), got.*2.weight"),
     ],
 )
-def test_a_damping_by_parameter_that_does_not_fit_is_refused(change, message):
-    p = problem("mlp")
+def test_a_damping_by_block_that_does_not_fit_is_refused(change, message):
+    curvature = GGN(library(problem("mlp")))
+    by_block = {block.name: 0.1 for block in curvature.problem.blocks}
     with pytest.raises(InputError, match=message):
-        Damping.by_parameter(change(dict.fromkeys(p.shapes, 0.1))).resolve(GGN(library(p)))
+        Damping.by_block(change(by_block)).resolve(curvature)

@@ -17,6 +17,8 @@ from wherefrom import (
     Arnoldi,
     AttributionError,
     Auto,
+    Damping,
+    Directions,
     Dual,
     EmpiricalFisher,
     Exact,
@@ -25,7 +27,6 @@ from wherefrom import (
     Inverse,
     Neumann,
     Nystrom,
-    Pairing,
     Problem,
     RandProj,
     RandSelect,
@@ -33,11 +34,11 @@ from wherefrom import (
 )
 from wherefrom.curvature import Need
 from wherefrom.persample import layers
+from wherefrom.persample.blocks import Block
 from wherefrom.persample.factored import Factored, Written
-from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.layers import LinearKind, NormKind, kind_of
 from wherefrom.solvers.auto import Choice
-from wherefrom.solvers.identity import Unit
+from wherefrom.solvers.identity import IdentityInverse
 from wherefrom.testing import ConformanceError, check_layer, check_operator, check_solver
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
@@ -131,7 +132,7 @@ def test_every_low_rank_and_block_solver_conforms(name, solver):
 @pytest.mark.parametrize("preconditioner", [Identity(), EKFAC(), Dual(), Nystrom(rank=15)], ids=repr)
 def test_auto_conforms_whatever_it_chooses(preconditioner, monkeypatch):
     choice = CG(preconditioner, tolerance=1e-9, steps=1000)
-    monkeypatch.setattr(Auto, "choices", lambda self, curvature, first=None: [Choice(choice, "the test says so")])
+    monkeypatch.setattr(Auto, "choices", lambda self, curvature: [Choice(choice, "the test says so")])
     check_solver(Auto(tolerance=1e-9), GGN(library(problem("mlp"))), damping=0.5)
 
 
@@ -265,15 +266,18 @@ def test_layers_conform_in_float32():
 
 
 class Matrix:
-    """A dense operator on one parameter of 4 numbers and one of 2 x 3."""
+    """A dense operator on one block of 4 numbers and one of 2 x 3."""
 
     def __init__(self, matrix: torch.Tensor, psd: bool = True):
         self.matrix, self.psd = matrix, psd
-        self.shapes = {"a": torch.Size([4]), "b": torch.Size([2, 3])}
+        self.blocks = (
+            Block("a", {"a": torch.Size([4])}, None),
+            Block("b", {"b": torch.Size([2, 3])}, (1, 2)),
+        )
 
     def __call__(self, v):
-        flat = torch.cat([v["a"], v["b"].flatten(1)], 1) @ self.matrix.T.to(v["a"])
-        return {"a": flat[:, :4], "b": flat[:, 4:].view(-1, 2, 3)}
+        flat = v.flatten()
+        return Directions.unflatten(v.blocks, flat @ self.matrix.T.to(flat))
 
 
 def spectrum(*values: float) -> torch.Tensor:
@@ -283,13 +287,13 @@ def spectrum(*values: float) -> torch.Tensor:
 
 class Affine(Matrix):
     def __call__(self, v):
-        return {name: t + 1 for name, t in super().__call__(v).items()}
+        return super().__call__(v).map(lambda _, t: t + 1)
 
 
 class Meddling(Matrix):
     def __call__(self, v):
         out = super().__call__(v)
-        v["a"] += 1
+        v.tensors()["a"].add_(1)
         return out
 
 
@@ -297,27 +301,34 @@ class Mixing(Matrix):
     """Right-hand sides leak into each other."""
 
     def __call__(self, v):
-        return {name: t + 0.1 * t.mean(0) for name, t in super().__call__(v).items()}
+        return super().__call__(v).map(lambda _, t: t + 0.1 * t.mean(0))
 
 
 class Transposed(Matrix):
     def __call__(self, v):
-        return {name: t.mT if t.ndim == 3 else t for name, t in super().__call__(v).items()}
+        return super().__call__(v).map(lambda name, t: t.mT if name == "b" else t)
 
 
 class Narrow(Matrix):
     def __call__(self, v):
-        return {name: t.float() for name, t in super().__call__(v).items()}
+        return super().__call__(v).map(lambda _, t: t.float())
 
 
 class Partial(Matrix):
     def __call__(self, v):
-        return {"a": super().__call__(v)["a"]}
+        return Directions(v.blocks, {"a": super().__call__(v).forms["a"]})
+
+
+class Named(Matrix):
+    """A plain dict, not directions."""
+
+    def __call__(self, v):
+        return super().__call__(v).to_parameters()
 
 
 class Square(Matrix):
     def __call__(self, v):
-        return {name: t * t.abs() for name, t in super().__call__(v).items()}
+        return super().__call__(v).map(lambda _, t: t * t.abs())
 
 
 def test_a_good_operator_passes():
@@ -336,9 +347,10 @@ def test_a_good_operator_passes():
         (Square(spectrum()), "linearity"),
         (Meddling(spectrum()), "the input v after C v"),
         (Mixing(spectrum()), "one at a time"),
-        (Transposed(spectrum()), "names and shapes must be.*'b': .3, 2, 3.*got.*'b': .3, 3, 2."),
+        (Transposed(spectrum()), "blocks and shapes must be.*'b': .3, 1, 2, 3.*got.*'b': .3, 1, 3, 2."),
         (Narrow(spectrum()), "dtype must be torch.float64, got torch.float32"),
-        (Partial(spectrum()), "names and shapes must be"),
+        (Partial(spectrum()), "blocks and shapes must be"),
+        (Named(spectrum()), "C v must be wherefrom.Directions, got dict"),
     ],
 )
 def test_a_bad_operator_fails(operator, message):
@@ -361,92 +373,124 @@ class Scaled(Solver):
 
     def fit(self, curvature, damping):
         self.check(curvature)
-        return self.made(curvature, dict.fromkeys(curvature.problem.shapes, float(damping)))
+        return self.invert(curvature, Damping.of(damping).resolve(curvature))
 
-    def restore(self, curvature, shift, state):
-        return self.made(curvature, shift)
-
-    def made(self, curvature, shift) -> Inverse:
-        return Over(curvature, shift)
+    def invert(self, curvature, damping) -> Inverse:
+        return Over(curvature, damping)
 
 
 class Over(Inverse):
     def apply(self, b):
-        return {name: t / self.shift[name] for name, t in b.items()}
+        return b.dense().map(lambda name, t: t / self.damping[name])
 
 
 def broken(inverse: type[Inverse]) -> Solver:
     @dataclass(frozen=True)
     class Broken(Scaled):
-        def made(self, curvature, shift):
-            return inverse(curvature, shift)
+        def invert(self, curvature, damping):
+            return inverse(curvature, damping)
 
     return Broken()
 
 
 class Bent(Over):
     def apply(self, b):
-        return {name: t * t.abs() for name, t in b.items()}
+        return b.map(lambda _, t: t * t.abs())
 
 
 class Joined(Over):
     def apply(self, b):
-        return {name: t / self.shift[name] + t.sum(0) for name, t in b.items()}
+        return b.map(lambda name, t: t / self.damping[name] + t.sum(0))
 
 
 class Shifted(Over):
     def apply(self, b):
-        return {name: t / self.shift[name] + 1 for name, t in b.items()}
+        return b.map(lambda name, t: t / self.damping[name] + 1)
 
 
 class Spoiling(Over):
     def apply(self, b):
-        return {name: t.mul_(2) for name, t in b.items()}
+        return b.map(lambda _, t: t.mul_(2))
 
 
 class Short(Over):
     def apply(self, b):
-        return dict(list(super().apply(b).items())[1:])
+        x = super().apply(b)
+        return Directions(x.blocks, dict(list(x.forms.items())[1:]))
+
+
+class Named(Over):
+    """A plain dict, not directions."""
+
+    def apply(self, b):
+        return super().apply(b).to_parameters()
 
 
 class Wide(Over):
     def apply(self, b):
-        return {name: t.float() for name, t in super().apply(b).items()}
+        return super().apply(b).map(lambda _, t: t.float())
 
 
 class Random(Over):
     def apply(self, b):
-        return {name: t * torch.rand(()) for name, t in b.items()}
+        return b.map(lambda _, t: t * torch.rand(()))
 
 
 class Flattering(Over):
     """Its certificate is better than the truth."""
 
     def residual_vector(self, x, b):
-        return {name: 0.5 * t for name, t in super().residual_vector(x, b).items()}
+        return super().residual_vector(x, b).scale(0.5)
 
 
 class Uncertain(Over):
-    def __call__(self, b, certify=True):
-        return dataclasses.replace(super().__call__(b), residual=None)
+    def solve(self, b, certify=True):
+        x, certificate = super().solve(b, certify)
+        return x, dataclasses.replace(certificate, residual=None)
 
 
 class Certain(Over):
     """Measures a residual that nobody asked for."""
 
-    def __call__(self, b, certify=True):
-        return super().__call__(b, certify=True)
+    def solve(self, b, certify=True):
+        return super().solve(b, certify=True)
 
 
 class WrongSelf(Over):
-    def quadratic(self, rows):
-        return rows.square_norms().sum(1)
+    def self_influence(self, rows):
+        values = rows.square_norms().sum(1)
+        return values, torch.ones_like(values, dtype=torch.bool)
 
 
-class WrongPair(Over):
-    def pairing(self, rows: Gradients):
-        blocks = {b.name: b.pack(rows.dense()) for b in rows.blocks}
-        return Pairing(blocks)
+class WrongFactored(Over):
+    """Right for what is written out, and takes a shorter way for what is not."""
+
+    def apply(self, b):
+        is_dense = all(isinstance(form, torch.Tensor) for form in b.forms.values())
+        return super().apply(b) if is_dense else b
+
+
+class Hiding(Over):
+    """Keeps what it needs beside its fields."""
+
+    factor = 1.0
+
+    def apply(self, b):
+        return super().apply(b).scale(self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Unsaved(Over):
+    """Has a field that no file can hold."""
+
+    scale: object = len
+
+
+class Unbuildable(Over):
+    """Is not made of its fields."""
+
+    def __init__(self, curvature, damping, more):
+        super().__init__(curvature, damping)
 
 
 @pytest.mark.parametrize(
@@ -456,14 +500,16 @@ class WrongPair(Over):
         (Joined, "one by one"),
         (Shifted, "one by one|zero right-hand side"),
         (Spoiling, "the right-hand side after solving"),
-        (Short, "names and shapes must be"),
+        (Short, "blocks and shapes must be"),
+        (Named, "apply must be wherefrom.Directions, got dict"),
         (Wide, "dtype must be torch.float64"),
         (Random, "solving again"),
         (Flattering, "the certificate against"),
         (Uncertain, "residual must be measured if certify=True"),
         (Certain, "residual must be measured if certify=True, and be None"),
         (WrongSelf, "self-influence"),
-        (WrongPair, "scores by pairing"),
+        (WrongFactored, "scores by factored right-hand sides"),
+        (Unsaved, "cannot be restored by its fields: the field scale of a record must be a tensor, a number"),
     ],
 )
 def test_a_bad_inverse_fails(inverse, message):
@@ -490,10 +536,18 @@ class Nameless(Scaled):
 
 @dataclass(frozen=True)
 class Forgetful(Scaled):
-    """Restores with another damping."""
+    """What it tells its inverse is not saved with it."""
 
-    def restore(self, curvature, shift, state):
-        return Over(curvature, {name: 2 * value for name, value in shift.items()})
+    def invert(self, curvature, damping):
+        inverse = Hiding(curvature, damping)
+        object.__setattr__(inverse, "factor", 2.0)
+        return inverse
+
+
+@dataclass(frozen=True)
+class Unrestored(Scaled):
+    def invert(self, curvature, damping):
+        return Unbuildable(curvature, damping, "more")
 
 
 @dataclass(frozen=True)
@@ -528,7 +582,8 @@ class Unhashable(Scaled):
         (Careless, "Careless must refuse, with UnsupportedError, a curvature that offers no Kronecker factors"),
         (Nameless, "its repr must depend on its fields alone"),
         (Unequal, "its repr must depend on its fields alone"),
-        (Forgetful, "after state and restore"),
+        (Forgetful, "solutions after saving and restoring"),
+        (Unrestored, "cannot be restored by its fields: .*Unbuildable must be one with its fields"),
         (Needless, "Needless.needs must be a wherefrom.Need, got 'everything'"),
         (Undecorated, "must be decorated with @dataclass.frozen=True."),
         (Unhashable, "must be hashable"),
@@ -541,7 +596,7 @@ def test_a_bad_solver_fails(solver, message):
 
 def test_a_solver_that_repeats_what_nobody_solved_is_not_the_identity():
     """The identity conforms too: its residual says what it is worth."""
-    assert isinstance(Identity().fit(GGN(library(problem("mlp"))), 0.1), Unit)
+    assert isinstance(Identity().fit(GGN(library(problem("mlp"))), 0.1), IdentityInverse)
 
 
 # --- layer entries broken on purpose ---

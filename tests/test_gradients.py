@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from problems import NAMES, TinyProblem, problem
-from wherefrom import AttributionWarning, Classification, InputError, Problem, Regression
+from wherefrom import AttributionWarning, Classification, Directions, InputError, Problem, Regression
 from wherefrom.persample import factored, gradients
 from wherefrom.persample.factored import Factored
 
@@ -50,7 +50,7 @@ def rows_of(p: TinyProblem, R: int, **options) -> tuple[gradients.Gradients, tor
 
 
 def dense(p: TinyProblem, g: gradients.Gradients) -> torch.Tensor:
-    return p.flatten(g.dense()).view(*g.weights.shape, p.dim)
+    return p.flatten(g.dense().to_parameters()).view(*g.weights.shape, p.dim)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,16 +107,18 @@ def test_contractions_equal_dense_ones(name, order, monkeypatch):
                 v = torch.randn(Q, p.dim, generator=rng, dtype=torch.float64)
                 w = torch.randn(Q, n, R, generator=rng, dtype=torch.float64)
                 expected = torch.einsum("qd,nrd->qnr", v, wanted)
-                torch.testing.assert_close(some.dot(p.unflatten(v)), expected, **TIGHT)
-                packed = gradients.pack(some.blocks, p.unflatten(v))
-                torch.testing.assert_close(some.dot(packed=packed), expected, **TIGHT)
+                directions = Directions.from_parameters(some.blocks, p.unflatten(v))
+                torch.testing.assert_close(some.dot(directions), expected, **TIGHT)
+                by_block = some.dot_by_block(directions)
+                torch.testing.assert_close(sum(by_block.values()), expected, **TIGHT)
                 expected = torch.einsum("qnr,nrd->qd", w, wanted)
-                torch.testing.assert_close(p.flatten(some.combine(w)), expected, **TIGHT)
+                torch.testing.assert_close(p.flatten(some.combine(w).to_parameters()), expected, **TIGHT)
                 apart = {k: t for b in some.blocks for k, t in b.unpack(some.rows[b.name].combine(w)).items()}
                 torch.testing.assert_close(p.flatten(apart), expected, **TIGHT)
                 weighted = dataclasses.replace(some, weights=torch.rand(n, R, generator=rng, dtype=torch.float64))
                 expected = torch.einsum("qd,nrd,nr,nre->qe", v, wanted, weighted.weights / 11, wanted)
-                torch.testing.assert_close(p.flatten(weighted.product(p.unflatten(v), 11)), expected, **TIGHT)
+                product = p.flatten(weighted.product(directions, 11).to_parameters())
+                torch.testing.assert_close(product, expected, **TIGHT)
             torch.testing.assert_close(some.square_norms(), wanted.square().sum(2), **TIGHT)
             torch.testing.assert_close(some.gram(g), torch.einsum("nrd,msd->nrms", wanted, truth), **TIGHT)
             torch.testing.assert_close(g.gram(some), torch.einsum("nrd,msd->nrms", truth, wanted), **TIGHT)
@@ -181,7 +183,7 @@ def test_each_order_of_a_contraction_is_chosen_where_it_is_cheapest(monkeypatch)
         v = torch.randn(Q, 2, O, I, generator=rng, dtype=torch.float64)
         w = torch.randn(Q, 5, R, generator=rng, dtype=torch.float64)
         for move in (0.0, 32.0, 1e9):
-            monkeypatch.setattr(factored, "MOVE", move)
+            monkeypatch.setattr(factored, "MEMORY_COST", move)
             chosen.add(rows._order(Q))
             torch.testing.assert_close(rows.dot(v), torch.einsum("qgoi,nrgoi->qnr", v, dense_rows), **TIGHT)
             torch.testing.assert_close(rows.combine(w), torch.einsum("qnr,nrgoi->qgoi", w, dense_rows), **TIGHT)
@@ -201,10 +203,11 @@ def test_pack_and_unpack_are_inverse(name):
         packed = block.pack(p.unflatten(v))
         assert packed.shape == (2, *block.sides)
         back |= block.unpack(packed)
-        pieces = block.pieces(p.unflatten(v))
-        assert torch.equal(torch.cat(pieces, 3 if block.matrix else 2), packed)
-        assert all(torch.equal(t, p.unflatten(v)[name]) for name, t in block.shaped(pieces).items())
     assert torch.equal(p.flatten(back), v)
+    directions = Directions.from_parameters(blocks, p.unflatten(v))
+    assert torch.equal(p.flatten(directions.to_parameters()), v)
+    again = Directions.unflatten(blocks, directions.flatten())
+    assert torch.equal(p.flatten(again.to_parameters()), v)
 
 
 # --- the model comes back as it was ---
@@ -340,7 +343,7 @@ def test_modules_of_no_registered_type_are_recognised(checkpointed):
     lib = Problem(model, Classification(), train)
     assert not lib.layout.slow
     assert {b.name for b in lib.blocks} == {"embed.weight", "norm.weight", "norm.shift", "router", "enter"}
-    found, truth = lib.loss_gradients(train).dense(), autograd_rows(model, lib, train)
+    found, truth = lib.loss_gradients(train).dense().to_parameters(), autograd_rows(model, lib, train)
     for name, rows in truth.items():
         torch.testing.assert_close(found[name], rows, **TIGHT)
 
@@ -363,7 +366,7 @@ def test_what_a_model_puts_out_at_padding_is_no_reason_for_the_slow_path():
     train = ids, torch.randint(6, (7, 4)).where(ids != 0, -100)
     lib = Problem(model := Padded().double(), Classification(), train)
     assert not lib.layout.slow
-    found, truth = lib.loss_gradients(train).dense(), autograd_rows(model, lib, train)
+    found, truth = lib.loss_gradients(train).dense().to_parameters(), autograd_rows(model, lib, train)
     for name, rows in truth.items():
         torch.testing.assert_close(found[name], rows, **TIGHT)
 
@@ -385,7 +388,7 @@ def test_the_slow_path_takes_models_that_vmap_does_not():
     train = torch.randn(5, 5, dtype=torch.float64), torch.arange(5) % 3
     lib = Problem(model := Looking().double(), Classification(), train)
     c = torch.randn(2, 5, 3, dtype=torch.float64)
-    found = lib.gradients(train, lambda *_: c).dense()["form"].view(5, 2, 3, 5, 5)
+    found = lib.gradients(train, lambda *_: c).dense().to_parameters()["form"].view(5, 2, 3, 5, 5)
     for i in range(5):
         for r in range(2):
             (row,) = torch.autograd.grad((model(train[0][i : i + 1]) * c[r, i]).sum(), model.form)
@@ -421,7 +424,7 @@ def test_a_layer_that_the_first_examples_do_not_use_is_verified_where_it_is_used
     lib.loss_gradients(tuple(t[:5] for t in train))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = lib.loss_gradients(train).dense()
+        found = lib.loss_gradients(train).dense().to_parameters()
     assert [str(w.message)[:6] for w in said] == ([] if whole else ["first:"])
     torch.testing.assert_close(found["first.weight"], autograd_rows(model, lib, train)["first.weight"], **TIGHT)
 
@@ -444,7 +447,7 @@ def test_outputs_without_an_axis_of_their_own():
     x, y = problem("mlp_regression_scalar").train
     model = Scalar()
     lib = Problem(model, Regression(), (x, y))
-    found = lib.loss_gradients((x, y)).dense()
+    found = lib.loss_gradients((x, y)).dense().to_parameters()
     residual = 2 * (model(x) - y).detach()
     torch.testing.assert_close(found["linear.weight"][:, 0], residual[:, None] * x, **TIGHT)
     torch.testing.assert_close(found["linear.bias"][:, 0], residual, **TIGHT)
@@ -462,7 +465,7 @@ class Unused(nn.Module):
 def test_a_layer_that_is_never_called_has_zero_gradients():
     p = problem("mlp")
     lib = Problem(Unused().double(), p.task, p.train)
-    found = lib.loss_gradients(p.train).dense()
+    found = lib.loss_gradients(p.train).dense().to_parameters()
     assert found["used.weight"].abs().max() > 0
     assert found["unused.weight"].shape == (p.n, 4, 5)
     assert found["unused.weight"].abs().max() == 0 and found["unused.bias"].abs().max() == 0
@@ -480,7 +483,7 @@ def test_a_layer_whose_output_is_not_used_has_zero_gradients():
     c = torch.randn(3, p.n, 4, dtype=torch.float64)
     junk = [torch.full((p.n, 3, 4), float("nan"), dtype=torch.float64) for _ in range(20)]
     del junk  # memory that is not zero
-    found = lib.gradients(p.train, lambda *_: c).dense()
+    found = lib.gradients(p.train, lambda *_: c).dense().to_parameters()
     torch.testing.assert_close(found["used.bias"], c.transpose(0, 1).reshape(-1, 4), **TIGHT)
     assert found["unused.weight"].abs().max() == 0 and found["unused.bias"].abs().max() == 0
 
@@ -491,11 +494,12 @@ def test_rows_are_written_out_beforehand_where_that_serves_both_contractions(mon
     g, truth = rows_of(p, 3)
     v = torch.randn(60, p.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = torch.einsum("qd,nrd,nre->qe", v, truth, truth)
-    monkeypatch.setattr(factored, "MOVE", 0.0)
+    monkeypatch.setattr(factored, "MEMORY_COST", 0.0)
     written = []
     made = Factored.written
     monkeypatch.setattr(Factored, "written", lambda self: written.append(self.sizes) or made(self))
-    torch.testing.assert_close(p.flatten(g.product(p.unflatten(v), 1)), expected, **TIGHT)
+    product = g.product(Directions.from_parameters(g.blocks, p.unflatten(v)), 1)
+    torch.testing.assert_close(p.flatten(product.to_parameters()), expected, **TIGHT)
     spacious = {r.sizes for r in g.rows.values() if isinstance(r, Factored) and r.sizes[3] > 1}
     assert set(written) & spacious, "no convolution was written out"
     assert len(written) == len(set(written)), "rows were written out twice"

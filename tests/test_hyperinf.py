@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import solving
 import wherefrom
 from problems import TinyProblem, problem
 from wherefrom import (
@@ -214,12 +215,8 @@ def weighted_rows(p: TinyProblem, curvature) -> torch.Tensor:
     return torch.einsum("nk,nlk,nld->nkd", values.clamp(min=0).sqrt(), u, p.jacobian())
 
 
-def shift_of(p: TinyProblem, lib: Problem, shift: dict[str, float]) -> dict[str, float]:
-    return {b.name: shift[next(iter(b.shapes))] for b in lib.blocks}
-
-
 def applied(p: TinyProblem, inverse, b: torch.Tensor) -> torch.Tensor:
-    return p.flatten(inverse(p.unflatten(b), certify=False).x)
+    return p.flatten(solving.solve(inverse, p.unflatten(b), certify=False).x)
 
 
 def as_matrix(p: TinyProblem, inverse) -> torch.Tensor:
@@ -292,7 +289,7 @@ def test_datainf_is_the_mean_of_the_inverses(name, curvature):
     lib, rows = library(p, batch_size=4), weighted_rows(p, curvature)
     for damping in (0.05, Damping.relative(0.1)):
         inverse = DataInf().fit(curvature(lib), damping)
-        wanted = mean_of_inverses(p, lib, rows, shift_of(p, lib, inverse.shift))
+        wanted = mean_of_inverses(p, lib, rows, inverse.damping)
         b = torch.cat([p.measurement_gradients(), p.loss_gradients()[:2]])
         close(applied(p, inverse, b), b @ wanted)
 
@@ -305,7 +302,7 @@ def test_datainf_is_exact_for_one_example():
         lib = Problem(p.model, p.task, tuple(one), progress=False)
         inverse = DataInf().fit(EmpiricalFisher(lib), 0.01)
         g = p.loss_gradients()[2:3]
-        wanted = inverse_of_the_mean(p, lib, g.T @ g, shift_of(p, lib, inverse.shift))
+        wanted = inverse_of_the_mean(p, lib, g.T @ g, inverse.damping)
         close(as_matrix(p, inverse), wanted)
 
 
@@ -317,7 +314,7 @@ def test_datainf_is_never_below_the_exact_block_inverse(name, curvature):
     lib = library(p)
     matrix = p.empirical_fisher() if curvature is EmpiricalFisher else p.ggn()
     inverse = DataInf().fit(curvature(lib), Damping.relative(0.1))
-    exact = inverse_of_the_mean(p, lib, matrix, shift_of(p, lib, inverse.shift))
+    exact = inverse_of_the_mean(p, lib, matrix, inverse.damping)
     excess = as_matrix(p, inverse) - exact
     close(excess, excess.T)
     values = torch.linalg.eigvalsh((excess + excess.T) / 2)
@@ -327,11 +324,11 @@ def test_datainf_is_never_below_the_exact_block_inverse(name, curvature):
 def test_the_published_damping_is_relative():
     p = problem("mlp")
     lib = library(p)
-    shift = DataInf().fit(EmpiricalFisher(lib), Damping.relative(0.1)).shift
+    damping = DataInf().fit(EmpiricalFisher(lib), Damping.relative(0.1)).damping
     for block in lib.blocks:
         g = p.loss_gradients()[:, entries(p, block)]
         wanted = 0.1 * float(g.square().sum()) / (p.n * g.shape[1])
-        assert shift[next(iter(block.shapes))] == pytest.approx(wanted)
+        assert damping[block.name] == pytest.approx(wanted)
 
 
 # --- HyperINF ---
@@ -346,7 +343,7 @@ def test_hyperinf_is_the_inverse_of_the_generalised_fisher_matrix(name, curvatur
     for damping in (0.05, Damping.relative(0.1)):
         inverse = HyperINF(**options).fit(curvature(lib), damping)
         b = torch.cat([p.measurement_gradients(), p.loss_gradients()[:2]])
-        wanted = gfim_solve(p, lib, rows, shift_of(p, lib, inverse.shift), b, **({"side": "auto"} | options))
+        wanted = gfim_solve(p, lib, rows, inverse.damping, b, **({"side": "auto"} | options))
         close(applied(p, inverse, b), wanted)
 
 
@@ -358,7 +355,7 @@ def test_the_fisher_version_is_the_block_diagonal_inverse(name, curvature, inver
     lib = library(p, batch_size=4)
     matrix = p.empirical_fisher() if curvature is EmpiricalFisher else p.ggn()
     fitted = HyperINF(matrix="fim", inverse=inverse).fit(curvature(lib), Damping.relative(0.01))
-    wanted = inverse_of_the_mean(p, lib, matrix, shift_of(p, lib, fitted.shift))
+    wanted = inverse_of_the_mean(p, lib, matrix, fitted.damping)
     b = torch.cat([p.measurement_gradients(), p.loss_gradients()[:2]])
     close(applied(p, fitted, b), b @ wanted)
 
@@ -377,10 +374,10 @@ def test_with_one_line_the_generalised_matrix_is_the_fisher_matrix():
     lib = linear(20, 5, 1)
     curvature = EmpiricalFisher(lib)
     b = {"weight": torch.randn(3, 1, 5).double(), "bias": torch.randn(3, 1).double()}
-    full = HyperINF(matrix="fim").fit(curvature, 0.05)(b).x
-    exact = Exact(form="primal").fit(curvature, 0.05)(b).x
+    full = solving.solve(HyperINF(matrix="fim").fit(curvature, 0.05), b).x
+    exact = solving.solve(Exact(form="primal").fit(curvature, 0.05), b).x
     for options in ({"side": "input"}, {"side": "larger"}, {"side": "input", "drop_r": False}):
-        found = HyperINF(**options).fit(curvature, 0.05)(b).x
+        found = solving.solve(HyperINF(**options).fit(curvature, 0.05), b).x
         for name in b:
             close(found[name], full[name])
             close(found[name], exact[name])
@@ -392,7 +389,7 @@ def test_with_independent_lines_the_generalised_matrix_over_r_tends_to_the_fishe
         inverse = HyperINF(side="input", drop_r=False).fit(EmpiricalFisher(linear(n, 3, 4, bias=False)), 0.3)
         full = HyperINF(matrix="fim").fit(inverse.curvature, 0.3)
         b = {"weight": torch.eye(12).double().view(12, 4, 3)}
-        found, wanted = inverse.apply(b)["weight"], full.apply(b)["weight"]
+        found, wanted = solving.apply(inverse, b)["weight"], solving.apply(full, b)["weight"]
         errors.append(float((found - wanted).norm() / wanted.norm()))
     assert errors[0] > 0.03 and errors[1] < errors[0] / 4  # a root of 64 is 8
 
@@ -501,7 +498,7 @@ def test_the_report_has_the_worst_residual_and_the_most_steps():
     curvature = EmpiricalFisher(library(p))
     inverse = HyperINF(tolerance=1e-9).fit(curvature, 1e-3)
     report = inverse.report()
-    moments = curvature.remember(("second moments", tuple(inverse.sides.items())), lambda: pytest.fail("not kept"))
+    moments = curvature.cached(("second moments", tuple(inverse.sides.items())), lambda: pytest.fail("not kept"))
     worst = max(
         float((torch.eye(len(x[0])).double() - (moments[name][0] + 1e-3 * torch.eye(len(x[0])).double()) @ x[0]).norm())
         for name, x in inverse.inverses.items()
@@ -546,7 +543,9 @@ def test_curvatures_without_rows_are_refused(solver):
             return -super().loss(outputs, batch)
 
     with pytest.raises(UnsupportedError, match="weights of at least 0.*not convex.*EmpiricalFisher"):
-        solver.fit(GGN(Problem(p.model, Concave(), p.train)), 0.1)(p.unflatten(p.measurement_gradients()))
+        solving.solve(
+            solver.fit(GGN(Problem(p.model, Concave(), p.train)), 0.1), p.unflatten(p.measurement_gradients())
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import solving
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
 from wherefrom import (
     EKFAC,
@@ -16,11 +17,12 @@ from wherefrom import (
     InputError,
     Problem,
     Regression,
-    factored,
 )
 from wherefrom.curvature import kronecker
+from wherefrom.methods.solution import _choose_bases
+from wherefrom.persample import factored
+from wherefrom.persample.directions import concatenate
 from wherefrom.persample.eigenbasis import KroneckerBlock
-from wherefrom.solvers.base import Pairing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")
@@ -41,7 +43,7 @@ def basis(block: KroneckerBlock) -> torch.Tensor:
     """The eigenvectors as columns: (P, P), in the order of `dense_blocks`."""
     sides = block.ekfac.shape
     eye = torch.eye(sides.numel(), dtype=torch.float64).view(-1, *sides)
-    return block.rotate(eye).reshape(len(eye), -1)  # row i: coordinates of e_i
+    return block.to_eigenbasis(eye).reshape(len(eye), -1)  # row i: coordinates of e_i
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> None:
@@ -70,7 +72,7 @@ def test_eigenvalues_are_the_diagonal_of_the_fisher_in_an_orthonormal_basis(name
         close(Q.T @ Q, torch.eye(len(Q), dtype=torch.float64))
         close(f.ekfac.flatten(), (Q.T @ fisher[block] @ Q).diagonal())
         v = torch.randn(3, *f.ekfac.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        close(f.back(f.rotate(v)), v)
+        close(f.from_eigenbasis(f.to_eigenbasis(v)), v)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,14 +106,14 @@ def test_relative_damping_of_a_model_with_many_outputs_costs_no_product(monkeypa
     monkeypatch.setattr(GGN, "product", lambda *_: pytest.fail("a product with the curvature"))
     curvature = GGN(library(p), "jvp")
     inverse = EKFAC().fit(curvature, Damping.relative(0.1))
-    assert inverse.shift == {name: pytest.approx(0.1 * m) for name, m in curvature.mean_eigenvalues().items()}
+    assert inverse.damping == {name: pytest.approx(0.1 * m) for name, m in curvature.mean_eigenvalues().items()}
 
 
 def test_a_restored_fit_takes_another_damping_without_another_pass(monkeypatch):
     p = problem("mlp")
     first, again = EKFAC().fit(GGN(library(p)), 0.1), GGN(library(p))
-    EKFAC().restore(again, first.shift, first.state())
-    monkeypatch.setattr("wherefrom.solvers.kronecker.fit", lambda *_: pytest.fail("the factors are there"))
+    EKFAC().share(solving.restore(first, again))
+    monkeypatch.setattr(kronecker, "fit", lambda *_: pytest.fail("the factors are there"))
     assert (EKFAC().fit(again, 0.2).factors["0"].ekfac == first.factors["0"].ekfac).all()
 
 
@@ -174,7 +176,7 @@ def test_a_linear_regression_is_solved_exactly(solver, outputs):
     b = torch.randn(4, outputs, 6, generator=rng, dtype=torch.float64)
     for damping in (1e-4 * float(ggn.diagonal().mean()), 0.3):
         inverse = solver.fit(GGN(lib), damping)
-        solution = inverse({"weight": b[..., :5], "bias": b[..., 5]})
+        solution = solving.solve(inverse, {"weight": b[..., :5], "bias": b[..., 5]})
         found = torch.cat([solution.x["weight"], solution.x["bias"].unsqueeze(-1)], 2).flatten(1)
         close(found.T, torch.linalg.solve(ggn + damping * torch.eye(len(ggn)).double(), b.flatten(1).T), 1e-8)
         assert solution.residual is not None and float(solution.residual.max()) < 1e-8
@@ -186,7 +188,7 @@ def test_true_labels_on_one_example_give_the_exact_blocks(solver):
     lib = library(p, tuple(t[:1] for t in p.train))
     g = p.unflatten(p.loss_gradients()[:1])
     b = torch.randn(3, p.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = solver.fit(GGN(lib), 0.01)(p.unflatten(b), certify=False).x
+    x = solving.solve(solver.fit(GGN(lib), 0.01), p.unflatten(b), certify=False).x
     for block in lib.blocks:
         row, rhs, found = (block.pack(v).flatten(1) for v in (g, p.unflatten(b), x))
         matrix = row.T @ row + 0.01 * torch.eye(row.shape[1]).double()
@@ -197,7 +199,9 @@ def test_true_labels_on_one_example_give_the_exact_blocks(solver):
 
 
 def solved(solver, model: nn.Module, task, data, right_hand_sides):
-    return solver.fit(GGN(Problem(model, task, data, batch_size=4)), 0.05)(right_hand_sides, certify=False).x
+    return solving.solve(
+        solver.fit(GGN(Problem(model, task, data, batch_size=4)), 0.05), right_hand_sides, certify=False
+    ).x
 
 
 @pytest.mark.parametrize("solver", [KFAC(labels="true"), EKFAC(labels="true"), KFAC(), EKFAC()])
@@ -389,15 +393,16 @@ def test_scores_do_not_depend_on_the_basis_that_they_are_made_in(name, monkeypat
     lib = library(p)
     inverse = EKFAC(labels="true").fit(GGN(lib), 0.01)
     g = lib.loss_gradients(lib.batch(range(p.n)))
-    wanted = g.dot(inverse(g.dense(), certify=False).x)[..., 0]
-    pairings = []
+    wanted = g.dot(inverse.apply(g.dense()))[..., 0]
+    x = inverse.apply(g.to_directions().to_eigenbasis(inverse.scoring_basis))
+    both = []
     for turn, back in ((0, 1), (1, 0)):
-        monkeypatch.setattr(KroneckerBlock, "costs", lambda *_, costs=(turn, back): costs)
-        pairings.append(inverse.pairing(g))
-        assert set(pairings[-1].bases) == (set(inverse.factors) if back else set())
-        close(pairings[-1](g), wanted, 1e-8)
-    for parts in (pairings, pairings[::-1], pairings[:1] * 2):
-        close(Pairing.joined(parts)(g), torch.cat([wanted, wanted]), 1e-8)
+        monkeypatch.setattr(KroneckerBlock, "rotation_costs", lambda *_, costs=(turn, back): costs)
+        both.append(_choose_bases(x, g, p.n))
+        assert set(both[-1].bases) == (set(inverse.factors) if back else set())
+        close(g.dot(both[-1])[..., 0], wanted, 1e-8)
+    for parts in (both, both[::-1], both[:1] * 2):
+        close(g.dot(concatenate(parts))[..., 0], torch.cat([wanted, wanted]), 1e-8)
 
 
 # --- sampled labels and their limit ---
@@ -424,8 +429,13 @@ def test_many_draws_of_sampled_labels_mean_the_gauss_newton_matrix(name):
 def test_labels_follow_the_curvature_unless_they_are_given(solver):
     lib = library(problem("mlp"))
     for curvature, labels in ((GGN, "sampled"), (Hessian, "sampled"), (EmpiricalFisher, "true")):
-        own, given = (s.fit(curvature(lib), 0.1).state() for s in (solver(), solver(labels=labels)))
-        assert set(own) == set(given) and all(torch.equal(own[key], given[key]) for key in own)
+        own, given = (s.fit(curvature(lib), 0.1).factors for s in (solver(), solver(labels=labels)))
+        assert set(own) == set(given)
+        for name, factors in own.items():
+            assert torch.equal(factors.kfac, given[name].kfac) and torch.equal(factors.ekfac, given[name].ekfac)
+            for side in ("left", "right"):
+                pieces = (getattr(f, side).pieces for f in (factors, given[name]))
+                assert all(torch.equal(a, b) for a, b in zip(*pieces, strict=True))
 
 
 def test_unknown_labels_are_refused():

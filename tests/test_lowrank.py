@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import problems
+import solving
 from problems import NAMES, TinyProblem, problem
 from wherefrom import (
     CG,
@@ -20,6 +21,7 @@ from wherefrom import (
     Classification,
     ConvergenceWarning,
     Damping,
+    Directions,
     DivergenceError,
     Dual,
     EmpiricalFisher,
@@ -32,8 +34,9 @@ from wherefrom import (
     RandSelect,
     Regression,
     UnsupportedError,
+    records,
 )
-from wherefrom.persample import vectors
+from wherefrom.methods.influence import GIVEN
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SLOW = ("positions", "odd_parameters", "subclassed", "parametrized", "time_first")  # a layer without an entry
@@ -87,22 +90,33 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) ->
 
 
 def solve(p: TinyProblem, inverse, b: torch.Tensor) -> torch.Tensor:
-    return p.flatten(inverse(p.unflatten(b), certify=False).x)
+    return p.flatten(solving.solve(inverse, p.unflatten(b), certify=False).x)
 
 
-def rows_of(p: TinyProblem, v: vectors.Vectors) -> torch.Tensor:
+def rows_of(p: TinyProblem, v: dict[str, torch.Tensor]) -> torch.Tensor:
     return p.flatten(v).double()
 
 
-def spread(p: TinyProblem, shift: dict[str, float]) -> torch.Tensor:
-    """A number per parameter tensor as a number per coordinate, (D,)."""
-    return torch.cat([torch.full((s.numel(),), shift[q], dtype=torch.float64) for q, s in p.shapes.items()])
+def in_order(p: TinyProblem, curvature, flat: torch.Tensor) -> torch.Tensor:
+    """Rows (r, D) whose coordinates stand block after block, in the order of the parameters."""
+    return rows_of(p, Directions.unflatten(curvature.problem.blocks, flat).to_parameters())
 
 
-def layers(p: TinyProblem, *levels: float) -> dict[str, float]:
-    """A damping for each layer of a sequential model, in turn."""
-    names = sorted({q.rpartition(".")[0] for q in p.shapes})
-    return {q: levels[names.index(q.rpartition(".")[0]) % len(levels)] for q in p.shapes}
+def vectors_of(p: TinyProblem, inverse) -> torch.Tensor:
+    """The directions that an inverse knows, (r, D), in the order of the parameters."""
+    return in_order(p, inverse.curvature, inverse.vectors)
+
+
+def weights_of(inverse) -> torch.Tensor:
+    """What each of these directions is multiplied with, (r,)."""
+    if hasattr(inverse, "values"):
+        return 1 / (inverse.values + inverse.level)
+    return torch.ones(len(inverse.vectors), dtype=torch.float64)
+
+
+def layers(curvature, *levels: float) -> dict[str, float]:
+    """A damping for each layer, in turn."""
+    return {block.name: levels[i % len(levels)] for i, block in enumerate(curvature.problem.blocks)}
 
 
 def counting(curvature) -> list[int]:
@@ -110,7 +124,7 @@ def counting(curvature) -> list[int]:
     counts, product = [], curvature.product
 
     def counted(v, index=None):
-        counts.append(vectors.count(v))
+        counts.append(len(v))
         return product(v, index)
 
     curvature.product = counted
@@ -131,7 +145,7 @@ def test_arnoldi_of_full_order_is_the_dense_damped_solve(kind):
     curvature = make(library(p))
     for damping in (small(C), 1e-2) if kind == "ggn" else (0.4 * -lowest, 0.1 - lowest):  # indefinite, and not
         inverse = Arnoldi(rank=p.dim, steps=p.dim).fit(curvature, damping)
-        assert len(inverse.weights) == p.dim
+        assert len(inverse.values) == p.dim
         close(solve(p, inverse, b), dense(C, damping, b))
 
 
@@ -140,10 +154,10 @@ def test_arnoldi_of_full_order_scores_as_the_dense_solve_where_the_ggn_has_no_fu
     """What the Krylov space lacks is in the null space, where no training gradient points."""
     p = problem(name)
     damping = small(p.ggn(), 1e-2)
-    influence = Influence(Arnoldi(rank=p.dim, steps=p.dim), damping, batch_size=4).fit(p.model, p.task, p.train)
-    assert len(influence.inverse.weights) < p.dim
+    fitted = Influence(Arnoldi(rank=p.dim, steps=p.dim), damping, batch_size=4).fit(p.model, p.task, p.train)
+    assert len(fitted.inverse.values) < p.dim
     for certify in (True, False):
-        close(influence.score(p.queries, certify=certify).values, p.exact_scores(p.ggn(), damping))
+        close(fitted.score(p.queries, certify=certify).values, p.exact_scores(p.ggn(), damping))
 
 
 def test_arnoldi_undamped_is_the_dense_undamped_influence():
@@ -151,11 +165,11 @@ def test_arnoldi_undamped_is_the_dense_undamped_influence():
     C = p.ggn()
     values = torch.linalg.eigvalsh(C)
     assert values[0] > 1e-7 * values[-1]
-    influence = Influence(Arnoldi(rank=p.dim, steps=p.dim, damped=False), 0.5).fit(p.model, p.task, p.train)
+    fitted = Influence(Arnoldi(rank=p.dim, steps=p.dim, damped=False), 0.5).fit(p.model, p.task, p.train)
     wanted = p.measurement_gradients() @ torch.linalg.solve(C, p.loss_gradients().T)
     for certify in (True, False):
-        close(influence.score(p.queries, certify=certify).values, wanted, 1e-7)
-    close(influence.self_influence(), (p.loss_gradients() * dense(C, 0.0, p.loss_gradients())).sum(1), 1e-7)
+        close(fitted.score(p.queries, certify=certify).values, wanted, 1e-7)
+    close(fitted.self_influence(), (p.loss_gradients() * dense(C, 0.0, p.loss_gradients())).sum(1), 1e-7)
 
 
 @pytest.mark.parametrize("kind", CURVATURES)
@@ -168,7 +182,7 @@ def test_the_top_eigenvalues_are_found(kind):
     found = inverse.values
     assert float(((found - values[order]) / values[order]).abs().max()) <= 1e-6
     assert ((found - values[order]).abs() <= inverse.errors + 1e-9 * values.abs().max()).all(), "the bound is one"
-    v = rows_of(p, inverse.directions)
+    v = vectors_of(p, inverse)
     torch.testing.assert_close(v @ v.T, torch.eye(20).double(), rtol=0, atol=1e-9)
     overlap = (v * directions[:, order].T).sum(1).abs()
     gaps = torch.stack([(values - values[k]).abs().sort().values[1] for k in order])
@@ -195,12 +209,12 @@ def test_dropping_eigenvalues_changes_the_quadratic_by_no_more_than_the_first_dr
     full = Arnoldi(rank=p.dim, steps=p.dim).fit(curvature, 10.0)
     for k in (1, 5, 20, 60):
         inverse = Arnoldi(rank=k, steps=p.dim).fit(curvature, 10.0)
-        v, bound = rows_of(p, inverse.directions), float(full.values[k].abs())
+        v, bound = vectors_of(p, inverse), float(full.values[k].abs())
         assert bound <= float(inverse.values.abs().min())
         gap = H - (v.T * inverse.values) @ v
         changes = (theta @ gap * theta).sum(1).abs() / 2
         assert (changes <= 0.5 * bound * theta.square().sum(1)).all()
-        worst = rows_of(p, full.directions)[k]
+        worst = vectors_of(p, full)[k]
         assert float(worst @ gap @ worst) / 2 == pytest.approx(0.5 * float(full.values[k]), rel=1e-6)
 
 
@@ -208,10 +222,10 @@ def test_the_residual_is_the_share_of_a_query_that_the_directions_miss():
     p = trained("regression")
     damping, b = small(p.ggn(), 1e-2), right_hand_sides(p)
     inverse = Arnoldi(rank=30, steps=p.dim).fit(GGN(library(p)), damping)
-    v = rows_of(p, inverse.directions)
+    v = vectors_of(p, inverse)
     missed = (b - b @ v.T @ v).norm(dim=1) / b.norm(dim=1)
     assert missed.min() > 0.1
-    close(inverse(p.unflatten(b)).residual, missed)
+    close(solving.solve(inverse, p.unflatten(b)).residual, missed)
 
 
 @pytest.mark.parametrize("kind", CURVATURES)
@@ -220,8 +234,8 @@ def test_arnoldi_with_relative_damping_equals_the_dense_answer(kind):
     b, curvature = right_hand_sides(p), make(library(p))
     for damping in (Damping.relative(0.5), Damping.relative(0.1)):
         inverse = Arnoldi(rank=p.dim, steps=p.dim).fit(curvature, damping)
-        assert len(set(inverse.shift.values())) == 3
-        close(solve(p, inverse, b), dense(matrix(p), spread(p, inverse.shift), b))
+        assert len(set(inverse.damping.values())) == 3
+        close(solve(p, inverse, b), dense(matrix(p), solving.diagonal(inverse), b))
 
 
 @pytest.mark.parametrize("solver", [Arnoldi(rank=500, steps=500), Nystrom(rank=500)], ids=["arnoldi", "nystrom"])
@@ -230,10 +244,11 @@ def test_dampings_that_swap_layers_are_not_mistaken_for_each_other(solver):
     p = trained("regression")
     b, curvature = right_hand_sides(p), GGN(library(p))
     for levels in ((0.1, 0.3, 0.9), (0.9, 0.3, 0.1), (0.3, 0.9, 0.1)):
-        shift = layers(p, *levels)
-        for ordered in (shift, dict(reversed(shift.items()))):
-            inverse = solver.fit(curvature, Damping.by_parameter(ordered))
-            close(solve(p, inverse, b), dense(p.ggn(), spread(p, shift), b))
+        damping = layers(curvature, *levels)
+        for ordered in (damping, dict(reversed(damping.items()))):
+            inverse = solver.fit(curvature, Damping.by_block(ordered))
+            assert inverse.damping == damping
+            close(solve(p, inverse, b), dense(p.ggn(), solving.diagonal(inverse), b))
 
 
 def test_self_influence_of_positive_eigenvalues_is_not_negative():
@@ -246,10 +261,10 @@ def test_self_influence_of_positive_eigenvalues_is_not_negative():
     some = Arnoldi(positive=True, **options).fit(curvature, 0.1)
     assert (every.values < 0).any() and (some.values > 0).all()
     assert int((every.values > 0).sum()) == len(some.values)
-    found, converged = some.quadratic(rows)
+    found, converged = some.self_influence(rows)
     assert (found >= 0).all() and converged.all()
-    assert (every.quadratic(rows)[0] < 0).any()
-    v = rows_of(p, some.directions)
+    assert (every.self_influence(rows)[0] < 0).any()
+    v = vectors_of(p, some)
     close(found, ((p.loss_gradients() @ v.T).square() / some.values).sum(1))
 
 
@@ -262,9 +277,9 @@ def test_a_sample_is_drawn_once_unless_it_is_to_be_fresh():
 
     def krylov(**options):
         solver = Arnoldi(rank=10, steps=20, sample=30, **options)
-        curvature._memory.clear()
+        curvature._cache.clear()
         solver.fit(curvature, 10.0)
-        ((_, found),) = curvature._memory.items()
+        ((_, found),) = curvature._cache.items()
         return found
 
     once, again, other, fresh = krylov(), krylov(), krylov(seed=1), krylov(fresh=True)
@@ -276,7 +291,8 @@ def test_a_sample_is_drawn_once_unless_it_is_to_be_fresh():
         torch.randn(1, *s, generator=start, dtype=torch.float64)
     index = torch.randperm(p.n, generator=start)[:30]
     part = TinyProblem("part", p.model, p.task, tuple(t[index] for t in p.train), p.queries, p.reference)
-    close(once.basis @ part.hessian() @ once.basis.T, once.projected)
+    basis = in_order(p, curvature, once.basis)
+    close(basis @ part.hessian() @ basis.T, once.projected)
     close(krylov(fresh=True).projected, once.projected, 0.5)
 
 
@@ -367,21 +383,23 @@ def test_slopes_are_products_with_the_jacobian_of_the_losses(name):
 
 @pytest.mark.parametrize("solver", [Arnoldi(rank=12, steps=30), RandProj(rank=12)], ids=["arnoldi", "randproj"])
 @pytest.mark.parametrize("name", ["mlp", "tied_embedding", *SLOW])
-def test_scores_by_pairing_equal_those_by_solutions(name, solver, monkeypatch):
+def test_scores_by_common_directions_equal_those_by_solutions(name, solver, monkeypatch):
     p, used = problem(name), []
-    influence = Influence(solver, 0.1, batch_size=4).fit(p.model, p.task, p.train)
-    lib, v = influence.problem, rows_of(p, influence.inverse.directions)
+    fitted = Influence(solver, 0.1, batch_size=4).fit(p.model, p.task, p.train)
+    lib, v, weights = fitted.problem, vectors_of(p, fitted.inverse), weights_of(fitted.inverse)
     slopes = lib.slopes
     monkeypatch.setitem(vars(lib), "slopes", lambda *args: used.append(1) or slopes(*args))
-    wanted = p.measurement_gradients() @ (v.T * influence.inverse.weights.double()) @ v @ p.loss_gradients().T
-    solution = influence.inverse(influence.query_gradients(p.queries).dense())
-    close(p.flatten(solution.x) @ p.loss_gradients().T, wanted)
+    wanted = p.measurement_gradients() @ (v.T * weights) @ v @ p.loss_gradients().T
+    queries = fitted.query_gradients(p.queries)
+    x, _ = fitted.inverse.solve(queries.dense())
+    close(p.flatten(x.to_parameters()) @ p.loss_gradients().T, wanted)
     assert not used
-    close(influence.score(p.queries, certify=False).values, wanted)
+    close(fitted.score(p.queries, certify=False).values, wanted)
     assert bool(used) == (name in SLOW), "forward mode where a gradient would have to be written out"
-    pairing = influence.inverse.pairing(influence.query_gradients(p.queries))
-    close(pairing(lib.loss_gradients(lib.batch(range(p.n)))), wanted)
-    close(influence.self_influence(), ((p.loss_gradients() @ v.T).square() * influence.inverse.weights.double()).sum(1))
+    directions = fitted.inverse.apply(queries.to_directions())
+    assert directions.mix is not None and len(directions) == len(wanted), "a few common directions, not one a query"
+    close(lib.loss_gradients(lib.batch(range(p.n))).dot(directions)[..., 0], wanted)
+    close(fitted.self_influence(), ((p.loss_gradients() @ v.T).square() * weights).sum(1))
 
 
 # --- random projections ---
@@ -406,7 +424,8 @@ def test_random_projections_are_unbiased_with_the_variance_of_gaussians():
 def test_a_random_selection_keeps_some_coordinates_and_is_unbiased():
     p, rank, seeds = problem("mlp"), 40, 400
     q, g = p.measurement_gradients()[0], p.loss_gradients()
-    mask = rows_of(p, RandSelect(rank).fit(GGN(library(p)), 0.1).mask)[0]
+    inverse = RandSelect(rank).fit(GGN(library(p)), 0.1)
+    mask = in_order(p, inverse.curvature, inverse.mask)[0]
     assert int((mask != 0).sum()) == rank and (mask[mask != 0] == p.dim / rank).all()
     found = dot_products(p, lambda seed: RandSelect(rank, seed), seeds)
     terms, D = g * q, p.dim  # a mean of rank of D numbers, drawn without replacement
@@ -432,7 +451,7 @@ def test_projections_are_drawn_from_their_seed_alone(solver):
 def test_each_row_of_a_projection_has_a_seed_of_its_own():
     """A projection of higher rank begins with the same rows, but for their length."""
     p = problem("mlp")
-    few, many = (rows_of(p, RandProj(rank).fit(GGN(library(p)), 0.1).directions) for rank in (5, 20))
+    few, many = (vectors_of(p, RandProj(rank).fit(GGN(library(p)), 0.1)) for rank in (5, 20))
     close(many[:5] * 2, few, 1e-12)
     gram = many @ many.T * 20 / p.dim
     assert (gram.diagonal() - 1).abs().max() < 0.6 and (gram - torch.diag(gram.diagonal())).abs().max() < 0.5
@@ -443,7 +462,7 @@ def test_each_row_of_a_projection_has_a_seed_of_its_own():
 
 def approximation(p: TinyProblem, inverse) -> torch.Tensor:
     """C_nys, (D, D), for a damping that is the same everywhere."""
-    v = inverse.directions.double()
+    v = vectors_of(p, inverse)
     return (v.T * inverse.values) @ v
 
 
@@ -468,7 +487,7 @@ def test_nystrom_lies_below_the_curvature(name, rank):
     p = problem(name)
     values = torch.linalg.eigvalsh(p.ggn()).flip(0)
     inverse = Nystrom(rank).fit(GGN(library(p)), 0.1)
-    v = inverse.directions
+    v = vectors_of(p, inverse)
     torch.testing.assert_close(v @ v.T, torch.eye(rank).double(), rtol=0, atol=1e-9)
     assert (inverse.values <= values[:rank] * (1 + 1e-9)).all()
     assert rank == 1 or inverse.values[0] > 0.5 * values[0]
@@ -503,7 +522,7 @@ def test_cg_with_nystrom_needs_few_steps():
     for rank in (0, 100, 200):
         inner = {"preconditioner": Nystrom(rank)} if rank else {}
         inverse = CG(tolerance=1e-8, **inner).fit(curvature, damping)
-        steps[rank] = inverse(p.unflatten(b)).steps
+        steps[rank] = solving.solve(inverse, p.unflatten(b)).steps
         close(solve(p, inverse, b), dense(p.ggn(), damping, b), 1e-5)
     assert steps[200] <= 15 and 2 * steps[200] <= steps[100] and 2 * steps[100] <= steps[0]
 
@@ -523,10 +542,10 @@ def test_nystrom_with_relative_damping_equals_the_dense_answer(name):
     p = problem(name)
     b = right_hand_sides(p)
     inverse = Nystrom(p.dim).fit(GGN(library(p)), Damping.relative(0.1))
-    assert len(set(inverse.shift.values())) > 1
-    close(solve(p, inverse, b), dense(p.ggn(), spread(p, inverse.shift), b))
+    assert len(set(inverse.damping.values())) > 1
+    close(solve(p, inverse, b), dense(p.ggn(), solving.diagonal(inverse), b))
     cg = CG(preconditioner=Nystrom(20), tolerance=1e-10).fit(GGN(library(p)), Damping.relative(0.1))
-    close(solve(p, cg, b), dense(p.ggn(), spread(p, inverse.shift), b))
+    close(solve(p, cg, b), dense(p.ggn(), solving.diagonal(inverse), b))
 
 
 def test_nystrom_takes_one_pass_and_none_on_another_damping():
@@ -534,7 +553,7 @@ def test_nystrom_takes_one_pass_and_none_on_another_damping():
     curvature = GGN(library(p))
     counts = counting(curvature)
     for damping in (0.1, 0.01):
-        assert Nystrom(20).fit(curvature, damping).report()["rank"] == 20
+        assert Nystrom(20).fit(curvature, damping).report()["directions"] == 20
     assert counts == [20]
     Nystrom(20, seed=1).fit(curvature, 0.1)
     Nystrom(10 * p.dim).fit(curvature, 0.1)
@@ -555,9 +574,8 @@ def test_nystrom_in_float32(name, kind, rank):
     noise = 1e-5 if kind != "finite-difference" else 2e-2
     assert torch.linalg.eigvalsh(C - approximation(p, inverse))[0] > -noise * top
     if kind != "finite-difference":
-        solution = CG(preconditioner=Nystrom(rank), tolerance=1e-4).fit(curvature, damping)(
-            {q: t.float() for q, t in p.unflatten(b).items()}
-        )
+        cg = CG(preconditioner=Nystrom(rank), tolerance=1e-4).fit(curvature, damping)
+        solution = solving.solve(cg, {q: t.float() for q, t in p.unflatten(b).items()})
         assert solution.converged.all() and all(t.dtype == torch.float32 for t in solution.x.values())
         close(rows_of(p, solution.x), dense(C, damping, b), 1e-3)
 
@@ -590,7 +608,7 @@ def test_block_cg_equals_the_dense_answer(name, preconditioner):
         "more than parameters": right_hand_sides(p, p.dim + 3, seed=1),
     }
     for case, some in cases.items():
-        solution = inverse(p.unflatten(some))
+        solution = solving.solve(inverse, p.unflatten(some))
         assert solution.converged.all() and float(solution.residual.max()) <= 1e-10, case
         assert solution.history.shape == (solution.steps + 1, len(some)) and solution.history.dtype == torch.float64
         for found, wanted in zip(p.flatten(solution.x), dense(p.ggn(), damping, some), strict=True):
@@ -607,9 +625,9 @@ def test_queries_that_nearly_agree_cost_no_steps(apart, preconditioner):
     b, damping = right_hand_sides(p), small(p.ggn(), 1e-2)
     options = {"preconditioner": preconditioner} if preconditioner else {}
     inverse = CG(tolerance=1e-10, block=True, **options).fit(GGN(library(p)), damping)
-    usual = inverse(p.unflatten(b if apart else b[:2])).steps  # the same query twice is one query
+    usual = solving.solve(inverse, p.unflatten(b if apart else b[:2])).steps  # the same query twice is one query
     near = torch.cat([b[:2], b[:1] + apart * b[2:]])
-    solution = inverse(p.unflatten(near))
+    solution = solving.solve(inverse, p.unflatten(near))
     assert solution.converged.all() and solution.steps <= 1.2 * usual
     close(p.flatten(solution.x), dense(p.ggn(), damping, near))
 
@@ -619,31 +637,33 @@ def test_a_query_that_is_not_finite_does_not_spoil_the_others():
     b = right_hand_sides(p)
     b[1, 0] = torch.nan
     inverse = CG(tolerance=1e-10, block=True).fit(GGN(library(p)), 0.1)
-    x, history, _ = inverse.solve(p.unflatten(b))
-    assert len(history) < 100
-    close(p.flatten(x)[[0, 2]], dense(p.ggn(), 0.1, b[[0, 2]]))
+    iterates = inverse.iterate(solving.directions(inverse, p.unflatten(b)))
+    assert iterates.history is not None and len(iterates.history) < 100
+    close(p.flatten(iterates.x.to_parameters())[[0, 2]], dense(p.ggn(), 0.1, b[[0, 2]]))
     with pytest.raises(DivergenceError, match=r"NaN or infinity for queries \[1\]"):
-        inverse(p.unflatten(b))
+        solving.solve(inverse, p.unflatten(b))
 
 
 def test_block_cg_needs_fewer_steps_than_separate_searches():
     p = trained("classification")
     b, curvature, damping = p.unflatten(right_hand_sides(p, 20)), GGN(library(p)), small(p.ggn(), 1e-2)
-    together, separate = (CG(tolerance=1e-8, block=block).fit(curvature, damping)(b).steps for block in (True, False))
+    together, separate = (
+        solving.solve(CG(tolerance=1e-8, block=block).fit(curvature, damping), b).steps for block in (True, False)
+    )
     assert 3 * together <= separate
 
 
 def test_block_cg_ends_within_as_many_steps_as_directions_fill_the_space():
     p = trained("regression")
     b, damping = right_hand_sides(p, 10), small(p.ggn(), 1e-1)
-    solution = CG(tolerance=1e-10, block=True).fit(GGN(library(p)), damping)(p.unflatten(b))
+    solution = solving.solve(CG(tolerance=1e-10, block=True).fit(GGN(library(p)), damping), p.unflatten(b))
     assert solution.steps <= -(-p.dim // 10) + 2
 
 
 def test_a_block_of_one_is_the_plain_method():
     p = problem("mlp")
     b, curvature = p.unflatten(right_hand_sides(p, 1)), GGN(library(p))
-    block, plain = (CG(tolerance=1e-8, block=block).fit(curvature, 0.01)(b) for block in (True, False))
+    block, plain = (solving.solve(CG(tolerance=1e-8, block=block).fit(curvature, 0.01), b) for block in (True, False))
     assert block.steps == plain.steps and torch.equal(p.flatten(block.x), p.flatten(plain.x))
 
 
@@ -651,7 +671,7 @@ def test_block_cg_with_relative_damping():
     p = problem("masked_sequence")
     b = right_hand_sides(p, 4)
     inverse = CG(tolerance=1e-10, block=True).fit(GGN(library(p)), Damping.relative(0.1))
-    close(solve(p, inverse, b), dense(p.ggn(), spread(p, inverse.shift), b))
+    close(solve(p, inverse, b), dense(p.ggn(), solving.diagonal(inverse), b))
 
 
 def test_block_cg_in_float32():
@@ -659,7 +679,9 @@ def test_block_cg_in_float32():
     b = right_hand_sides(p, 6)
     b[3], b[4] = b[0], b[1] - b[2]
     curvature, damping = GGN(single(p)), small(p.ggn(), 1e-1)
-    solution = CG(tolerance=1e-4, block=True).fit(curvature, damping)({q: t.float() for q, t in p.unflatten(b).items()})
+    solution = solving.solve(
+        CG(tolerance=1e-4, block=True).fit(curvature, damping), {q: t.float() for q, t in p.unflatten(b).items()}
+    )
     assert solution.converged.all() and all(t.dtype == torch.float32 for t in solution.x.values())
     close(rows_of(p, solution.x), dense(p.ggn(), damping, b), 3e-3)
 
@@ -668,7 +690,9 @@ def test_block_cg_on_an_indefinite_matrix_raises():
     p = problem("mlp")
     damping = -0.4 * float(torch.linalg.eigvalsh(p.hessian())[0])
     with pytest.raises(DivergenceError, match="non-positive curvature.*[Rr]aise the damping, take the GGN"):
-        CG(tolerance=1e-10, block=True).fit(Hessian(library(p)), damping)(p.unflatten(right_hand_sides(p)))
+        solving.solve(
+            CG(tolerance=1e-10, block=True).fit(Hessian(library(p)), damping), p.unflatten(right_hand_sides(p))
+        )
 
 
 @pytest.mark.parametrize("block", [True, False])
@@ -678,8 +702,8 @@ def test_seconds_stop_early_and_name_what_has_not_converged(block):
     curvature = GGN(library(p))
     never = CG(tolerance=1e-10, block=block, seconds=1e-9).fit(curvature, 1e-5)
     with pytest.warns(ConvergenceWarning, match=r"2 of 3 queries did not converge.*for queries \[1, 2\]"):
-        solution = never(p.unflatten(b))
-    full = CG(tolerance=1e-10, block=block, seconds=1e9).fit(curvature, 1e-5)(p.unflatten(b))
+        solution = solving.solve(never, p.unflatten(b))
+    full = solving.solve(CG(tolerance=1e-10, block=block, seconds=1e9).fit(curvature, 1e-5), p.unflatten(b))
     assert solution.steps < full.steps and full.converged.all() and solution.converged.tolist() == [True, False, False]
     assert solution.history.shape == (solution.steps + 1, 3)
     with pytest.raises(InputError, match="seconds must be positive"):
@@ -691,7 +715,9 @@ def test_cg_without_a_tolerance_runs_all_steps_or_to_the_floor(block):
     p = problem("mlp")
     b, damping = right_hand_sides(p), small(p.ggn(), 1e-1)
     for steps in (5, 400):
-        solution = CG(tolerance=None, steps=steps, block=block).fit(GGN(library(p)), damping)(p.unflatten(b))
+        solution = solving.solve(
+            CG(tolerance=None, steps=steps, block=block).fit(GGN(library(p)), damping), p.unflatten(b)
+        )
         assert solution.converged.all() and (solution.steps == 5 if steps == 5 else 10 < solution.steps < 100)
     close(p.flatten(solution.x), dense(p.ggn(), damping, b), 1e-12)
 
@@ -711,11 +737,14 @@ def test_cg_stops_at_the_floor_of_the_arithmetic(name, preconditioner, block):
     options = {"preconditioner": EKFAC()} if preconditioner == "ekfac" else {}
     damping, b = small(p.ggn(), 1e-1), right_hand_sides(p, 3)
     curvature = GGN(library(p))
-    tight = CG(tolerance=1e-13, steps=2000, block=block, **options).fit(curvature, damping)
+    tight, tighter = (
+        CG(tolerance=tolerance, steps=2000, block=block, **options).fit(curvature, damping)
+        for tolerance in (1e-13, 1e-30)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        reached = tight(p.unflatten(b))
-        beyond = CG(tolerance=1e-30, steps=2000, block=block, **options).fit(curvature, damping)(p.unflatten(b))
+        reached = solving.solve(tight, p.unflatten(b))
+        beyond = solving.solve(tighter, p.unflatten(b))
     assert beyond.steps <= 1.5 * reached.steps + 30
     rounding = torch.finfo(torch.float64).eps * float(torch.linalg.matrix_norm(p.ggn(), 2) + damping)
     lengths = p.flatten(beyond.x).norm(dim=1) / b.norm(dim=1)
@@ -730,9 +759,9 @@ def test_block_cg_with_eigenvectors_among_its_queries(name):
     directions = torch.linalg.eigh(p.ggn()).eigenvectors
     b, damping = right_hand_sides(p, 3), small(p.ggn(), 1e-1)
     inverse = CG(tolerance=1e-10, block=True).fit(GGN(library(p)), damping)
-    usual = inverse(p.unflatten(b)).steps
+    usual = solving.solve(inverse, p.unflatten(b)).steps
     some = torch.cat([b, directions[:, -2:].T, directions[:, :2].T, 0 * b[:1]])
-    solution = inverse(p.unflatten(some))
+    solution = solving.solve(inverse, p.unflatten(some))
     assert solution.steps <= 1.2 * usual + 2 and float(solution.residual.max()) <= 1e-10
     close(p.flatten(solution.x), dense(p.ggn(), damping, some))
 
@@ -744,7 +773,7 @@ def test_cg_measures_the_residual_that_float32_cannot_carry(block):
     b, damping = right_hand_sides(p, 3), small(p.ggn(), 1e-4)
     inverse = CG(tolerance=1e-6, steps=3000, block=block).fit(GGN(single(p)), damping)
     with pytest.warns(ConvergenceWarning, match="did not converge"):
-        solution = inverse({q: t.float() for q, t in p.unflatten(b).items()})
+        solution = solving.solve(inverse, {q: t.float() for q, t in p.unflatten(b).items()})
     assert solution.steps < 1000
     floor = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(p.ggn(), 2) + damping)
     lengths = rows_of(p, solution.x).norm(dim=1) / b.norm(dim=1)
@@ -768,20 +797,21 @@ SAVED = {
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence", "odd_parameters"])
 def test_a_fit_can_be_saved_and_loaded(name, solver, tmp_path, monkeypatch):
     p, path = problem(name), tmp_path / "fit"
-    influence = Influence(SAVED[solver], Damping.relative(0.3)).fit(p.model, p.task, p.train)
-    wanted = influence.score(p.queries, self_influence=True)
-    influence.save(path)
+    fitted = Influence(SAVED[solver], Damping.relative(0.3)).fit(p.model, p.task, p.train)
+    wanted = fitted.score(p.queries, self_influence=True)
+    fitted.save(path)
     again = problem(name)
-    loaded = Influence(SAVED[solver], Damping.relative(0.3), batch_size=3)
+    influence = Influence(SAVED[solver], Damping.relative(0.3), batch_size=3)
     with monkeypatch.context() as m:
         m.setattr(GGN, "product", lambda *_: pytest.fail("a product"))
-        loaded.load(path, again.model, again.task, again.train)
+        loaded = influence.load(path, again.model, again.task, again.train)
     found = loaded.score(p.queries, self_influence=True)
     close(found.values, wanted.values, 1e-9)
     torch.testing.assert_close(found.residual, wanted.residual, rtol=1e-6, atol=1e-10)
     close(found.self_influence, wanted.self_influence, 1e-9)
-    close(loaded.score(p.queries, certify=False).values, influence.score(p.queries, certify=False).values, 1e-9)
-    said = influence.inverse.report()
-    assert {k: pytest.approx(v) if isinstance(v, float) else v for k, v in said.items()} == loaded.inverse.report()
-    state, saved = loaded.inverse.state(), influence.inverse.state()
-    assert state and set(state) == set(saved) and all(torch.equal(state[k], saved[k]) for k in saved)
+    close(loaded.score(p.queries, certify=False).values, fitted.score(p.queries, certify=False).values, 1e-9)
+    report = fitted.inverse.report()
+    assert {k: pytest.approx(v) if isinstance(v, float) else v for k, v in report.items()} == loaded.inverse.report()
+    (read, description), (saved, original) = (records.describe(f.inverse, GIVEN) for f in (loaded, fitted))
+    assert saved and set(read) == set(saved) and all(torch.equal(read[k], saved[k]) for k in saved)
+    assert description == original

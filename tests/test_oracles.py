@@ -14,6 +14,7 @@ from kronfluence.task import Task as PeerTask
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import solving
 from problems import TinyProblem, problem
 from wherefrom import EKFAC, GGN, KFAC, Classification, Damping, EmpiricalFisher, Influence, Problem, Regression, Solver
 from wherefrom.data.examples import Examples
@@ -53,7 +54,7 @@ def test_the_gauss_newton_matrix_is_the_one_of_curvlinops(name, product):
     p = problem(name)
     theirs = scale(p) * columns(curvlinops(p, GGNLinearOperator), p)
     curvature = GGN(Problem(p.model, p.task, p.train, batch_size=3), product)
-    ours = p.flatten(curvature.product(p.unflatten(torch.eye(p.dim, dtype=torch.float64))))
+    ours = p.flatten(solving.product(curvature, p.unflatten(torch.eye(p.dim, dtype=torch.float64))))
     close(ours, theirs, 1e-9)
 
 
@@ -66,7 +67,7 @@ def test_the_factors_are_those_of_curvlinops(name, solver, kind):
     theirs = columns(curvlinops(p, kind, **options), p)
     close(theirs, theirs.T, 1e-9)
     inverse = solver(labels="true").fit(GGN(Problem(p.model, p.task, p.train)), 0.01)
-    ours = p.flatten(inverse.apply(p.unflatten(torch.eye(p.dim, dtype=torch.float64))))
+    ours = p.flatten(solving.apply(inverse, p.unflatten(torch.eye(p.dim, dtype=torch.float64))))
     close(ours, torch.linalg.inv(theirs + 0.01 * torch.eye(p.dim).double()), 1e-7)
 
 
@@ -171,8 +172,7 @@ def scores(solver: Solver, damping: float | None, model, task, train, queries) -
     """``damping`` None is relative to the mean eigenvalues of the empirical Fisher, as kronfluence has it."""
     options = {"curvature": EmpiricalFisher, "batch_size": 100, "progress": False}
     influence = Influence(solver, Damping.relative(0.1) if damping is None else damping, **options)
-    influence.fit(model, task, train)
-    return influence.score(queries, certify=False).values.double()
+    return influence.fit(model, task, train).score(queries, certify=False).values.double()
 
 
 def double(*data: tuple) -> list[tuple]:

@@ -2,18 +2,30 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from problems import TinyProblem, problem
-from wherefrom import GGN, Hessian, Problem, Regression, Spectrum, Task, spectrum
+from wherefrom import GGN, Directions, Hessian, Problem, Regression, Spectrum, Task, spectrum
 from wherefrom.curvature import lanczos as module
 from wherefrom.curvature.lanczos import Estimate, arnoldi, embedding, sketch
-from wherefrom.persample import vectors
+from wherefrom.persample.blocks import Block
 
 SHAPES = {"a": torch.Size([4, 3]), "b": torch.Size([28])}  # 40 numbers
+
+
+def blocks(shapes=SHAPES) -> tuple[Block, ...]:
+    """A block for each parameter, in whose matrix the numbers stand in the order of the parameter's."""
+    return tuple(Block(name, {name: s}, (1, s[0]) if len(s) == 2 else None) for name, s in shapes.items())
+
+
+def layout(shapes=SHAPES):
+    """What a sketch asks of a problem."""
+    like = {name: torch.empty(s, dtype=torch.float64) for name, s in shapes.items()}
+    return SimpleNamespace(shapes=shapes, blocks=blocks(shapes), parameters=like)
 
 
 def library(p: TinyProblem, **options) -> Problem:
@@ -29,18 +41,18 @@ def with_eigenvalues(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return (q * values) @ q.T
 
 
-def product(matrix: torch.Tensor, shapes=SHAPES, backwards: bool = False):
-    """A symmetric matrix as a map of Vectors; ``backwards`` returns the names in another order."""
+def product(matrix: torch.Tensor, backwards: bool = False):
+    """A symmetric matrix as a map of directions; ``backwards`` returns the blocks in another order."""
 
     def apply(v):
-        out = vectors.unflatten(vectors.flatten({name: v[name] for name in shapes}) @ matrix, shapes)
-        return dict(reversed(out.items())) if backwards else out
+        out = Directions.unflatten(v.blocks, v.flatten() @ matrix)
+        return Directions(v.blocks, dict(reversed(out.forms.items()))) if backwards else out
 
     return apply
 
 
 def starting(seed: int = 1, shapes=SHAPES):
-    return vectors.unflatten(normal(1, sum(s.numel() for s in shapes.values()), seed=seed), shapes)
+    return Directions.unflatten(blocks(shapes), normal(1, sum(s.numel() for s in shapes.values()), seed=seed))
 
 
 def each_ggn(p: TinyProblem) -> torch.Tensor:
@@ -305,7 +317,7 @@ def test_products_that_change_are_told_by_the_asymmetry():
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e24])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_with_a_solve_it_is_the_generalised_problem(scale, backwards):
-    """Eigenvalues of P^-1 A; in whatever order the solve names its parameters, and at whatever scale P is."""
+    """Eigenvalues of P^-1 A; in whatever order the solve names its blocks, and at whatever scale P is."""
     A = with_eigenvalues(torch.linspace(-1, 4, 40, dtype=torch.float64))
     P = scale * with_eigenvalues(torch.logspace(-2, 1, 40, dtype=torch.float64), seed=7)
     root = torch.linalg.cholesky(P)
@@ -329,7 +341,7 @@ def test_an_invariant_subspace_stops_it(dtype):
     values, directions = torch.linalg.eigh(with_eigenvalues(values))
     A = (directions * values) @ directions.T
     inside = directions[:, ::8].sum(1)  # 5 eigenvectors
-    found = arnoldi(product(A.to(dtype)), vectors.unflatten(inside.to(dtype).unsqueeze(0), SHAPES), 20)
+    found = arnoldi(product(A.to(dtype)), Directions.unflatten(blocks(), inside.to(dtype).unsqueeze(0)), 20)
     assert len(found.basis) == 5 and found.beyond == 0
     torch.testing.assert_close(found.ritz()[0], values[::8], rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=0)
 
@@ -339,11 +351,10 @@ def test_an_invariant_subspace_stops_it(dtype):
 
 def test_a_sketch_is_its_seed():
     A = with_eigenvalues(torch.linspace(0, 5, 40, dtype=torch.float64))
-    like = torch.empty(0, dtype=torch.float64)
-    first = sketch(product(A), SHAPES, like, 8, seed=3)
-    assert first.shape == (16,) and torch.equal(first, sketch(product(A, backwards=True), SHAPES, like, 8, seed=3))
-    assert not torch.allclose(first, sketch(product(A), SHAPES, like, 8, seed=4))
-    assert not torch.equal(first, sketch(product(A), SHAPES, like, 8, seed=3, corrected=False))
+    first = sketch(product(A), layout(), 8, seed=3)
+    assert first.shape == (16,) and torch.equal(first, sketch(product(A, backwards=True), layout(), 8, seed=3))
+    assert not torch.allclose(first, sketch(product(A), layout(), 8, seed=4))
+    assert not torch.equal(first, sketch(product(A), layout(), 8, seed=3, corrected=False))
 
 
 def test_rows_are_regenerated_one_at_a_time():
@@ -385,12 +396,11 @@ def test_an_embedding_for_each_parameter_has_the_smaller_variance():
 
 def test_the_correction_takes_the_bias_off_the_top_eigenvalue():
     values = torch.cat([torch.full((36,), 2.5), torch.tensor([3.0, 4.0, 6.0, 10.0])]).double()
-    A, like, size = with_eigenvalues(values), torch.empty(0, dtype=torch.float64), 20
+    A, size = with_eigenvalues(values), 20
     one = {"a": torch.Size([40])}
     for shapes in (one, SHAPES):
         raw, corrected = (
-            torch.tensor([sketch(product(A, shapes), shapes, like, size, s, c)[-1] for s in range(40)])
-            for c in (False, True)
+            torch.tensor([sketch(product(A), layout(shapes), size, s, c)[-1] for s in range(40)]) for c in (False, True)
         )
         assert abs(float(corrected.mean()) - 10) < 0.4 * abs(float(raw.mean()) - 10)
         assert float(raw.mean()) > 10 + 0.5 * float(values.sum()) / size / len(shapes)
@@ -401,8 +411,5 @@ def test_the_correction_takes_the_bias_off_the_top_eigenvalue():
 def test_a_sketch_is_near_the_largest_eigenvalue(name, size):
     p = problem(name)
     curvature, C = GGN(library(p)), p.ggn()
-    like = torch.empty(0, dtype=torch.float64)
-    errors = [
-        float(sketch(curvature.product, curvature.problem.shapes, like, size, seed)[-1]) - top(C) for seed in range(4)
-    ]
+    errors = [float(sketch(curvature.product, curvature.problem, size, seed)[-1]) - top(C) for seed in range(4)]
     assert max(map(abs, errors)) <= 3 * float(C.norm()) / size**0.5

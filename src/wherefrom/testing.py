@@ -139,11 +139,10 @@ def check_solver(
 def _save_and_restore(name: str, inverse: Inverse) -> Inverse:
     """Take an inverse apart and put it together again, as a file would."""
     given = {"curvature": inverse.curvature, "damping": inverse.damping}
-    tensors, description = records.describe(inverse, given)
-    saved = {path: t.clone() for path, t in tensors.items()}
-    known = saved_classes()
     try:
-        return records.rebuild(json.loads(json.dumps(description)), saved, given, known)
+        tensors, description = records.describe(inverse, given)
+        saved = {path: t.clone() for path, t in tensors.items()}
+        return records.rebuild(json.loads(json.dumps(description)), saved, given, saved_classes())
     except AttributionError as error:
         raise ConformanceError(f"{name}: its inverse cannot be restored by its fields: {error}") from error
 
@@ -193,8 +192,9 @@ def _layer(name: str, kind: LayerKind, layer: nn.Module, x: Tensor, g: Tensor, h
         found = cast(Factored, kind.rows(layer, x, g, tuple(held)))  # or another form with the same methods
         dense = found.written().rows
     _check_near(f"{name}: shape of the rows", torch.tensor(dense.shape), torch.tensor((n, R, block.size)), 0.0)
-    unpacked = block.unpack(dense.reshape(-1, *block.sides))
-    _check_parameters(f"{name}: rows", unpacked, {part: torch.stack(some) for part, some in truth.items()}, tolerance)
+    wanted_rows = Directions.from_parameters((block,), {part: torch.stack(some) for part, some in truth.items()})
+    rows = Directions((block,), {block.name: dense.reshape(-1, *block.sides)})
+    _check_same(f"{name}: rows", rows, wanted_rows, tolerance)  # each row, over the weight and the bias together
     other = torch.arange(1, n, device=dense.device)
     v, w = _random(dense, 2, *block.sides), _random(dense, 2, n, R)
     wanted = torch.einsum("qnr,nrd->qd", w, dense).view(v.shape)
@@ -237,7 +237,7 @@ def _needs(solver: Solver, curvature: Curvature, damping: float | Damping) -> No
 def _check_solution(name: str, inverse: Inverse, b: Directions, tolerance: float) -> Directions:
     """Check one solve, and return the solutions of b."""
     before, problem, Q = b.clone(), inverse.curvature.problem, len(b)
-    _check_shape(f"{name}: apply", inverse.apply(b).dense(), problem.blocks, Q, problem.dtype)
+    _check_shape(f"{name}: apply", inverse.apply(b), problem.blocks, Q, problem.dtype)
     x, certificate = inverse.solve(b)
     x = x.dense()
     _check_shape(f"{name}: the solution", x, problem.blocks, Q, problem.dtype)
@@ -286,7 +286,9 @@ def _draw(blocks: tuple[Block, ...], like: Tensor, seed: int) -> Directions:
     return Directions.unflatten(blocks, _random(like, RIGHT_HAND_SIDES, size, seed=seed))
 
 
-def _check_shape(what: str, v: Directions, blocks: tuple[Block, ...], count: int, dtype: torch.dtype) -> None:
+def _check_shape(what: str, v: object, blocks: tuple[Block, ...], count: int, dtype: torch.dtype) -> None:
+    if not isinstance(v, Directions):
+        raise ConformanceError(f"{what} must be wherefrom.Directions, got {type(v).__name__}.")
     wanted = {block.name: (count, *block.sides) for block in blocks}
     got = {name: tuple(t.shape) for name, t in v.dense().tensors().items()}
     if got != wanted:
@@ -316,11 +318,6 @@ def _check_near(what: str, got: Tensor, wanted: Tensor, tolerance: float) -> Non
 def _check_small(what: str, error: float, tolerance: float) -> None:
     if not error <= tolerance:  # NaN fails too
         raise ConformanceError(f"{what}: relative difference {error:.1e}, allowed is {tolerance:.0e}.")
-
-
-def _check_parameters(what: str, got: Held, wanted: Held, tolerance: float) -> None:
-    for name, t in wanted.items():
-        _check_near(f"{what} of {name}", got[name], t, tolerance)
 
 
 def _ritz_values(C: Operator, v: Directions) -> Tensor:

@@ -261,7 +261,9 @@ class Directions:
 
     def flatten(self) -> Tensor:
         """Write each direction as one row, block after block: (Q, D)."""
-        return torch.cat([t.flatten(1) for t in self.dense().tensors().values()], 1)
+        tensors = self.dense().tensors()
+        # In the order of the layout: an operator may return its blocks in another one.
+        return torch.cat([tensors[block.name].flatten(1) for block in self.blocks], 1)
 
     @classmethod
     def unflatten(cls, blocks: Sequence[Block], rows: Tensor) -> Directions:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -61,6 +61,9 @@ class AutoInverse(Inverse):
     why: str
     first: Inverse
     others: tuple[Solver, ...]
+
+    # What the others fitted, by their place: held here, so that it goes with the inverse, and not saved with it.
+    _fits: dict[int, Inverse] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tolerance(self) -> float:
@@ -114,9 +117,9 @@ class AutoInverse(Inverse):
         """Return what the solver of this place fits; it is the same however often it is asked for."""
         if i == 0:
             return self.first
-        solver = self.others[i - 1]
-        key = ("fit", solver, tuple(self.damping.items()))
-        return self.curvature.cached(key, lambda: solver.fit(self.curvature, Damping.by_block(self.damping)))
+        if i not in self._fits:
+            self._fits[i] = self.others[i - 1].fit(self.curvature, Damping.by_block(self.damping))
+        return self._fits[i]
 
     def _is_late(self, start: float) -> bool:
         return self.solver.seconds is not None and time.perf_counter() - start > self.solver.seconds

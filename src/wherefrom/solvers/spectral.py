@@ -88,7 +88,7 @@ class SpectralInverse(Inverse):
     @property
     def is_positive_definite(self) -> bool:  # type: ignore[override]
         """Whether every direction is multiplied with something positive."""
-        return self.rest > 0 and bool((self.values >= 0).all())
+        return (self.rest > 0 or self.is_complete) and bool((self.values + self.level > 0).all())
 
     @property
     def is_complete(self) -> bool:
