@@ -25,9 +25,10 @@ from wherefrom import (
     Problem,
     UnsupportedError,
     attribute,
-    layers,
-    verify,
 )
+from wherefrom.model import check as row_check
+from wherefrom.persample import layers
+from wherefrom.persample.directions import Directions
 
 DAMPING = 0.05
 FLOAT64 = 1e-12
@@ -81,7 +82,7 @@ def test_the_row_error_of_a_right_model_is_rounding(name):
 
 
 def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
-    monkeypatch.setattr(verify, "FREE", 0)
+    monkeypatch.setattr(row_check, "FREE", 0)
     x, y = classes(4, n=2000)
     lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
     for _, batch in lib.batches():
@@ -392,7 +393,7 @@ def test_wrong_derivatives_in_forward_mode_are_found_out(monkeypatch):
     v = {name: torch.randn(3, *shape) for name, shape in lib.shapes.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttributionWarning)
-        wanted = lib.loss_gradients(train).dot(v)[..., 0]
+        wanted = lib.loss_gradients(train).dot(Directions.from_parameters(lib.blocks, v))[..., 0]
     torch.testing.assert_close(lib.slopes(train, v), wanted, rtol=1e-9, atol=1e-10)
     right = torch.func.jvp
 
