@@ -49,11 +49,11 @@ from wherefrom import (
     HyperINF,
     Identity,
     Influence,
+    Inverse,
     Neumann,
     Nystrom,
     RandProj,
     RandSelect,
-    Inverse,
     Task,
 )
 from wherefrom.model.check import TOLERANCE as ROW_TOLERANCE

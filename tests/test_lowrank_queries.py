@@ -31,7 +31,6 @@ from wherefrom import (
 )
 from wherefrom.curvature.kronecker import fit
 from wherefrom.methods import influence as method
-from wherefrom.methods import solution
 from wherefrom.methods.tokens import COPIES
 from wherefrom.persample import lowrank
 from wherefrom.persample.directions import Directions
@@ -254,7 +253,7 @@ def test_scores_are_those_of_the_truncated_solutions(solver, name):
             changed.append(said["error"] > 1e-3)
         if solver != "astra":
             torch.testing.assert_close(
-                influence.solve(p.queries, rank=rank).certificate.residual, full.residual, rtol=1e-6, atol=1e-9
+                influence.solve(p.queries, rank=rank).score().residual, full.residual, rtol=1e-6, atol=1e-9
             )
     assert any(changed), "nothing was cut"
     assert "truncation" not in full.provenance and "cut" not in str(full)
