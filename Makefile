@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/wherefrom demo
@@ -19,6 +19,9 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Some systems ship Python without ensurepip: then their own pip fills the environment.
 .venv/.made:
@@ -36,5 +39,5 @@ lint: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

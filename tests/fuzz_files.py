@@ -42,8 +42,7 @@ from wherefrom.tools.cli import main as cli
 from wherefrom.tools.cli.options import Attributed
 from wherefrom.tools.cli.registry import COMMANDS
 from wherefrom.tools.evaluate import Truth, load_matrix
-from wherefrom.tools.evaluate.kept import read as read_runs
-from wherefrom.tools.evaluate.kept import write as write_runs
+from wherefrom.tools.evaluate.finished_runs import read_runs, write_runs
 from wherefrom.training.trajectory import LOG, Recorder, Trajectory
 
 ROOM = 6 * 2**30  # bytes of address space beyond those that are in use
@@ -288,7 +287,7 @@ def forge(content: bytes, path: Path, rng: random.Random) -> None:
     """An artefact with other contents under a checksum that fits, as another program may write it."""
     path.write_bytes(content)
     with open(path, "rb") as file:
-        meta = store._metadata(path, store._header(file, path))
+        meta = store._parse_header(path, store._read_header(file, path))
     kind = meta["kind"]
     tensors, header = store.load(path, kind)
     if rng.random() < 0.5 and tensors:
@@ -385,11 +384,11 @@ def configuration(folder: Path, rng: random.Random) -> str:
     path.write_bytes(damage(CONFIG.encode(), rng) if rng.random() < 0.9 else CONFIG.encode())
     try:
         name = rng.choice(["fit", "score", "select", "evaluate", "clean", "report"])
-        command = config.configured(COMMANDS, name, path)
+        command = config.configure(COMMANDS, name, path)
         config.check_values([v for v in getattr(command, "keywords", {}).values()])
         options = getattr(command, "keywords", {}).get("options")
         if isinstance(options, Attributed):
-            options.chosen_method()
+            options.parse_method()
     except AttributionError:
         return "refused"
     return "taken"
@@ -400,7 +399,7 @@ def expression(rng: random.Random) -> str:
     slot = rng.choice(list(EXPRESSIONS))
     text = damage(rng.choice(EXPRESSIONS[slot]).encode(), rng).decode("utf-8", "surrogateescape")
     try:
-        Attributed("m:f", **{slot: text}).chosen_method()
+        Attributed("m:f", **{slot: text}).parse_method()
     except AttributionError:
         return "refused"
     return "taken"

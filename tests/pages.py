@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from wherefrom.methods import Scores
-from wherefrom.tools.evaluate import linear_datamodeling_score, mislabeled_curve, random_subsets
-from wherefrom.tools.report import Example
+from wherefrom.tools.evaluate import LDS, MislabeledCurve, linear_datamodeling_score, mislabeled_curve, random_subsets
+from wherefrom.tools.report import Example, Report, Retraining, Section, Suspects, usual_sections
 
 Q, N = 3, 20
 SCRIPT = "<script>alert('caught')</script>"
@@ -110,15 +110,35 @@ def fact(page: Page, name: str) -> str | None:
     return next((row[1] for row in page.tables["facts"] if row[0] == name), None)
 
 
-def extras() -> dict:
-    scores, wrong = make_scores(), torch.zeros(N, dtype=torch.bool)
+def detection() -> MislabeledCurve:
+    wrong = torch.zeros(N, dtype=torch.bool)
     wrong[:4] = True
+    return mislabeled_curve(make_scores().self_influence, wrong)
+
+
+def lds() -> LDS:
     masks = random_subsets(N, 8, 0.5, 0)
     targets = torch.randn(8, 2, Q, generator=torch.Generator().manual_seed(1))
-    return {
-        "detection": mislabeled_curve(scores.self_influence, wrong),
-        "lds": {f"mine {SCRIPT} $x": linear_datamodeling_score(scores, masks, targets)},
-    }
+    return linear_datamodeling_score(make_scores(), masks, targets)
+
+
+def evidence(train_examples: list[Example]) -> list[Section]:
+    """The sections on suspicious examples and on retraining."""
+    suspects = Suspects(train_examples, make_scores().self_influence, detection())
+    return [suspects, Retraining({f"mine {SCRIPT} $x": lds()})]
+
+
+def render(
+    scores: Scores,
+    *,
+    train_examples: list[Example],
+    query_examples: list[Example],
+    title: str = "Title",
+    lead: str = "",
+    **content: Any,
+) -> str:
+    """A page of the usual sections, as text."""
+    return Report(title, usual_sections(scores, train_examples, query_examples, **content), lead).render()
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

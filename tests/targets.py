@@ -94,7 +94,7 @@ def placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def load(name: str = "problem") -> loading.Target:
-    with loading.from_here():
+    with loading.import_from_here():
         return loading.load(f"mine:{name}")
 
 

@@ -374,7 +374,7 @@ def test_of_a_shortlist_the_examples_are_numbered_as_in_training():
     assert found.examples.tolist() == some.top(2).proponents[0].tolist() == [7, 5]
     assert set(found.random) <= {5, 6, 7}
     assert select(some, count=2, by="coverage").examples.tolist() == [7, 5]
-    with pytest.raises(InputError, match="scores must be of all training examples"):
+    with pytest.raises(InputError, match="needs the scores of all training examples"):
         clean(some)
 
 

@@ -16,51 +16,63 @@ from wherefrom.methods import Scores
 from wherefrom.persample import vectors
 from wherefrom.solvers.neumann import corollary
 from wherefrom.tools import demo, loading
+from wherefrom.tools.cli import demo as demo_command
 from wherefrom.tools.cli import main as cli
 from wherefrom.tools.cli import spectrum
 
 
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "ASKED", 8)
-    monkeypatch.setattr(demo, "SUBSETS", 6)
+    monkeypatch.setattr(demo, "QUERIES", 8)
+    monkeypatch.setattr(demo_command, "SUBSETS", 6)
 
 
 def test_the_demo(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    out = tmp_path / "new" / "report.html"
-    assert cli.main(["demo", "--out", str(out), "--examples", "200", "--queries", "2"]) == 0
+    out = tmp_path / "new" / "out"
+    line = ["demo", "--out", str(out), "--examples", "200", "--queries", "2"]
+    assert cli.main(line) == 0
     text = capsys.readouterr().out
     for words in (
         "200 handwritten digits to train on, 20 of them given a wrong label",
         "attributing 17,226 of 17,226 trainable parameters (100.0%)",
-        "Damping   0.08333, from_training(lr=0.03, steps=120, momentum=0.9, segments=3)",
+        "(from_training(lr=0.03, steps=120, momentum=0.9, segments=3))",
+        "lambda     0.08333",
         "8 of 8 converged",
         "average precision",
         "gradient dot",
         "in all",
-        f"Report    {out}",
+        f"Report    {out / 'report.html'}",
     ):
         assert words in text
-    assert len(re.findall(r"(?m)^  query \d+: a \d, the model says \d.*residual \d", text)) == 2
+    assert len(re.findall(r"(?m)^  query \d+: a \d.*residual \d", text)) == 2
     assert len(re.findall(r"(?m)^    helped  (\d( \(really \d\))? \+\S+\s*){3}$", text)) == 2
-    assert float(re.search(r"AUC (\S+)", text)[1]) > 0.8
-    page = out.read_text(encoding="utf-8")
+    assert float(re.search(r"AUC of wrong labels +(\S+)", text)[1]) > 0.8
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert 'id="query-' in page and "data:image/png;base64," in page
+    assert 'id="truth"' in page and 'id="suspects"' in page
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+    monkeypatch.setattr(wherefrom.Influence, "score", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(wherefrom.Influence, "self_influence", lambda *_: pytest.fail("made again"))
+    assert cli.main(line) == 0
+    assert "The scores are taken from" in capsys.readouterr().out
+    assert cli.main([*line, "--seed", "1"]) == 2
+    assert "was made for another" in capsys.readouterr().err
 
 
 def test_the_demo_is_reproducible_and_its_seed_matters(tmp_path, monkeypatch):
     small(monkeypatch)
 
-    def once(seed):
-        return demo.run(lambda _: None, tmp_path / "r.html", seed, 1, 100, lds=False)
+    def once(seed: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        demo_command.demo(str(tmp_path / name), seed, 1, 100, lds=False)
+        scores = Scores.load(tmp_path / name / "scores.safetensors")
+        own = Scores.load(tmp_path / name / "self-influence" / "self-influence.safetensors")
+        return scores.values, own.self_influence
 
-    first = once(0)
-    again, other = once(0), once(1)
-    assert torch.equal(first.values, again.values) and torch.equal(first.self_influence, again.self_influence)
-    assert not torch.equal(first.values, other.values)
-    assert first.provenance["seed"] == 0
+    first, again, other = once(0, "first"), once(0, "again"), once(1, "other")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
 
 
 @pytest.mark.parametrize(
@@ -76,15 +88,16 @@ def test_bad_input_is_one_line(argv, said, capsys):
     assert shown.err == said + "\n" and shown.out == ""
 
 
-def test_a_folder_is_no_report(tmp_path, capsys):
-    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert "out must be a file, got the folder" in capsys.readouterr().err
+def test_a_file_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "out must be a folder, got the file" in capsys.readouterr().err
 
 
-def test_a_report_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+def test_results_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     (tmp_path / "file").touch()
-    argv = ["demo", "--out", str(tmp_path / "file" / "r.html"), "--examples", "100", "--no-lds"]
+    argv = ["demo", "--out", str(tmp_path / "file" / "out"), "--examples", "100", "--no-lds"]
     assert cli.main(argv) == 2
     assert "Traceback" not in (shown := capsys.readouterr().err) and shown.startswith("wherefrom: ")
 
@@ -125,26 +138,31 @@ def test_exit_codes(error, code, said, capsys, monkeypatch):
     def run(*_):
         raise error
 
-    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(demo, "load_digits", run)
     assert cli.main(["demo"]) == code
     assert capsys.readouterr().err == said
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(demo, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(demo, "load_digits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
 
 
-def test_no_convergence_has_its_own_code(monkeypatch, capsys):
+def test_no_convergence_has_its_own_code(tmp_path, monkeypatch, capsys):
     import warnings
 
-    def run(*_):
-        warnings.warn("1 of 2 queries did not converge", wherefrom.ConvergenceWarning, stacklevel=1)
-        return Scores(torch.zeros(2, 3), None, torch.tensor([True, False]))
+    values = torch.zeros(2, 3)
+    values[0, 0] = 1
+    Scores(values, None, torch.ones(2, dtype=torch.bool)).save(tmp_path / "s.safetensors")
 
-    monkeypatch.setattr(demo, "run", run)
-    assert cli.main(["demo"]) == 3
+    def load(path):
+        warnings.warn("1 of 2 queries did not converge", wherefrom.ConvergenceWarning, stacklevel=1)
+        return load_scores(path)
+
+    load_scores = Scores.load
+    monkeypatch.setattr(Scores, "load", load)
+    assert cli.main(["top", str(tmp_path / "s.safetensors")]) == 3
     assert capsys.readouterr().err == "wherefrom: warning: 1 of 2 queries did not converge\n"
 
 
@@ -237,7 +255,7 @@ def measure(argv, capsys) -> str:
 
 
 def curvature(kind=wherefrom.GGN, parameters=None):
-    with loading.from_here():
+    with loading.import_from_here():
         target = loading.load("mine:problem")
     return kind(wherefrom.Problem(target.model, target.task, target.train, parameters))
 
@@ -269,7 +287,7 @@ def test_the_spectrum_is_the_one_measured(mine, capsys, argv, kind, parameters, 
     damping = min(wherefrom.Damping.per_example().resolve(c).values())
     plan = corollary(measured, damping)
     found = row(text)
-    assert found.pop("sampling error / |x|") == f"at most {spectrum.sampling_error(plan, damping):.3g}"
+    assert found.pop("sampling error / |x|") == f"at most {spectrum.bound_sampling_error(plan, damping):.3g}"
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {
             "damping": damping,
@@ -331,7 +349,7 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     C, shapes = dense(c), c.problem.shapes
     damping = 0.05
     inverse = wherefrom.Neumann(batch=5).fit(c, damping)
-    plan, bound = inverse.plan, spectrum.sampling_error(inverse.plan, damping)
+    plan, bound = inverse.plan, spectrum.bound_sampling_error(inverse.plan, damping)
     values, directions = torch.linalg.eigh(C)
     b = torch.cat([directions.T, torch.randn(20, len(C), generator=torch.Generator().manual_seed(0)).double()])
     x = torch.linalg.solve(C + damping * torch.eye(len(C), dtype=torch.float64), b.T).T
@@ -340,7 +358,7 @@ def test_the_sampling_error_is_that_of_the_worst_query():
     assert bool((noise <= bound).all())
     top = float(values[-1])
     assert float(noise[len(C) - 1]) == pytest.approx(bound * (top / (plan.nu - damping)) ** 0.5, rel=1e-6)
-    assert spectrum.sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
+    assert spectrum.bound_sampling_error(dataclasses.replace(plan, batch=0), damping) == 0
 
 
 def made(largest: float, trace: float, constant: float = 1.0, examples: int = 100) -> wherefrom.Spectrum:
@@ -351,16 +369,18 @@ def made(largest: float, trace: float, constant: float = 1.0, examples: int = 10
 
 
 def test_the_readings_follow_the_spectrum():
-    few = " ".join(spectrum.readings(made(1.0, 4.0), 0.1, True))
+    few = " ".join(spectrum.interpret(made(1.0, 4.0), 0.1, True))
     assert "the sampling error of its minibatches" in few and "usual 2" not in few and "accepts" not in few
     noisy = made(1.0, 4.0, constant=5.0)
-    assert "c = 5, was measured to need c = 5 ± 0.1" in " ".join(spectrum.readings(noisy, 0.1, True))
-    assert "more than the usual 2" in " ".join(spectrum.readings(noisy, 0.1, True))
+    assert "c = 5, was measured to need c = 5 ± 0.1" in " ".join(spectrum.interpret(noisy, 0.1, True))
+    assert "more than the usual 2" in " ".join(spectrum.interpret(noisy, 0.1, True))
     flat = made(1.0, 90.0)
-    assert "takes all of it at every step" in " ".join(spectrum.readings(flat, 0.1, True))
-    assert row("\n".join(spectrum.planned(flat, 0.1, True)))["batch size"] == "100"
-    assert row("\n".join(spectrum.planned(flat, 0.1, True)))["sampling error / |x|"] == "at most 0"
-    assert "more than the 50,000 steps that Neumann() accepts" in " ".join(spectrum.readings(made(1e5, 1e6), 0.1, True))
+    assert "takes all of it at every step" in " ".join(spectrum.interpret(flat, 0.1, True))
+    assert row("\n".join(spectrum.tabulate_plan(flat, 0.1, True)))["batch size"] == "100"
+    assert row("\n".join(spectrum.tabulate_plan(flat, 0.1, True)))["sampling error / |x|"] == "at most 0"
+    assert "more than the 50,000 steps that Neumann() accepts" in " ".join(
+        spectrum.interpret(made(1e5, 1e6), 0.1, True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -444,8 +464,9 @@ def test_the_demo_gives_a_target(monkeypatch):
     monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, epochs=1))
     target = loading.load("wherefrom.tools.demo:problem")
     assert isinstance(target.task, wherefrom.Classification)
-    assert len(target.train[0]) == len(target.train[1]) == 1000 and len(target.queries[0]) == demo.ASKED
-    assert demo.accuracy(target.model, *target.queries) > 0.5
+    assert len(target.train[0]) == len(target.train[1]) == 1000 and len(target.queries[0]) == demo.QUERIES
+    assert demo.measure_accuracy(target.model, target.queries) > 0.5
+    assert target.shown("train")[0].kind == target.shown("queries")[0].kind == "image"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import wherefrom
 from wherefrom.errors import InputError
 from wherefrom.tools.cli import config
 from wherefrom.tools.cli import main as cli
-from wherefrom.tools.cli.expressions import NAMES, given, made
+from wherefrom.tools.cli.expressions import NAMES, bind_arguments, read_expression
 from wherefrom.tools.cli.options import Attributed
 from wherefrom.tools.cli.registry import COMMANDS
 
@@ -43,7 +43,7 @@ from wherefrom.tools.cli.registry import COMMANDS
     ],
 )
 def test_an_expression_is_what_python_makes_of_it(text, value):
-    assert made("solver", text, "CG()") == value
+    assert read_expression("solver", text, "CG()") == value
 
 
 @pytest.mark.parametrize(
@@ -76,24 +76,24 @@ def test_an_expression_is_what_python_makes_of_it(text, value):
 def test_anything_else_is_refused_and_not_run(tmp_path, monkeypatch, text, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=said):
-        made("solver", text, "CG()")
+        read_expression("solver", text, "CG()")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_an_expression_leaves_out_can_be_given():
-    names = given(NAMES, seed=5)
-    assert made("solver", "CG(Nystrom(3))", "", names) == wherefrom.CG(wherefrom.Nystrom(3, seed=5))
-    assert made("solver", "Nystrom(3, seed=2)", "", names) == wherefrom.Nystrom(3, 2)
+    names = bind_arguments(NAMES, seed=5)
+    assert read_expression("solver", "CG(Nystrom(3))", "", names) == wherefrom.CG(wherefrom.Nystrom(3, seed=5))
+    assert read_expression("solver", "Nystrom(3, seed=2)", "", names) == wherefrom.Nystrom(3, 2)
 
 
 def test_options_become_a_method():
     found = Attributed("m:f", solver="CG()", damping="relative(0.5)", curvature="fisher", seed=3, batch_size=2)
-    method = found.chosen_method()
+    method = found.parse_method()
     assert isinstance(method, wherefrom.Influence)
     assert method.solver == wherefrom.CG() and method.damping == wherefrom.Damping.relative(0.5) and method.seed == 3
     assert method.curvature is wherefrom.EmpiricalFisher and method.batch_size == 2
-    assert Attributed("m:f").chosen_method().solver == "auto"
-    found = Attributed("m:f", method="SOURCE(segments=2, solver=ASTRA())", parameters="w", seed=3).chosen_method()
+    assert Attributed("m:f").parse_method().solver == "auto"
+    found = Attributed("m:f", method="SOURCE(segments=2, solver=ASTRA())", parameters="w", seed=3).parse_method()
     assert (
         found.segments == 2
         and found.solver == wherefrom.ASTRA(wherefrom.EKFAC(seed=3), seed=3)
@@ -101,9 +101,9 @@ def test_options_become_a_method():
     )
     for more in ({"solver": "CG()"}, {"damping": 0.1}, {"curvature": "hessian"}):
         with pytest.raises(InputError, match=f"{next(iter(more))} must be left out where a method is given"):
-            Attributed("m:f", method="TRAK()", **more).chosen_method()
+            Attributed("m:f", method="TRAK()", **more).parse_method()
     with pytest.raises(InputError, match="method must be a method such as"):
-        Attributed("m:f", method="CG()").chosen_method()
+        Attributed("m:f", method="CG()").parse_method()
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def two(*, k: int = 7, size: float = 0.5, config: str | None = None) -> tuple:
 def configured(tmp_path, text: str):
     (tmp_path / "c.toml").write_text(text, encoding="utf-8")
     commands = {"one": one, "two": two}
-    return {name: config.configured(commands, name, tmp_path / "c.toml") for name in commands}
+    return {name: config.configure(commands, name, tmp_path / "c.toml") for name in commands}
 
 
 def test_a_file_gives_the_defaults_of_all_commands(tmp_path):
@@ -193,13 +193,13 @@ def test_help_has_an_example_that_parses(command, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(rf"For example: wherefrom {command} ", text)
     example = re.search(r"For example: wherefrom (.*)", COMMANDS[command].__doc__)[1]
-    parsed = cli._parsed(COMMANDS, shlex.split(example))
+    parsed = cli.parse_arguments(COMMANDS, shlex.split(example))
     assert parsed.func is COMMANDS[command]
 
 
 def test_an_option_means_the_same_in_every_command():
     kinds: dict[str, set[str]] = {}
     for command in COMMANDS.values():
-        for name, kind in config.options(command):
+        for name, kind in config.list_options(command):
             kinds.setdefault(name, set()).add(getattr(kind, "__name__", str(kind)).removesuffix(" | None"))
     assert [name for name, found in kinds.items() if len(found) > 1] == ["scores"]  # of top, one file

@@ -41,6 +41,6 @@ def test_the_commands_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 def test_the_page_knows_every_command_and_no_other_option():
     assert re.findall(r"^## `wherefrom (.*)`$", PAGE, re.MULTILINE) == list(COMMANDS)
-    known = {f"--{name.replace('_', '-')}" for command in COMMANDS.values() for name, _ in config.options(command)}
+    known = {f"--{name.replace('_', '-')}" for command in COMMANDS.values() for name, _ in config.list_options(command)}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE))
     assert named - known == {"--help", "--no-certify", "--no-relabel"}

@@ -203,7 +203,7 @@ def test_which_parameters_count():
     opt = transformers.OPTForCausalLM(
         transformers.OPTConfig(**sizes, ffn_dim=8, word_embed_proj_dim=8, tie_word_embeddings=False)
     )
-    chosen = re.compile(language.selected(opt))
+    chosen = re.compile(language.choose_parameters(opt))
     names = [name for name, _ in opt.named_parameters() if chosen.search(name)]
     linear = ("k_proj", "v_proj", "q_proj", "out_proj", "fc1", "fc2")
     assert sorted(names) == sorted(f"model.decoder.layers.0.{'' if 'fc' in n else 'self_attn.'}{n}.{part}"

@@ -1,6 +1,7 @@
 """Agreement between score matrices, and matrices and ground truth from files."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_tables_as_pandas_writes_them(tmp_path, matrices):
         load_matrix(tmp_path / "d.parquet")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(MissingExtraError, match="pip install pyarrow"):
+        with pytest.raises(MissingExtraError, match=re.escape('pip install "wherefrom[cli]"')):
             load_matrix(tmp_path / "c.parquet")
 
 
@@ -165,8 +166,8 @@ def test_bad_files(tmp_path):
         (written("cut.safetensors", b"123"), "must hold a score matrix"),
         (written("single.npz", (tmp_path / "flat.npy").read_bytes()), "not an .npz"),
         (written("empty.csv", b""), "an empty file"),
-        (written("ragged.csv", b"1,2\n3\n"), "1 columns in row 2, 2 in the first"),
-        (written("words.csv", b"a,b\n1,2\n1,x\n"), "'x' in row 3"),
+        (written("ragged.csv", b"1,2\n3\n"), "from 2 to 1"),
+        (written("words.csv", b"a,b\n1,2\n1,x\n"), "'x' to float64"),
         (written("header.csv", b"a,b\n"), "non-empty"),
         (written("latin.csv", b"1,\xff\n"), "utf-8"),
         (written("bad.parquet", b"PAR1"), "must hold a score matrix"),

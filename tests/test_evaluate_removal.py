@@ -21,7 +21,14 @@ from wherefrom.tools.evaluate import (
     retrain,
     retrain_small,
 )
-from wherefrom.tools.evaluate.statistics import Bootstrap, pearson, places, query_mean, reliability, spearman
+from wherefrom.tools.evaluate.statistics import (
+    Bootstrap,
+    average_queries,
+    estimate_reliability,
+    pearson,
+    rank_descending,
+    spearman,
+)
 
 Q, N, R = 5, 30, 4
 
@@ -323,8 +330,8 @@ def test_constant_scores_have_no_correlation(weights):
 
 def test_places():
     rng = np.random.default_rng(0)
-    assert places(np.array([[3.0, 9.0, 5.0]]), rng).tolist() == [[2, 0, 1]]
-    drawn = np.array([places(np.array([0.0, 1.0, 0.0, 0.0]), rng) for _ in range(3000)])
+    assert rank_descending(np.array([[3.0, 9.0, 5.0]]), rng).tolist() == [[2, 0, 1]]
+    drawn = np.array([rank_descending(np.array([0.0, 1.0, 0.0, 0.0]), rng) for _ in range(3000)])
     assert (drawn[:, 1] == 0).all()
     for item in (0, 2, 3):  # tied: any of the last three places, equally often
         assert np.bincount(drawn[:, item])[1:] / 3000 == pytest.approx([1 / 3] * 3, abs=0.03)
@@ -342,9 +349,9 @@ def test_correlations_of_columns():
 def test_intervals_of_means_cover():
     rng = np.random.default_rng(0)
     values = rng.exponential(size=(300, 40))  # 300 experiments of 40 queries, mean 1
-    ends = Bootstrap(500, 0.9, rng).of_mean(values)
+    ends = Bootstrap(500, 0.9, rng).interval_of_mean(values)
     assert 0.84 < ((ends[:, 0] < 1) & (ends[:, 1] > 1)).mean() < 0.93
-    found = query_mean(np.array([1.0, np.nan, 3.0]), Bootstrap(500, 0.9, rng))
+    found = average_queries(np.array([1.0, np.nan, 3.0]), Bootstrap(500, 0.9, rng))
     assert found.mean == 2 and found.interval == (1, 3) and found.n_constant == 1 and "1 constant" in str(found)
 
 
@@ -352,4 +359,4 @@ def test_reliability_is_that_of_the_mean():
     rng = np.random.default_rng(0)
     signal, noise = rng.normal(size=(400, 1, 30)), 2 * rng.normal(size=(400, 6, 30))
     want = 1 / (1 + 4 / 6)  # of the values; that of ranks is a little lower
-    assert reliability(signal + noise, 20, rng) == pytest.approx(want, abs=0.03)
+    assert estimate_reliability(signal + noise, 20, rng) == pytest.approx(want, abs=0.03)

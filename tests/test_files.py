@@ -537,13 +537,13 @@ def test_what_the_dead_left_is_swept_and_what_the_living_write_is_not(tmp_path, 
 
 
 def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
-    lines = ["import os", "from wherefrom.disk import whole", "with whole('file.txt') as at:"]
+    lines = ["import os", "from wherefrom.disk import write_atomically", "with write_atomically('file.txt') as at:"]
     lines += ["    at.write_text('half')", "    os.kill(os.getpid(), 9)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, timeout=120)
     assert done.returncode == -signal.SIGKILL
     (left,) = os.listdir(tmp_path)
     assert re.fullmatch(r"\.file\.txt\..*\.\d+\.part", left)
-    with disk.whole(tmp_path / "other.txt") as at:
+    with disk.write_atomically(tmp_path / "other.txt") as at:
         at.write_text("whole")
     assert os.listdir(tmp_path) == ["other.txt"]
 
@@ -701,7 +701,7 @@ def test_a_terminated_run_keeps_its_results_and_goes_on(mine, sent, code, said):
 def test_the_current_folder_is_not_searched_without_a_target(mine, monkeypatch, line):
     np.save("a.npy", np.eye(3))
     seen = []
-    monkeypatch.setattr(cli.loading, "from_here", lambda: seen.append(1))
+    monkeypatch.setattr(cli.loading, "import_from_here", lambda: seen.append(1))
     cli.main(line.split())
     assert not seen and str(mine) not in sys.path
 
@@ -805,7 +805,7 @@ def test_source_is_read_for_a_target_and_nothing_is_imported(mine):
     (mine / "pack" / "__init__.py").write_text("open('imported', 'w')\n")
     (mine / "pack" / "inner.py").write_text("def a() -> Target: ...\ndef b(): ...\nx: Target = 1\nclass c: ...\n")
     (mine / "broken.py").write_text("def a() -> Target: (\n")
-    with loading.from_here():
+    with loading.import_from_here():
         assert loading.says_target("pack.inner:a") and loading.is_own("pack.inner") and not loading.is_own("numpy")
         for other in (
             "pack.inner:b",
@@ -879,9 +879,9 @@ def test_the_fuzzer_finds_what_it_looks_for(monkeypatch):
     """Without the checksum it fails."""
 
     def stored(file):
-        file.seek(8 + len(store.BEGIN))
-        return file.read(len(store.NONE)).decode()
+        file.seek(8 + len(store.HEADER_START))
+        return file.read(len(store.BLANK_CHECKSUM)).decode()
 
-    monkeypatch.setattr(store, "_checksum", stored)
+    monkeypatch.setattr(store, "_hash_file", stored)
     _, failures = fuzz_files.run(150, seed=3)
     assert any("taken in spite of its checksum" in failure for failure in failures)

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import wherefrom.tools.report
-from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, examples, extras, fact, make_scores, of_kind, rows
+from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, evidence, examples, fact, make_scores, of_kind, render, rows
 from wherefrom.errors import InputError, MissingExtraError
 from wherefrom.methods import Scores
-from wherefrom.tools.report import Example, render, write_report
-from wherefrom.tools.report.page import short, signed
+from wherefrom.tools.report import Convergence, Example, Overview, Queries, Report, Spread, Suspects, write_report
+from wherefrom.tools.report.numbers import short, signed
 
 
 @pytest.mark.parametrize("kind", ["image", "colour", "text", "row", "plain"])
 def test_the_page_stands_alone_whatever_the_examples(kind):
-    text = render(make_scores(), **examples(kind), **extras())
+    text = render(make_scores(), **examples(kind), sections=evidence(of_kind(kind, N)))
     page = Page(text)
     assert not re.search(r"https?:|//[a-z]", re.sub(r"data:[^\"]*", "", text))
     assert not re.search(r"@import|url\((?!#)", text)
@@ -36,7 +36,7 @@ def test_the_page_stands_alone_whatever_the_examples(kind):
 
 
 def test_it_is_accessible():
-    page = Page(render(make_scores(), **examples("image"), **extras()))
+    page = Page(render(make_scores(), **examples("image"), sections=evidence(of_kind("image", N))))
     assert all(image["alt"] for image in page.all("img"))
     figures = [svg for svg in page.all("svg") if svg.get("role") == "img"]
     assert len(figures) == 6 and all(svg["aria-label"] for svg in figures)
@@ -52,7 +52,9 @@ def test_it_is_accessible():
 def test_what_it_is_given_is_escaped(field):
     evil = {"caption": "c"} | {field: {SCRIPT: SCRIPT} if field == "row" else SCRIPT}
     content = {"train_examples": [Example(**evil)] * N, "query_examples": [Example(**evil)] * Q}
-    text = render(make_scores(), title=SCRIPT, lead=SCRIPT, notes=[SCRIPT], measurement=SCRIPT, **content, **extras())
+    sections = evidence([Example(**evil)] * N)
+    words = {"title": SCRIPT, "lead": SCRIPT, "notes": [SCRIPT], "measurement": SCRIPT}
+    text = render(make_scores(), **words, **content, sections=sections)
     assert text.count("<script") == 1  # the page's own
     assert SCRIPT in Page(text).text
 
@@ -234,10 +236,33 @@ def test_large_pictures_are_made_smaller():
 
 def test_writing(tmp_path):
     path = write_report(tmp_path / "new" / "r.html", make_scores(), **examples())
-    assert path.read_text(encoding="utf-8") == render(make_scores(), **examples())
+    assert path.read_text(encoding="utf-8") == render(
+        make_scores(), **examples(), title="Where did the model learn this?"
+    )
     assert [p.name for p in path.parent.iterdir()] == ["r.html"]
     with pytest.raises(InputError, match="must be a file"):
         write_report(tmp_path, make_scores(), **examples())
+
+
+def test_a_page_holds_the_sections_it_is_given_in_their_order():
+    scores, shown = make_scores(), of_kind("plain", Q)
+    page = Page(Report("Mine", [Spread(scores), Overview(scores, shown), Spread(scores)]).render())
+    sections = [section["id"] for section in page.all("section")]
+    assert sections == ["spread", "reading", "spread-2"]
+    assert [link["href"] for link in page.all("a")] == ["#spread", "#spread-2"]
+    assert [table["id"] for table in page.all("table")] == ["tail", "tail-2"]
+    assert "What it means, and what to do about a large one" in page.text  # without the section, no link to it
+
+
+def test_examples_are_counted():
+    scores, shown = make_scores(), of_kind("plain", N)
+    for make in (Overview, Convergence):
+        with pytest.raises(InputError, match="query_examples must be one for each of the 3"):
+            make(scores, shown)
+    with pytest.raises(InputError, match="query_examples must be one for each of the 3"):
+        Queries(scores, shown, shown)
+    with pytest.raises(InputError, match="train_examples must be one for each of the 20 values"):
+        Suspects(shown[1:], scores.self_influence)
 
 
 @pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
@@ -255,5 +280,5 @@ def test_in_a_browser_of_phone_width(tmp_path, kind):
     table.querySelectorAll("thead button")[2].click();
     const page = document.documentElement;
     return {wide: page.scrollWidth - page.clientWidth, order: before + ">" + column(table, 0).join("")};"""
-    text = render(make_scores(), **examples(kind), **extras())
+    text = render(make_scores(), **examples(kind), sections=evidence(of_kind(kind, N)))
     assert browse(tmp_path, text, probe) == {"loads": 0, "wide": 0, "order": "012>210"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from functools import partial
 
@@ -10,10 +11,20 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, examples, extras, make_scores, of_kind
+from pages import CHROMIUM, SCRIPT, N, Page, Q, browse, detection, evidence, examples, lds, make_scores, of_kind, render
 from wherefrom.errors import InputError
 from wherefrom.tools.evaluate import RemovalCurve, tail
-from wherefrom.tools.report import DampingSweep, Example, Table, render
+from wherefrom.tools.report import (
+    DampingSweep,
+    Example,
+    Layers,
+    Provenance,
+    Report,
+    Retraining,
+    Section,
+    Suspects,
+    Table,
+)
 
 DAMPINGS = (0.001, 0.1, 10.0)
 
@@ -33,8 +44,8 @@ def sweep(known: bool = False, **changes) -> DampingSweep:
     for x in DAMPINGS:
         noise = torch.randn(Q, N, generator=g, dtype=torch.float64)
         scores[x] = make_scores(values=make_scores().values + 5 * noise, residual=x * torch.tensor([3.0, 1.0, 2.0]))
-    lds = {0.1: next(iter(extras()["lds"].values()))} if known else {}
-    return DampingSweep(**{"scores": scores, "chosen": 0.1, "lds": lds} | changes)
+    scored = {0.1: lds()} if known else {}
+    return DampingSweep(**{"scores": scores, "chosen": 0.1, "lds": scored} | changes)
 
 
 def layers() -> dict[str, torch.Tensor]:
@@ -42,17 +53,24 @@ def layers() -> dict[str, torch.Tensor]:
     return {"first": a, "second <b>": torch.tensor([[3.0, 3.0], [0.0, 0.0], [0.0, 0.0]])}
 
 
-def tables() -> dict[str, Table]:
+def tables() -> list[Table]:
     columns = {"rank": range(1, N + 1), "word": [f"x{i % 4}" for i in range(N)], "score": torch.linspace(-9, 2, N)}
-    return {
-        "What to drop": Table(columns | {SCRIPT: [SCRIPT] * N}, of_kind("image", N), "The worst."),
-        "Words": Table({"n": [10, 9, 100], "word": ["b", "a", "c"]}),
-    }
+    return [
+        Table("What to drop", columns | {SCRIPT: [SCRIPT] * N}, of_kind("image", N), "The worst."),
+        Table("Words", {"n": [10, 9, 100], "word": ["b", "a", "c"]}),
+    ]
 
 
-def everything() -> dict:
-    more = {"removal": removal(**{"a method of a rather long name": 0.5}), "sweep": sweep(known=True)}
-    return extras() | more | {"layers": layers(), "tables": tables()}
+def everything(kind: str = "plain") -> list[Section]:
+    suspects, retraining = evidence(of_kind(kind, N))
+    curve = removal(**{"a method of a rather long name": 0.5})
+    retraining = dataclasses.replace(retraining, removal=curve)
+    return [*tables(), suspects, retraining, sweep(known=True), Layers(layers(), range(Q))]
+
+
+def page_of(*sections: Section) -> str:
+    """A page of these sections alone."""
+    return Report("Title", sections).render()
 
 
 def drawn(text: str) -> list[str]:
@@ -61,7 +79,7 @@ def drawn(text: str) -> list[str]:
 
 
 def test_what_is_not_given_leaves_no_trace():
-    bare, full = render(make_scores(), **examples()), render(make_scores(), **examples(), **everything())
+    bare, full = render(make_scores(), **examples()), render(make_scores(), **examples(), sections=everything())
     new = ("truth", "damping", "layers", "table-1", "table-2", "removal", "dampings", "shares", "rows-1")
     for name in new:
         assert f'id="{name}"' in full and f'id="{name}"' not in bare
@@ -133,8 +151,8 @@ def test_many_queries_and_examples_leave_the_page_small():
 
 
 def test_detection_is_shown_with_its_intervals():
-    curve = extras()["detection"]
-    text = render(make_scores(), **examples(), detection=curve)
+    curve = detection()
+    text = page_of(Suspects(detection=curve))
     (low, high), (least, most) = curve.auc_interval, curve.average_precision_interval
     said = f"AUC {curve.auc:.3f} (95% interval {low:.3f} to {high:.3f}; chance 0.5), average precision "
     said += f"{curve.average_precision:.3f} ({least:.3f} to {most:.3f}; chance 0.200). The band is"
@@ -147,7 +165,7 @@ def test_detection_is_shown_with_its_intervals():
 
 
 def test_removal_is_shown_with_intervals_and_wins():
-    text = render(make_scores(), **examples(), removal=removal(other=0.5))
+    text = page_of(Retraining(removal=removal(other=0.5)))
     page = Page(text)
     assert [" ".join(" ".join(row).split()) for row in page.tables["removal"]] == [
         "2 +3.00 2.8 to 3.5 −1.00 −1.2 to −0.50 +1.00 0.75 to 1.5 +2.00 1.8 to 2.5",
@@ -167,8 +185,8 @@ def test_every_ranking_has_a_look_of_its_own():
         lines = re.findall(r'<path d="[^"]*" style="fill: none;([^"]*)"', legend)
         return set(lines)
 
-    few = render(make_scores(), **examples(), removal=removal())
-    more = render(make_scores(), **examples(), removal=removal(a=0.2, b=0.3, c=0.4))
+    few = page_of(Retraining(removal=removal()))
+    more = page_of(Retraining(removal=removal(a=0.2, b=0.3, c=0.4)))
     assert len(looks(more)) - len(looks(few)) == 3
 
 
@@ -177,14 +195,14 @@ def test_every_ranking_has_a_look_of_its_own():
 
 def test_a_sweep_of_dampings():
     found = sweep(known=True)
-    text = render(make_scores(), **examples(), sweep=found)
+    text = page_of(found)
     reference = found.scores[0.1].values
-    lds = found.lds[0.1]
+    scored = found.lds[0.1]
     for x, row in zip(DAMPINGS, Page(text).tables["dampings"], strict=True):
         rho = sorted(spearmanr(a, b).statistic for a, b in zip(found.scores[x].values, reference, strict=True))
         assert row[0] == f"{x:g}"
         assert row[2].split() == [f"{rho[1]:.2f}", "worst", f"{rho[0]:.2f}"]
-        interval = f"{lds.mean:.2f} {lds.interval[0]:.2f} to {lds.interval[1]:.2f}"
+        interval = f"{scored.mean:.2f} {scored.interval[0]:.2f} to {scored.interval[1]:.2f}"
         assert " ".join(row[3].split()) == (interval if x == 0.1 else "–")
     residuals = [row[1].split() for row in Page(text).tables["dampings"]]
     assert residuals == [["0.0020", "worst", "0.0030"], ["0.20", "worst", "0.30"], ["20", "worst", "30"]]
@@ -193,7 +211,7 @@ def test_a_sweep_of_dampings():
 
 def test_a_sweep_shows_what_was_measured():
     scores = {x: make_scores(residual=None) for x in DAMPINGS}
-    text = render(make_scores(), **examples(), sweep=sweep(scores=scores))
+    text = page_of(sweep(scores=scores))
     assert "rank agreement against dampings of 0.001 to 10." in drawn(text)
     assert [row[1:] for row in Page(text).tables["dampings"]] == [["–", "1.00 worst 1.00"]] * 3
     assert "foretells retraining" not in text
@@ -218,7 +236,7 @@ def test_a_sweep_that_cannot_be(changes, message):
 
 def test_the_share_of_each_layer():
     """Absolute contributions of 2 and 6, then 2 and 0, then none."""
-    text = render(make_scores(), **examples(), layers=layers(), show=[1, 0])
+    text = page_of(Layers(layers(), show=[1, 0]))
     assert Page(text).tables["shares"] == [
         ["first", "41.7%", "100.0%", "25.0%"],  # (1/4 + 1 + 0) / 3
         ["second <b>", "25.0%", "0.0%", "75.0%"],
@@ -231,9 +249,9 @@ def test_the_share_of_each_layer():
 
 def test_layers_that_do_not_fit():
     with pytest.raises(InputError, match="of one shape"):
-        render(make_scores(), **examples(), layers={"a": torch.ones(Q, 2), "b": torch.ones(Q, 3)})
-    with pytest.raises(InputError, match=r"of one shape \(3, n\)"):
-        render(make_scores(), **examples(), layers={"a": torch.ones(2, 2)})
+        Layers({"a": torch.ones(Q, 2), "b": torch.ones(Q, 3)})
+    with pytest.raises(InputError, match=r"of one shape \(Q, n\), with a query 2"):
+        Layers({"a": torch.ones(2, 2)}, show=[2])
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -247,7 +265,7 @@ def test_a_table_shows_values_of_every_type():
         "words": ["plain", SCRIPT],
         "nothing": [None, 3],
     }
-    text = render(make_scores(), **examples(), tables={"Any": Table(columns, lead="Read this.")})
+    text = page_of(Table("Any", columns, lead="Read this."))
     assert Page(text).tables["rows-1"] == [
         ["1", "−0.123", "yes", "plain", "–"],
         ["20000", "–", "no", SCRIPT, "3"],
@@ -258,16 +276,16 @@ def test_a_table_shows_values_of_every_type():
 
 
 def test_a_table_shows_examples():
-    page = Page(render(make_scores(), **examples(), tables=tables()))
+    page = Page(page_of(*tables()))
     assert len(page.all("img")) == N and page.tables["rows-1"][1][0].split() == ["label", "1"]
     assert page.tables["rows-1"][1][1:3] == ["2", "x1"]
-    texts = Table({"n": [1]}, [Example("c", text="a long text")])
-    assert "a long text" in Page(render(make_scores(), **examples(), tables={"T": texts})).tables["rows-1"][0][0]
-    assert "none" in Page(render(make_scores(), **examples(), tables={"T": Table({"n": []})})).text
+    texts = Table("T", {"n": [1]}, [Example("c", text="a long text")])
+    assert "a long text" in Page(page_of(texts)).tables["rows-1"][0][0]
+    assert "none" in Page(page_of(Table("T", {"n": []}))).text
 
 
 @pytest.mark.parametrize(
-    "make", [partial(Table, {}), partial(Table, {"a": [1], "b": [1, 2]}), partial(Table, {"a": [1]}, [])]
+    "make", [partial(Table, "T", {}), partial(Table, "T", {"a": [1], "b": [1, 2]}), partial(Table, "T", {"a": [1]}, [])]
 )
 def test_a_table_that_cannot_be(make):
     with pytest.raises(InputError, match="columns and examples of one length"):
@@ -278,7 +296,7 @@ def test_a_table_that_cannot_be(make):
 
 
 def test_cost_by_part():
-    text = render(make_scores(), **examples(), cost={"training": 10.5})
+    text = page_of(Provenance(make_scores(), cost={"training": 10.5}))
     assert Page(text).tables["cost"] == [
         ["attribution", "3.50 s"],
         ["fit", "1.00 s"],
@@ -288,8 +306,8 @@ def test_cost_by_part():
     ]
     bars = re.findall(r"--share: ([\d.]+)%", text[text.index('id="cost"') :])
     assert [float(b) for b in bars] == [25.0, 7.14, 17.86, 75.0, 100.0]
-    assert Page(render(make_scores(), **examples())).tables["cost"][-1] == ["solve", "2.50 s"]
-    assert "cost" not in Page(render(make_scores(provenance={}), **examples())).tables
+    assert Page(page_of(Provenance(make_scores()))).tables["cost"][-1] == ["solve", "2.50 s"]
+    assert "cost" not in Page(page_of(Provenance(make_scores(provenance={})))).tables
 
 
 def test_a_page_without_queries():
@@ -297,9 +315,12 @@ def test_a_page_without_queries():
         values=torch.empty(0, N), residual=None, converged=torch.empty(0) > 0, history=torch.empty(0, 0)
     )
     text = render(
-        scores, train_examples=of_kind("image", N), query_examples=[], tables=tables(), notes=["Note this."],
-        detection=extras()["detection"],
-    )  # fmt: skip
+        scores,
+        train_examples=of_kind("image", N),
+        query_examples=[],
+        notes=["Note this."],
+        sections=[*tables(), Suspects(of_kind("image", N), scores.self_values, detection())],
+    )
     page = Page(text)
     for name in ("reading", "queries", "spread", "trust"):
         assert f'id="{name}"' not in text and f'href="#{name}"' not in text
@@ -332,7 +353,7 @@ return {
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser(tmp_path, width):
     """Nothing is loaded, nothing sticks out, and every table is sorted by what its cells mean."""
-    text = render(make_scores(), **examples("image"), **everything())
+    text = render(make_scores(), **examples("image"), sections=everything("image"))
     found = browse(tmp_path, text, PROBE, width)
     assert found == {
         "loads": 0,
@@ -350,7 +371,7 @@ def test_in_a_browser(tmp_path, width):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 def test_the_browser_notices_what_is_loaded_and_what_sticks_out(tmp_path):
-    text = render(make_scores(), **examples("image"), **everything())
+    text = render(make_scores(), **examples("image"), sections=everything("image"))
     text = text.replace("<main>", '<main><img src="x.png" style="width: 900px">')
     found = browse(tmp_path, text, PROBE)
     assert found["loads"] > 0 and found["wide"] > 0 and found["loose"]

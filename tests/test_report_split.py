@@ -8,11 +8,16 @@ import torch
 
 from pages import SCRIPT, N, Page, Q, examples, make_scores
 from wherefrom.errors import InputError
-from wherefrom.tools.report import Example, Split, render
-from wherefrom.tools.report.split import EDGE, WINDOW, bar, card, layers, text, visible
+from wherefrom.tools.report import Example, Overview, Queries, Report, Split
+from wherefrom.tools.report.split import EDGE, WINDOW, draw_bar, fold_text, show_whitespace, split_card, sum_layers
 
 TOKENS = ["The", " ca", "t\n", " ", SCRIPT, ""]
 ASKED = Example("who?", text="the cat", tokens=["the", " c", "at"], marked=1)
+
+
+def render(scores, **content) -> str:
+    overview = Overview(scores, content["query_examples"])
+    return Report("Title", [overview, Queries(scores, **content)]).render()
 
 
 def shown(count: int) -> list[Example]:
@@ -44,7 +49,7 @@ def test_the_shapes_are_checked():
 def test_a_card_has_one_scale_for_its_examples_and_one_for_their_sum():
     split = parts(queries=[2, 5], index=[7, 3, 4])
     helped, others = {4: shown(1)[0], 7: shown(1)[0]}, {3: shown(1)[0]}
-    found = card(split, 5, ASKED, helped, others)
+    found = split_card(split, 5, ASKED, helped, others)
     width = len(TOKENS)
     values = {7: split.tokens[1, 0], 3: split.tokens[1, 1], 4: split.tokens[1, 2]}
     assert found["scale"] == pytest.approx(float(split.tokens[1].abs().max()))
@@ -62,8 +67,8 @@ def test_a_card_has_one_scale_for_its_examples_and_one_for_their_sum():
         10 * whole[1:] / whole.abs().max()
     ).round().int().tolist()
     with pytest.raises(InputError, match=r"a split must be one of query 5 and examples \[6\]"):
-        card(split, 5, ASKED, {6: shown(1)[0]}, {})
-    assert card(Split([0], [1]), 0, ASKED, {1: shown(1)[0]}, {})["of"] == {
+        split_card(split, 5, ASKED, {6: shown(1)[0]}, {})
+    assert split_card(Split([0], [1]), 0, ASKED, {1: shown(1)[0]}, {})["of"] == {
         1: {"tokens": None, "through": None, "bar": None}
     }
 
@@ -74,21 +79,21 @@ def test_a_long_text_is_cut_around_its_strongest_stretch():
     for strong in (0, 150, size - 1):
         values[:] = 0
         values[strong], values[size] = -1, 9  # what is behind the tokens is padding
-        found = text(tokens, values, 1)
+        found = fold_text(tokens, values, 1)
         assert [t["text"] for part in found.values() for t in part] == tokens
         assert str(strong) in [t["text"] for t in found["in"]] and WINDOW <= len(found["in"]) <= WINDOW + 2 * EDGE
         assert all(not part or len(part) > EDGE - 1 for part in (found["before"], found["after"]))
-    short = text(tokens[: WINDOW + 2 * EDGE], values, 1)
+    short = fold_text(tokens[: WINDOW + 2 * EDGE], values, 1)
     assert len(short["in"]) == WINDOW + 2 * EDGE and not short["before"] and not short["after"]
 
 
 def test_white_space_is_visible():
-    assert [visible(t) for t in (" a", "  ", "\t", "\r\n", "")] == [" a", "␣␣", "⇥", "␍↵\n", "▫"]
+    assert [show_whitespace(t) for t in (" a", "  ", "\t", "\r\n", "")] == [" a", "␣␣", "⇥", "␍↵\n", "▫"]
 
 
 def test_blocks_are_summed_by_layer_and_kind():
     values = {name: t[0].double().numpy() for name, t in parts().blocks.items()}
-    columns, kinds, sums = layers(values)
+    columns, kinds, sums = sum_layers(values)
     assert columns == ["wte", "0", "10"] and kinds == ["attention", "MLP", "other"] and sums.shape == (3, 3, N)
     np.testing.assert_allclose(sums[2, 1], values["h.10.mlp.experts.3"] + values["h.10.mlp.up"])
     np.testing.assert_allclose(sums[1], [values["h.0.attn.c_proj"], values["h.0.mlp.up"], values["h.0.ln_1"]])
@@ -97,13 +102,13 @@ def test_blocks_are_summed_by_layer_and_kind():
     names = ["model.layers.3.post_attention_layernorm", "model.layers.3.self_attn.q_proj", "decoder.layers.3.fc1",
              "encoder.layer.3.attention.self.query", "encoder.layer.3.intermediate.dense", "2"]  # fmt: skip
     for name, kind in zip(names, ["other", "attention", "MLP", "attention", "other", "other"], strict=True):
-        assert layers({name: np.ones(1)})[:2] == ([name if name == "2" else "3"], [kind])
+        assert sum_layers({name: np.ones(1)})[:2] == ([name if name == "2" else "3"], [kind])
 
 
 def test_a_bar_is_drawn_to_the_scale_of_all():
     values = np.array([[1.0, -0.5], [0.0, 2.0]])
     among = np.stack([values, np.array([[3.0, 0], [0, -1.0]])], 2)
-    found = bar(["0", "1"], ["attention", "MLP"], values, among)
+    found = draw_bar(["0", "1"], ["attention", "MLP"], values, among)
     assert found["zero"] == 30 and found["width"] == 22 and found["ends"] == ("0", "1")
     assert [(r["x"], r["y"], r["height"], r["sign"]) for r in found["rows"]] == [
         (0, 20, 10, "positive"),

@@ -22,6 +22,12 @@ TABLE = {
     "text": ["plain", 'with "quotes", commas', "two\nlines", "naïve Ω", "007", " padded ", "1_000", "\r\n", None],
     "code": ["007", "01", "0", "1", "2", "3", "4", "5", "6"],
     "thousands": ["1_000", "2", "3", "4", "5", "6", "7", "8", "9"],
+    "empty": ["", "1", None, "", "2", "3", "4", "5", "6"],
+    "power": ["1e5", "2e5", None, "", "2", "3", "4", "5", "6"],
+    "nan": ["nan", "1", "2", "inf", "2", "3", "4", "5", "6"],
+    "word": ["True", "False", None, "True", "True", "True", "True", "True", "True"],
+    "day": ["2020-01-01"] * 9,
+    "whole": [1.0, 2.0, -0.0, 1e16, math.inf, None, 5.0, 6.0, 7.0],
     "padded": [" 1.5", "2.5 ", "3", "4", "5", "6", "7", "8", "9"],
     "signed": ["+1", "-01", "3", "4", "5", "6", "7", "8", "9"],
     "gap": [None] * 9,
@@ -56,7 +62,7 @@ def test_the_formats_agree_with_their_own_libraries(tmp_path):
     import pyarrow.parquet
 
     write_table(tmp_path / "t.csv", {"a": [1, None], "b": [0.25, 1.0], "c": ["x,y", "z"]})
-    assert (tmp_path / "t.csv").read_bytes() == b'a,b,c\n1,0.25,"x,y"\n,1.0,z\n'
+    assert (tmp_path / "t.csv").read_bytes() == b'"a","b","c"\n1,0.25,"x,y"\n,1.0,"z"\n'
     write_table(tmp_path / "t.parquet", {"a": [1, None], "b": [0.25, 1.0]})
     arrow = pyarrow.parquet.read_table(tmp_path / "t.parquet")
     assert [str(field.type) for field in arrow.schema] == ["int64", "double"]
@@ -66,6 +72,26 @@ def test_the_formats_agree_with_their_own_libraries(tmp_path):
 def test_a_csv_of_another_program(tmp_path):
     (tmp_path / "t.csv").write_bytes("\ufeffid,x,word\r\n1,0.50,nan\r\n\r\n2,+3,n.a.\r\n".encode())
     assert read_table(tmp_path / "t.csv") == {"id": [1, 2], "x": [0.5, 3.0], "word": ["nan", "n.a."]}
+
+
+def test_what_is_in_quotes_is_text_and_so_is_what_would_come_back_changed(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('quoted,zeros,late,hex,date\n"1",01,1,0x10,2020-01-01\n"2",2,"x",0x11,2020-01-02\n')
+    assert read_table(path) == {
+        "quoted": ["1", "2"],
+        "zeros": ["01", "2"],
+        "late": ["1", "x"],
+        "hex": ["0x10", "0x11"],
+        "date": ["2020-01-01", "2020-01-02"],
+    }
+    path.write_text('gaps,empty\n,""\n,1\n"7",2\n')  # the first cell that is not empty decides
+    assert read_table(path) == {"gaps": [None, None, "7"], "empty": ["", "1", "2"]}
+
+
+def test_cells_may_be_longer_than_a_block_of_the_reader(tmp_path):
+    table = {"a": ["x" * 3_000_000, "y"], "b": [1, 2]}
+    write_table(tmp_path / "t.csv", table)
+    assert read_table(tmp_path / "t.csv") == table
 
 
 def test_rows_make_columns_in_the_order_in_which_they_are_met():
@@ -131,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     [
         ("gone.csv", None, "No such file"),
         ("t.csv", b"", "column"),
-        ("t.csv", b"a,b\n1\n", "row 1 must be of 2 columns, got 1"),
+        ("t.csv", b"a,b\n1\n", "Expected 2 columns, got 1"),
         ("t.csv", b"a,a\n1,2\n", "each once"),
         ("t.csv", b"\xff\xfe\x00", "decode"),
         ("t.parquet", b"PAR1 and no more", ""),
@@ -153,5 +179,5 @@ def test_another_suffix_and_a_missing_package(tmp_path, monkeypatch, use):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=re.escape('pip install "wherefrom[cli]"')):
         use(tmp_path / "t.parquet")
-    write_table(tmp_path / "t.csv", {"a": [1]})  # needs nothing
+    write_table(tmp_path / "t.csv", {"a": [1]})  # writing a .csv needs nothing
     assert next(csv.reader(open(tmp_path / "t.csv"))) == ["a"]

@@ -15,7 +15,7 @@ from torch import nn
 import wherefrom
 from wherefrom.tools.act import clean
 from wherefrom.tools.evaluate import SGDRecipe, flip_labels, mislabeled_curve, train_small
-from wherefrom.tools.report import Example, Table, write_report
+from wherefrom.tools.report import Example, Suspects, Table, write_report
 
 
 def build() -> nn.Module:
@@ -63,8 +63,10 @@ def main(out: str = "image.html") -> tuple[float, float]:
         train_examples=train_examples,
         query_examples=[digit(i) for i in range(1000, 1100)],
         show=range(4),
-        tables={"The first proposals": Table(columns, [train_examples[p.example] for p in found.proposals[:20]])},
-        detection=mislabeled_curve(scores.self_influence, flipped),
+        sections=[
+            Table("The first proposals", columns, [train_examples[p.example] for p in found.proposals[:20]]),
+            Suspects(train_examples, scores.self_influence, mislabeled_curve(scores.self_influence, flipped)),
+        ],
     )
     return before, after
 

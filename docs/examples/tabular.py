@@ -15,7 +15,7 @@ from torch import nn
 
 import wherefrom
 from wherefrom.tools.evaluate import SGDRecipe, removal_curve, retrain_small, train_small
-from wherefrom.tools.report import Example, write_report
+from wherefrom.tools.report import Example, Retraining, write_report
 
 
 def build() -> nn.Module:
@@ -52,7 +52,7 @@ def main(out: str = "tabular.html") -> wherefrom.Scores:
         train_examples=[patient(i) for i in range(400)],
         query_examples=[patient(i) for i in range(400, 442)],
         show=range(6),
-        removal=removal,
+        sections=[Retraining(removal=removal)],
     )
     return scores
 

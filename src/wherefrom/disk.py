@@ -25,15 +25,15 @@ try:
 except ImportError:  # Windows has none: folders are not locked there
     fcntl = None
 
-HOST = re.sub(r"\W", "-", platform.node())
-PART = re.compile(r"\..+?(?:\.on-(?P<host>[\w-]+))?\.(?P<pid>\d{1,18})\.part", re.DOTALL)
+HOST = re.sub(r"\W", "-", platform.node())  # as it stands in the name of a temporary file
+TEMPORARY_NAME = re.compile(r"\..+?(?:\.on-(?P<host>[\w-]+))?\.(?P<pid>\d{1,18})\.part", re.DOTALL)
 LOCK = ".lock"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def whole(path: str | Path, sweep: bool = True) -> Iterator[Path]:
-    """A temporary file to write to, which becomes ``path`` if nothing fails; folders are made if need be.
+def write_atomically(path: str | Path, sweep: bool = True) -> Iterator[Path]:
+    """Give a temporary file to write to, which becomes ``path`` if nothing fails; folders are made if need be.
 
     Args:
         path: the file.
@@ -56,10 +56,14 @@ def whole(path: str | Path, sweep: bool = True) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        advice = "Free some space, or give another folder." if error.errno in FULL else "Give another path."
+        is_full = error.errno in NO_SPACE
+        advice = "Free some space, or give another folder." if is_full else "Give another path."
         raise ArtefactError(f"{path} could not be written: {_reason(error)}. {advice}") from error
     except UnicodeEncodeError as error:  # half of a character of UTF-16, as a broken JSON may have
         raise expected(f"the text in {path}", "Unicode", repr(error.object[error.start : error.end])) from error
+
+
+whole = write_atomically  # the name before, for callers that use it still
 
 
 def check_path(path: str | Path) -> None:
@@ -69,10 +73,10 @@ def check_path(path: str | Path) -> None:
         InputError: if it holds a null or half of a character.
     """
     try:
-        plain = b"\0" not in os.fsencode(path)
+        is_valid = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
-        plain = False
-    if not plain:
+        is_valid = False
+    if not is_valid:
         raise expected("a path", "without nulls and halves of characters", repr(str(path)))
 
 
@@ -80,8 +84,10 @@ def sweep_parts(folder: Path) -> None:
     """Remove the temporary files of processes of this machine that are no more; those of live ones stay."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            part = PART.fullmatch(entry.name)
-            if part and part["host"] in (None, HOST) and not _is_alive(int(part["pid"])):
+            part = TEMPORARY_NAME.fullmatch(entry.name)
+            # A folder may be shared by several machines: of another's processes nobody here knows whether they live.
+            is_of_this_machine = part is not None and part["host"] in (None, HOST)
+            if part and is_of_this_machine and not _is_alive(int(part["pid"])):
                 with suppress(OSError):  # another process swept it, or may not be swept
                     os.unlink(entry.path)
 
@@ -102,7 +108,7 @@ class Lock:
     def __init__(self, folder: str | Path, advice: str = "Wait for it, or give another folder."):
         self.folder = Path(folder)
         self.path = self.folder / LOCK
-        self._made = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
+        self._made_folders = [f for f in (self.folder, *self.folder.parents) if not f.exists()]
         self._file: int | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         if fcntl is not None:
@@ -115,6 +121,7 @@ class Lock:
             try:
                 system.flock(file, system.LOCK_EX | system.LOCK_NB)
             except OSError as error:
+                # Who holds the lock has written its name into the file.
                 holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
                 os.close(file)
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
@@ -141,8 +148,8 @@ class Lock:
             with suppress(OSError):
                 self.path.unlink()
             os.close(file)
-        made, self._made = self._made, []
-        for folder in made:  # the innermost first
+        made_folders, self._made_folders = self._made_folders, []
+        for folder in made_folders:  # the innermost first
             with suppress(OSError):
                 folder.rmdir()
 

@@ -46,6 +46,17 @@ def expected(what: str, wanted: str, got: object, do: str = "") -> InputError:
     return InputError(f"{what} must be {wanted}, got {shorten(str(got), GOT)}." + (f" {do}" if do else ""))
 
 
+def missing_extra(what: str, package: str, extra: str) -> MissingExtraError:
+    """Build the error of an optional dependency that is not installed; the caller raises it.
+
+    Args:
+        what: needs it, as the beginning of a sentence.
+        package: as it is called on the registry.
+        extra: of ours that installs it.
+    """
+    return MissingExtraError(f'{what} needs {package}, which is not installed. Run: pip install "wherefrom[{extra}]"')
+
+
 def shorten(text: str, length: int) -> str:
     """The text itself, or where it is longer its beginning and its end, which says what to do, and how long it was."""
     if len(text) <= length:

@@ -28,11 +28,11 @@ from wherefrom.curvature.plain import (
     GAPS,
     Linearised,
     NotDifferentiableError,
-    adjoint,
+    are_adjoint,
     check_curvature,
-    curved,
-    differences,
+    differentiate_by_differences,
     is_gap,
+    multiply_by_second_derivative,
 )
 from wherefrom.data.examples import Batch, take
 from wherefrom.errors import AttributionWarning, InputError, UnsupportedError, expected
@@ -81,38 +81,38 @@ class GGN(RowCurvature):
     @property
     def offers(self) -> frozenset[Need]:
         """Rows only where there are few enough of them."""
-        return frozenset(Need) if self._how() == "rows" else frozenset({Need.MATVEC, Need.KRONECKER})
+        return frozenset(Need) if self._choose_product() == "rows" else frozenset({Need.MATVEC, Need.KRONECKER})
 
-    def _how(self) -> str:
+    def _choose_product(self) -> str:
         if self.how == "auto":
             return "rows" if self._outputs <= LIMIT else "jvp"
         return self.how
 
     def rows(self, batch: Batch) -> Gradients:
-        """K rows per example, K the number of outputs, weighted by the eigenvalues of the output Hessian."""
-        held: dict[str, Tensor] = {}
+        """Return K rows for each example, K the number of outputs, weighted by eigenvalues of the output Hessian."""
+        weights: list[Tensor] = []
 
-        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            values, u = self._spectrum(outputs, batch)
-            held["weights"] = values
+        def cotangents(outputs: Tensor, batch: Batch) -> Tensor:
+            values, u = self._decompose_output_hessian(outputs, batch)
+            weights.append(values)
             # Directions without curvature are left out, above all those at padding, where outputs may be anything.
             flat = values.abs() <= 1e-14 * values.abs().amax(1, keepdim=True)  # (n, K)
             u = u.masked_fill(flat.T.unsqueeze(2), 0.0)
             return u.reshape(len(u), *outputs.shape).to(outputs.dtype)
 
-        found = self.problem.gradients(batch, seeds)
-        return Gradients(found.blocks, found.rows, held["weights"])
+        gradients = self.problem.gradients(batch, cotangents)
+        return Gradients(gradients.blocks, gradients.rows, weights[0])
 
-    def _spectrum(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (n, K), largest first, and eigenvectors (K, n, K) of the output Hessian; notes a negative one."""
+    def _decompose_output_hessian(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues (n, K), largest first, and eigenvectors (K, n, K); a negative one is noted."""
         values, directions = torch.linalg.eigh(self.output_hessian(outputs, batch).double())
         noise = 1e-6 if self.problem.dtype == torch.float32 else 1e-12
-        if float(values.min()) < -noise * float(values.abs().max()) and self._concave(outputs, batch):
+        if float(values.min()) < -noise * float(values.abs().max()) and self._is_concave(outputs, batch):
             self._convex = False
         self._seen = True
         return values.flip(-1), directions.flip(-1).permute(2, 0, 1)
 
-    def _concave(self, outputs: Tensor, batch: Batch) -> bool:
+    def _is_concave(self, outputs: Tensor, batch: Batch) -> bool:
         """Whether a negative eigenvalue of an output Hessian is more than rounding.
 
         diag(p) - p p^T of a confident classifier is the small difference of numbers of size 1: its error is eps of
@@ -133,7 +133,7 @@ class GGN(RowCurvature):
 
     def product(self, v: Directions, index: Tensor | None = None) -> Directions:
         """Return C v over all training examples, or over those of the given numbers."""
-        how = self._how()
+        how = self._choose_product()
         if how == "rows" and not self._jvp_is_cheaper(len(v), index):
             return self._product_by_rows(v, index)
         if how == "rows":
@@ -169,7 +169,7 @@ class GGN(RowCurvature):
         return self.mean_over_batches(lambda batch: Directions.from_parameters(blocks, by(batch, tangents)), index)
 
     def _by_jvp_or_plain(self, batch: Batch, v: Vectors) -> Vectors:
-        """By jvp; where the model has no forward mode, by double backward; where it has no such, by differences."""
+        """Sum by jvp; where the model has no forward mode, by double backward; where it has no such, by differences."""
         if self._forward:
             try:
                 return self._by_jvp(batch, v)
@@ -178,7 +178,7 @@ class GGN(RowCurvature):
                     raise
         if self._push:
             try:
-                found = self._by_plain(batch, v, Linearised.push)
+                product = self._by_plain(batch, v, Linearised.push)
             except NotDifferentiableError:
                 self._push = False
                 warnings.warn(
@@ -190,12 +190,12 @@ class GGN(RowCurvature):
                 )
             else:
                 self._forward = False
-                return found
+                return product
         self._forward = False
         return self._by_differences(batch, v)
 
     def _by_plain(self, batch: Batch, v: Vectors, push: Callable[[Linearised, Vectors], Tensor]) -> Vectors:
-        """The sum over a batch of J^T H J v by plain autograd, one right-hand side at a time."""
+        """Sum J^T H J v over a batch by plain autograd, one right-hand side at a time."""
         outputs, theta = self.problem.functional(batch)
         at, parts = Linearised(outputs, theta), []
         self._check_loss(at.value, batch)
@@ -203,7 +203,7 @@ class GGN(RowCurvature):
             t = push(at, one)
             if not parts and push is Linearised.push:
                 at.check(one, t)
-            u = curved(self._loss(batch), at.value, t)
+            u = multiply_by_second_derivative(self._loss(batch), at.value, t)
             parts.append({name: t.unsqueeze(0) for name, t in at.pull(u).items()})
         return vectors.concatenate(parts)
 
@@ -217,7 +217,7 @@ class GGN(RowCurvature):
         return self.how == "auto" and not lasting and self._forward and 2 * Q <= self._outputs
 
     def output_hessian(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Second derivative of each example's loss in its outputs, flattened: (n, K, K)."""
+        """Differentiate each example's loss twice in its outputs, flattened: (n, K, K)."""
         self._check_loss(outputs, batch)
         h = outputs.detach().requires_grad_()
         with torch.enable_grad():
@@ -235,12 +235,14 @@ class GGN(RowCurvature):
         return hessian
 
     def _mean_eigenvalues(self) -> dict[str, float]:
-        """Without rows: the mean squared length of gradients of drawn labels, which for a likelihood has C as its mean.
+        """Estimate, without rows, by the mean squared length of gradients of drawn labels.
+
+        The second moment of these gradients is C, for a likelihood.
 
         A drawn gradient costs one backward pass where a probe costs a product. Eight labels of each example are drawn,
         fewer where many examples share the error: one from 8,192 on, as each draw is a pass.
         """
-        if self._how() == "rows":
+        if self._choose_product() == "rows":
             return super()._mean_eigenvalues()
         problem, rng = self.problem, torch.Generator().manual_seed(0)
         draws = min(DRAWS, -(-DRAWS * 1024 // len(problem.train)))
@@ -256,7 +258,7 @@ class GGN(RowCurvature):
 
     @property
     def _outputs(self) -> int:
-        """Numbers in the outputs of one example."""
+        """The numbers in the outputs of one example."""
         if not hasattr(self, "_size"):
             self.problem.examine()  # what is wrong with the model is told there
             with self.problem.observed() as model, torch.no_grad():
@@ -264,7 +266,7 @@ class GGN(RowCurvature):
         return self._size
 
     def _by_jvp(self, batch: Batch, v: Vectors) -> Vectors:
-        """The sum over a batch of J^T H J v, as many right-hand sides as fit in memory to one forward pass."""
+        """Sum J^T H J v over a batch, as many right-hand sides as fit in memory to one forward pass."""
         outputs, theta = self.problem.functional(batch)
         parts = []
         together = rhs_at_once(self.problem, outputs, theta) if vectors.count(v) > 1 else 1
@@ -277,7 +279,7 @@ class GGN(RowCurvature):
             h, pull, t = vjp(linearised, theta, has_aux=True)  # pyright: ignore[reportAssignmentType]
             self._check_loss(h, batch)
             if self.how == "auto" and self._outputs <= LIMIT and not self._seen:
-                self._spectrum(h, batch)  # in place of rows, which find out whether the loss is convex
+                self._decompose_output_hessian(h, batch)  # in place of rows, which find out whether the loss is convex
             u = vmap(lambda t, h=h: jvp(grad(self._loss(batch)), (h,), (t,))[1])(t)
             pulled = vmap(lambda u, pull=pull: pull(u)[0])(u)
             _check_adjoint(u, t, pulled, some)
@@ -285,12 +287,12 @@ class GGN(RowCurvature):
         return vectors.concatenate(parts)
 
     def _by_differences(self, batch: Batch, v: Vectors) -> Vectors:
-        """The same with J v by central differences."""
+        """Do the same with J v by central differences."""
         outputs, theta = self.problem.functional(batch)
 
         def push(_at: Linearised, one: Vectors) -> Tensor:
             with torch.no_grad():
-                return differences(outputs, theta, one, self.delta)
+                return differentiate_by_differences(outputs, theta, one, self.delta)
 
         return self._by_plain(batch, v, push)
 
@@ -315,19 +317,19 @@ def _check_adjoint(u: Tensor, t: Tensor, pulled: Vectors, v: Vectors) -> None:
     here = (u * t).flatten(1).sum(1, dtype=torch.float64)
     scale = vectors.norm(pulled) * vectors.norm(v)
     for one in zip(here.tolist(), vectors.dot(pulled, v).tolist(), scale.tolist(), strict=True):
-        if not adjoint(*one, dtype=t.dtype):
+        if not are_adjoint(*one, dtype=t.dtype):
             raise NotDifferentiableError("The forward-mode derivative of the model does not fit its backward pass.")
 
 
 def rhs_at_once(problem: Problem, outputs: Callable[[Vectors], Tensor], theta: Vectors) -> int:
-    """How many right-hand sides go together: each needs the tensors that one backward pass keeps."""
-    kept = 0
+    """Count the right-hand sides that go together: each needs the tensors that one backward pass keeps."""
+    needed = 0
 
     def pack(t: Tensor) -> None:  # a tensor given back would hold the graph that holds it, for good
-        nonlocal kept
-        kept += t.numel() * t.element_size()
+        nonlocal needed
+        needed += t.numel() * t.element_size()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs({name: t.clone().requires_grad_() for name, t in theta.items()})
     room = problem.memory / 4 if problem.device.type != "cpu" else min(problem.memory / 4, CACHED)
-    return max(1, int(room / max(1, kept)))
+    return max(1, int(room / max(1, needed)))

@@ -16,7 +16,15 @@ from torch.func import grad, vmap
 
 from wherefrom.curvature.base import Curvature, Need
 from wherefrom.curvature.ggn import rhs_at_once
-from wherefrom.curvature.plain import GAPS, Function, Linearised, differences, has_second_derivatives, is_gap, second
+from wherefrom.curvature.plain import (
+    GAPS,
+    Function,
+    Linearised,
+    differentiate_by_differences,
+    has_second_derivatives,
+    hessian_products,
+    is_gap,
+)
 from wherefrom.data.examples import Batch
 from wherefrom.errors import AttributionWarning
 from wherefrom.persample import vectors
@@ -62,29 +70,29 @@ class Hessian(Curvature):
     _forward = True  # whether the model is not known to lack forward mode
 
     def _by_jvp(self, batch: Batch, v: Vectors) -> Vectors:
-        """The sum over a batch of H v, as many right-hand sides as fit in memory together."""
+        """Sum H v over a batch, as many right-hand sides as fit in memory together."""
         outputs, theta = self.problem.functional(batch)
         slope = grad(lambda p: self.problem.task.loss(outputs(p), batch).sum())
         pieces = vectors.chunk(v, rhs_at_once(self.problem, outputs, theta))
         return vectors.concatenate([vmap(lambda w: jvp(slope, (theta,), (w,))[1])(some) for some in pieces])
 
     def _by_plain(self, batch: Batch, v: Vectors) -> Vectors:
-        """The same by double backward, or by differences of the gradient where that is not right."""
+        """Do the same by double backward, or by differences of the gradient where that is not right."""
         outputs, theta = self.problem.functional(batch)
         each: Function = lambda p: self.problem.task.loss(outputs(p), batch)  # noqa: E731
         singles = ({name: t[0] for name, t in one.items()} for one in vectors.chunk(v, 1))
-        if self._twice:
-            return second(each, theta, singles)[0]
+        if self._is_twice_differentiable:
+            return hessian_products(each, theta, singles)[0]
 
         def slope(p: Vectors) -> Tensor:
             at = Linearised(each, p)
             return vectors.flatten({k: t.unsqueeze(0) for k, t in at.pull(torch.ones_like(at.value)).items()})
 
-        rows = [differences(slope, theta, one, None) for one in singles]
+        rows = [differentiate_by_differences(slope, theta, one, None) for one in singles]
         return vectors.unflatten(torch.cat(rows), self.problem.shapes)
 
     @cached_property
-    def _twice(self) -> bool:
+    def _is_twice_differentiable(self) -> bool:
         """Whether the model's backward pass can be differentiated, and rightly."""
         right = has_second_derivatives(self.problem)
         if not right:

@@ -155,11 +155,11 @@ def arnoldi(product: Product, start: Directions, steps: int, solve: Product | No
 
 def embedding(shapes: Shapes, name: str, rows: range, size: int, seed: int, like: Tensor) -> Tensor:
     """Draw rows of Phi for one parameter, entries N(0, 1 / size), each from its own seed: (rows, *shape)."""
-    found = []
+    draws = []
     for row in rows:
         rng = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{name}|{row}".encode()) + (seed << 32))
-        found.append(torch.randn(shapes[name], generator=rng, dtype=torch.float64))
-    return torch.stack(found).to(like).mul_(size**-0.5)
+        draws.append(torch.randn(shapes[name], generator=rng, dtype=torch.float64))
+    return torch.stack(draws).to(like).mul_(size**-0.5)
 
 
 def sketch(product: Product, problem: Problem, size: int = 40, seed: int = 0, corrected: bool = True) -> Tensor:

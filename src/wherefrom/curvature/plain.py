@@ -61,17 +61,18 @@ class Linearised:
         self._transposed: tuple[Tensor, list[Tensor | None]] | None = None
 
     def pull(self, u: Tensor) -> Vectors:
-        """J^T u, of the shapes of the parameters."""
-        return dict(zip(self.names, slopes((self.value * u).sum(), self.leaves), strict=True))
+        """Multiply by the transpose: J^T u, of the shapes of the parameters."""
+        return dict(zip(self.names, gradients_of((self.value * u).sum(), self.leaves), strict=True))
 
     def push(self, v: Vectors) -> Tensor:
-        """J v, of the shape of the value.
+        """Multiply: J v, of the shape of the value.
 
         Raises:
             NotDifferentiableError: if the backward pass does not tell it.
         """
         if not self.value.requires_grad:
             return torch.zeros_like(self.value)
+        # J^T u is linear in u, so that its derivative by u along v is J v, at u = 0 as anywhere.
         u, back = self._backward_of_zero()
         with torch.enable_grad():
             terms = [(t * v[name]).sum() for name, t in zip(self.names, back, strict=True) if t is not None]
@@ -79,22 +80,24 @@ class Linearised:
         if not along.requires_grad:
             raise NotDifferentiableError("The backward pass of the model is not differentiable.")
         try:
-            (found,) = slopes(along, [u])
+            (product,) = gradients_of(along, [u])
         except RuntimeError as error:  # once_differentiable
             if not is_gap(error):
                 raise
             raise NotDifferentiableError(f"The backward pass of the model is not differentiable: {error}") from error
-        return found
+        return product
 
     def _backward_of_zero(self) -> tuple[Tensor, list[Tensor | None]]:
-        """u = 0 and J^T u as a function of it."""
+        """Return u = 0 and J^T u as a function of it."""
         if self._transposed is None:
+            back: tuple[Tensor | None, ...]
             with torch.enable_grad():
                 u = torch.zeros_like(self.value).requires_grad_()
                 pulled = (self.value * u).sum()
                 with _name_checkpoints():
                     back = torch.autograd.grad(pulled, self.leaves, create_graph=True, allow_unused=True)
-            self._transposed = u, [None if t is None else t.to_dense() if t.is_sparse else t for t in back]
+            pulled_back: list[Tensor | None] = [t.to_dense() if t is not None and t.is_sparse else t for t in back]
+            self._transposed = (u, pulled_back)
         return self._transposed
 
     def check(self, v: Vectors, pushed: Tensor) -> None:
@@ -110,11 +113,11 @@ class Linearised:
         direction = {name: t.unsqueeze(0) for name, t in v.items()}
         here, there = float((u * pushed).sum()), float(vectors.dot(single, direction))
         scale = float(vectors.norm(single) * vectors.norm(direction))
-        if not adjoint(here, there, scale, pushed.dtype):
+        if not are_adjoint(here, there, scale, pushed.dtype):
             raise NotDifferentiableError("The derivative of the model's backward pass is wrong.")
 
 
-def adjoint(here: float, there: float, scale: float, dtype: torch.dtype) -> bool:
+def are_adjoint(here: float, there: float, scale: float, dtype: torch.dtype) -> bool:
     """Whether u . J v and J^T u . v are the same number, up to rounding in sums of this scale."""
     tolerance = 1e-3 if dtype == torch.float32 else 1e-7
     return abs(here - there) <= tolerance * (abs(here) + abs(there)) + 100 * torch.finfo(dtype).eps * scale
@@ -136,8 +139,8 @@ def _name_checkpoints() -> Iterator[None]:
         ) from error
 
 
-def slopes(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of a scalar, zero where it does not depend on a leaf; the graph is kept.
+def gradients_of(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Differentiate a scalar by some leaves, zero where it does not depend on a leaf; the graph is kept.
 
     Raises:
         UnsupportedError: if the backward pass runs parts of the model again, which then have other parameters.
@@ -145,12 +148,14 @@ def slopes(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     if not value.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
     with _name_checkpoints():
-        found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return [t.to_dense() if t.is_sparse else t for t in found]
+        grads = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [t.to_dense() if t.is_sparse else t for t in grads]
 
 
-def differences(function: Callable[[Vectors], Tensor], theta: Vectors, v: Vectors, length: float | None) -> Tensor:
-    """The derivative of a function along v by central differences.
+def differentiate_by_differences(
+    function: Callable[[Vectors], Tensor], theta: Vectors, v: Vectors, length: float | None
+) -> Tensor:
+    """Differentiate a function along v by central differences.
 
     Args:
         function: of parameters.
@@ -162,23 +167,24 @@ def differences(function: Callable[[Vectors], Tensor], theta: Vectors, v: Vector
     relative: float = torch.finfo(dtype).eps ** (1 / 3) if length is None else length
     size = float(vectors.norm({name: t.unsqueeze(0) for name, t in theta.items()}))
     step = relative * max(1.0, size) / max(float(vectors.norm({n: t.unsqueeze(0) for n, t in v.items()})), 1e-300)
-    ahead, behind = ({name: theta[name] + sign * step * t for name, t in v.items()} for sign in (1, -1))
+    ahead = {name: theta[name] + step * t for name, t in v.items()}
+    behind = {name: theta[name] - step * t for name, t in v.items()}
     return (function(ahead) - function(behind)) / (2 * step)
 
 
-def curved(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -> Tensor:
-    """The second derivative of a scalar loss at h, times t."""
+def multiply_by_second_derivative(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -> Tensor:
+    """Multiply t by the second derivative of a scalar loss at h."""
     h = h.detach()
     try:
         return jvp(grad(loss), (h,), (t,))[1]
     except GAPS as error:
         if not is_gap(error):
             raise
-    return curved_by_backward(loss, h, t)
+    return multiply_by_backward(loss, h, t)
 
 
-def curved_by_backward(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -> Tensor:
-    """The same by double backward."""
+def multiply_by_backward(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -> Tensor:
+    """Do the same by double backward."""
     h = h.detach().requires_grad_()
     with torch.enable_grad():
         value = loss(h)
@@ -186,7 +192,7 @@ def curved_by_backward(loss: Callable[[Tensor], Tensor], h: Tensor, t: Tensor) -
             return torch.zeros_like(h)
         (slope,) = torch.autograd.grad(value, h, create_graph=True)
         along = (slope * t).sum()
-    return slopes(along, [h])[0]
+    return gradients_of(along, [h])[0]
 
 
 def check_curvature(loss: Callable[[Tensor], Tensor], h: Tensor) -> None:
@@ -224,18 +230,18 @@ def _is_curved_so(loss: Callable[[Tensor], Tensor], h: Tensor, tolerance: float)
         leaf = v["h"].detach().requires_grad_()
         with torch.enable_grad():
             value = loss(leaf)
-        return slopes(value, [leaf])[0]
+        return gradients_of(value, [leaf])[0]
 
     for _ in range(2):  # a step may cross a kink of the loss
         t = torch.randn(h.shape, generator=rng, dtype=torch.float64, device="cpu").to(h)
-        exact, near = curved_by_backward(loss, h, t), differences(slope, {"h": h}, {"h": t}, None)
+        exact, near = multiply_by_backward(loss, h, t), differentiate_by_differences(slope, {"h": h}, {"h": t}, None)
         if (exact - near).norm() <= tolerance * near.norm() + 1e-3 * tolerance * slope({"h": h}).norm():
             return True
     return False
 
 
-def gradients(function: Callable[..., Tensor], theta: Vectors, *others: Tensor) -> Vectors:
-    """Gradients of a scalar function at K points, stacked: (K, *shape).
+def gradients_at_points(function: Callable[..., Tensor], theta: Vectors, *others: Tensor) -> Vectors:
+    """Differentiate a scalar function at K points: gradients (K, *shape).
 
     Args:
         function: of parameters, and of one row of each other tensor.
@@ -247,16 +253,17 @@ def gradients(function: Callable[..., Tensor], theta: Vectors, *others: Tensor) 
     except GAPS as error:
         if not is_gap(error):
             raise
-    found = []
+    grads = []
     for k, one in enumerate(vectors.chunk(theta, 1)):
         point = {name: t[0] for name, t in one.items()}
-        at = Linearised(lambda p, k=k: function(p, *(t[k] for t in others)), point)
-        found.append({name: t.unsqueeze(0) for name, t in at.pull(torch.ones_like(at.value)).items()})
-    return vectors.concatenate(found)
+        mine = [t[k] for t in others]
+        at = Linearised(lambda p, mine=mine: function(p, *mine), point)
+        grads.append({name: t.unsqueeze(0) for name, t in at.pull(torch.ones_like(at.value)).items()})
+    return vectors.concatenate(grads)
 
 
-def second(each: Function, theta: Vectors, v: Iterable[Vectors]) -> tuple[Vectors, Tensor]:
-    """H v and the derivatives along v of the terms of a sum, for each v, by double backward.
+def hessian_products(each: Function, theta: Vectors, v: Iterable[Vectors]) -> tuple[Vectors, Tensor]:
+    """Return H v and the derivatives along v of the terms of a sum, for each v, by double backward.
 
     Args:
         each: of parameters, to the terms (n,) of the function whose second derivative is H.
@@ -283,7 +290,7 @@ def second(each: Function, theta: Vectors, v: Iterable[Vectors]) -> tuple[Vector
             pieces = [(t * one[name]).sum() for name, t in zip(names, slope, strict=True)]
             value = torch.stack(pieces).sum()
         try:
-            *by_theta, by_weight = slopes(value, [*leaves, weights])
+            *by_theta, by_weight = gradients_of(value, [*leaves, weights])
         except RuntimeError as error:
             if not is_gap(error):
                 raise
@@ -331,10 +338,10 @@ def _agrees(problem: Problem, tolerance: float = AGREE) -> bool:
                 for name, t in theta.items()
             }
             try:
-                exact = vectors.flatten(second(each, theta, [v])[0])[0]
+                exact = vectors.flatten(hessian_products(each, theta, [v])[0])[0]
             except NotDifferentiableError:
                 return False
-            near = differences(slope, theta, v, None)
+            near = differentiate_by_differences(slope, theta, v, None)
             if (exact - near).norm() <= tolerance * near.norm():
                 return True
     return False

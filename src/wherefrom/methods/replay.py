@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wherefrom.curvature.plain import gradients
+from wherefrom.curvature.plain import gradients_at_points
 from wherefrom.data.examples import Examples
 from wherefrom.errors import AttributionWarning, DivergenceError, InputError, UnsupportedError, expected
 from wherefrom.methods.optimisers import Jacobian, Rows, jacobian, optimiser
@@ -99,7 +99,7 @@ class Replay:
             return (w * self.problem.task.loss(outputs(theta), batch)).sum() / len(index)
 
         with self.opened():
-            g = gradients(loss, theta, w.to(self.problem.device, self.problem.dtype))
+            g = gradients_at_points(loss, theta, w.to(self.problem.device, self.problem.dtype))
         return {name: self._update(name, step)(rows, g[name]) for name, rows in state.items()}, g
 
     def slopes(self, state: State, g: Vectors, step: int) -> dict[str, Jacobian]:
@@ -113,8 +113,8 @@ class Replay:
         Raises:
             InputError: if the task's loss is not one finite number per example.
         """
-        found = [self.start()]
-        state, steps = found[0], self.trajectory.steps
+        states = [self.start()]
+        state, steps = states[0], self.trajectory.steps
         batch = self.problem.batch(self.order[0])
         outputs, theta = self.problem.functional(batch)
         with self.opened():
@@ -122,8 +122,8 @@ class Replay:
         for step in track(range(steps), "replaying", enabled=self.problem.progress):
             state, _ = self.step(state, step)
             if (step + 1) % self.segment == 0 or step + 1 == steps:
-                found.append(state)
-        return found
+                states.append(state)
+        return states
 
     @property
     def trained(self) -> Problem:
@@ -193,10 +193,10 @@ class Replay:
             for step in track(range(self.trajectory.steps), "retraining", enabled=self.problem.progress):
                 state, _ = self.step(state, step, some)
             parts.append({name: rows[0] for name, rows in state.items()})
-        found = vectors.concatenate(parts)
-        if bad := [i for i, ok in enumerate(vectors.norm(found).isfinite().tolist()) if not ok]:
+        weights_after = vectors.concatenate(parts)
+        if bad := [i for i, ok in enumerate(vectors.norm(weights_after).isfinite().tolist()) if not ok]:
             raise DivergenceError(f"Training with weights {bad[0]} does not stay finite. Lower the learning rate.")
-        return found
+        return weights_after
 
     @undisturbed()
     def measured(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:

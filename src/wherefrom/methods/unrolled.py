@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from wherefrom.curvature.ggn import rhs_at_once
-from wherefrom.curvature.plain import GAPS, Function, has_second_derivatives, is_gap, second
+from wherefrom.curvature.plain import GAPS, Function, has_second_derivatives, hessian_products, is_gap
 from wherefrom.errors import UnsupportedError
 from wherefrom.methods.base import FittedMethod, TrajectoryMethod
 from wherefrom.methods.optimisers import pulled
@@ -164,7 +164,7 @@ class FittedUnrolled(FittedMethod):
                 "Unrolled needs second derivatives of the loss, and those of an operation of this model are missing or "
                 "wrong. Write the operation out in differentiable ones, or take SOURCE or TracIn."
             )
-        return second(each, theta, ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1)))
+        return hessian_products(each, theta, ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1)))
 
     @cached_property
     def _twice(self) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -94,9 +95,14 @@ class Directions:
 
     def dense(self) -> Directions:
         """Write every block out as the parameters are; itself where that is so already."""
-        if self.mix is None and not self.bases and all(isinstance(form, Tensor) for form in self.forms.values()):
+        if self._is_dense:
             return self
         return Directions(self.blocks, {block.name: self.matrices(block.name) for block in self.blocks})
+
+    @cached_property
+    def _is_dense(self) -> bool:
+        forms = [form for form in self.forms.values() if not isinstance(form, Tensor)]
+        return self.mix is None and not self.bases and not forms
 
     def numbers(self) -> int:
         """Count the numbers that are stored."""
@@ -213,7 +219,7 @@ class Directions:
         Raises:
             TypeError: if they are not dense.
         """
-        if self.dense() is not self:
+        if not self._is_dense:
             raise TypeError("These directions are not written out. Call dense() first.")
         return dict(self.forms)  # type: ignore[arg-type]
 

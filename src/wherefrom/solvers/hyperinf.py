@@ -141,10 +141,10 @@ class HyperINF(Solver):
 
     def _invert(self, A: Tensor, lower: float, block: Block) -> Schulz:
         try:
-            found = cholesky(A) if self.inverse == "cholesky" else schulz(A, lower, self.tolerance)
+            result = cholesky(A) if self.inverse == "cholesky" else schulz(A, lower, self.tolerance)
         except DivergenceError as error:
             raise DivergenceError(f"block {block.name}, damping {lower:.1e}: {error}") from None
-        residual = float(found.residuals[-1].max())
+        residual = float(result.residuals[-1].max())
         if residual > max(self.tolerance, 1e-6):
             warnings.warn(
                 f"the inverse for block {block.name} has |I - A X| = {residual:.1e}: its condition number is too much "
@@ -152,7 +152,7 @@ class HyperINF(Solver):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        return found
+        return result
 
     def _choose_sides(self, curvature: Curvature) -> dict[str, Side]:
         """Choose the side of each block."""

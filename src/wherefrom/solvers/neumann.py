@@ -284,9 +284,9 @@ class Neumann(Solver):
                 f"C + damping has a negative eigenvalue ({measured.smallest:.2e} + {damping:.2e}): the iteration "
                 f"would diverge. Raise the damping above {-measured.smallest:.2e}, or take the GGN."
             )
-        found = corollary(measured, damping, self.contraction, self.batch)
+        plan = corollary(measured, damping, self.contraction, self.batch)
         spread = max(inner.damping.values()) - damping  # the other blocks' damping adds to their largest eigenvalues
-        step = self.step or (1 - self.momentum) / (1 / found.step + spread)
+        step = self.step or (1 - self.momentum) / (1 / plan.step + spread)
         steps = self.steps or math.ceil(self.contraction * (1 - self.momentum) / (step * damping))
         if self.steps is None and steps > MOST:
             raise UnsupportedError(
@@ -294,8 +294,8 @@ class Neumann(Solver):
                 f"{measured.largest.value / damping:.1e} times the damping. Raise the damping, take a preconditioner "
                 "(EKFAC()) or CG(), or give `steps`."
             )
-        dimension = found.effective_dimension
-        return Plan(step, found.batch, steps, found.nu + spread, dimension, found.constant)
+        dimension = plan.effective_dimension
+        return Plan(step, plan.batch, steps, plan.nu + spread, dimension, plan.constant)
 
     def _plan_preconditioned(self, inner: Inverse) -> Plan:
         """Take the step of ASTRA from the spectrum of P^-1 (C + damping)."""

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
 from torch import Tensor
 
+from wherefrom import Trajectory
 from wherefrom.data.examples import Examples
 from wherefrom.errors import InputError, expected
 from wherefrom.tools.report import Example
-from wherefrom.training.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Target:
         show: how an example looks: a function of a data set, which is one of those above, and a number in it, to a
             caption or a `report.Example`. None: its label where the data are a pair with labels, else its number.
         defaults: options that commands take where they are left out, such as ``{"damping": 0.01}``.
-        page: arguments of `report.render` for every report, such as ``{"measurement": "the loss in nats"}``; its
-            "notes" are shown on the screen too.
+        page: what every report says: its "title" and "lead", and arguments of `report.usual_sections`, such as
+            ``{"measurement": "the loss in nats"}``. Its "notes" are shown on the screen too.
     """
 
     model: Any
@@ -59,7 +60,7 @@ class Target:
     page: Mapping[str, Any] = field(default_factory=dict)
 
     def given(self, name: str) -> Any:
-        """A field.
+        """Return a field.
 
         Raises:
             InputError: if it was left out.
@@ -72,7 +73,7 @@ class Target:
         return value
 
     def shown(self, name: str) -> Shown:
-        """How the examples of a data set look.
+        """Return how the examples of a data set look.
 
         Args:
             name: of the field.
@@ -80,12 +81,12 @@ class Target:
         Raises:
             InputError: if it was left out.
         """
-        return Shown(self.given(name), name, self.show or _plain)
+        return Shown(self.given(name), name, self.show or _name_by_label)
 
     def run(self) -> Trajectory:
-        """The recorded run, read if it is given by its folder."""
-        given = self.given("trajectory")
-        return given if isinstance(given, Trajectory) else Trajectory.load(given)
+        """Return the recorded run, which is read if it is given by its folder."""
+        trajectory = self.given("trajectory")
+        return trajectory if isinstance(trajectory, Trajectory) else Trajectory.load(trajectory)
 
 
 class Captions(Sequence[str]):
@@ -102,7 +103,9 @@ class Captions(Sequence[str]):
     @overload
     def __getitem__(self, at: slice) -> list[str]: ...
     def __getitem__(self, at: int | slice) -> str | list[str]:
-        return [example.caption for example in self.shown[at]] if isinstance(at, slice) else self.shown[at].caption
+        if isinstance(at, slice):
+            return [example.caption for example in self.shown[at]]
+        return self.shown[at].caption
 
 
 class Shown(Sequence[Example]):
@@ -122,12 +125,12 @@ class Shown(Sequence[Example]):
     def __getitem__(self, at: int | slice) -> Example | list[Example]:
         if isinstance(at, slice):
             return [self[i] for i in range(self.length)[at]]
-        found = self.show(self.data, range(self.length)[at])
-        return found if isinstance(found, Example) else Example(str(found))
+        shown = self.show(self.data, range(self.length)[at])
+        return shown if isinstance(shown, Example) else Example(str(shown))
 
 
-def _plain(data: Any, number: int) -> str:
-    """An example's label where it has one, else its number."""
+def _name_by_label(data: Any, number: int) -> str:
+    """Return an example's label where it has one, else its number."""
     labels = data[1] if isinstance(data, (tuple, list)) and len(data) > 1 else None
     if isinstance(labels, (Tensor, np.ndarray)) and labels.ndim == 1:
         return f"label {labels[number].item():.6g}"
@@ -135,18 +138,20 @@ def _plain(data: Any, number: int) -> str:
 
 
 @contextmanager
-def from_here() -> Iterator[None]:
+def import_from_here() -> Iterator[None]:
     """Let the modules of the current directory be imported until the block ends.
 
     They come after all that is installed: a file json.py or torch.py that happens to lie there is not taken for these.
     """
     here = os.getcwd()
     sys.path.append(here)
-    importlib.invalidate_caches()  # a module may be younger than the last look at its folder
+    # A module may be younger than the last look at its folder.
+    importlib.invalidate_caches()
     try:
         yield
     finally:
-        for at in reversed(range(len(sys.path))):  # the last one, which is ours
+        # The last one is ours.
+        for at in reversed(range(len(sys.path))):
             if sys.path[at] == here:
                 del sys.path[at]
                 break
@@ -163,20 +168,21 @@ def load(target: str) -> Target:
             arguments, or it returns anything but a `Target`, (model, task, train) or (model, task, train, queries).
             What the function itself raises comes through.
     """
-    made = _function(*parts(target))()
-    if isinstance(made, Target):
-        return made
-    if not isinstance(made, (tuple, list)) or len(made) not in (3, 4):
-        got = (
-            f"({', '.join(type(m).__name__ for m in made)})" if isinstance(made, (tuple, list)) else type(made).__name__
-        )
-        wanted = "(model, task, train), (model, task, train, queries) or a wherefrom.tools.loading.Target"
-        raise expected(f"What {target} returns", wanted, got)
-    return Target(*made)
+    function = _import_function(*split_target(target))
+    result = function()
+    if isinstance(result, Target):
+        return result
+
+    is_sequence = isinstance(result, (tuple, list))
+    if is_sequence and len(result) in (3, 4):
+        return Target(*result)
+    wanted = "(model, task, train), (model, task, train, queries) or a wherefrom.tools.loading.Target"
+    got = f"({', '.join(type(part).__name__ for part in result)})" if is_sequence else type(result).__name__
+    raise expected(f"What {target} returns", wanted, got)
 
 
-def parts(target: str) -> tuple[str, str]:
-    """The module and the function that a target names.
+def split_target(target: str) -> tuple[str, str]:
+    """Return the module and the function that a target names.
 
     Raises:
         InputError: if it has another form.
@@ -189,8 +195,11 @@ def parts(target: str) -> tuple[str, str]:
 
 
 def says_target(target: str) -> bool:
-    """Whether the definition of a function says ``-> Target``, read from its source: nothing is imported or called."""
-    module, name = parts(target)
+    """Tell whether the definition of a function says ``-> Target``.
+
+    That is read from its source: nothing is imported or called.
+    """
+    module, name = split_target(target)
     try:
         spec = PathFinder.find_spec(module.partition(".")[0])
         for inner in module.split(".")[1:]:
@@ -202,45 +211,78 @@ def says_target(target: str) -> bool:
         tree = ast.parse(spec.loader.get_data(spec.loader.get_filename(spec.name)))
     except (ImportError, OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    returns = [ast.unparse(node.returns).strip("'\"") for node in functions if node.returns is not None]
-    return any(text.rpartition(".")[2] == "Target" for text in returns)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == name and node.returns is not None:
+            # The annotation may be quoted, and have the package in front.
+            annotation = ast.unparse(node.returns).strip("'\"")
+            if annotation.rpartition(".")[2] == "Target":
+                return True
+    return False
 
 
 def is_own(module: str) -> bool:
-    """Whether a module lies in the current directory or below, and not among installed packages."""
+    """Tell whether a module lies in the current directory or below, and not among installed packages."""
     spec = PathFinder.find_spec(module.partition(".")[0])
-    origin = None if spec is None else next(iter(spec.submodule_search_locations or [spec.origin or ""]), None)
+    if spec is None:
+        return False
+    places = spec.submodule_search_locations or [spec.origin or ""]
+    origin = next(iter(places), None)
     if not origin or "-packages" in origin:
         return False
     return Path(origin).resolve().is_relative_to(Path.cwd())
 
 
-def _function(module: str, name: str) -> Callable[[], Any]:
-    if module.partition(".")[0] in sys.stdlib_module_names:
+def _import_function(module: str, name: str) -> Callable[[], Any]:
+    """Import a function that can be called without arguments.
+
+    Raises:
+        InputError: if the module cannot be imported, or has no such function, or it wants arguments.
+    """
+    if _is_python_own(module):
         raise expected("the target", "a function of yours", f"one of Python's own module {module}", "Rename the file.")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (ImportError, SyntaxError) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module}.".startswith(f"{missing}."):
-            advice = f"Run wherefrom in the folder that holds {missing.split('.')[0]}, or install it."
-        else:
-            advice = f'python -c "import {module}" shows where.'
+        advice = _advise_on_import(module, error)
         raise InputError(f"{module} cannot be imported. {type(error).__name__}: {error}. {advice}") from error
-    function = getattr(found, name, None)
+
+    function = getattr(imported, name, None)
     # What was imported there from Python's own modules, such as an exit, gives no target, and is not called.
-    origin = str(getattr(function, "__module__", None)).partition(".")[0]
-    if not callable(function) or isinstance(function, type) or origin in sys.stdlib_module_names:
-        own = [n for n, f in vars(found).items() if inspect.isfunction(f) and f.__module__ == found.__name__]
-        there = ", ".join(n for n in own if not n.startswith("_")) or "none"
-        advice = f"The functions there: {there}."
-        if Path(f"{module.partition('.')[0]}.py").exists() and not is_own(module):
-            advice = f"{found.__file__} was imported, an installed package of the same name. Rename your file."
-        raise expected("the target", f"a function of {module}", repr(name), advice)
+    is_foreign = _is_python_own(str(getattr(function, "__module__", None)))
+    if not callable(function) or isinstance(function, type) or is_foreign:
+        raise expected("the target", f"a function of {module}", repr(name), _advise_on_name(module, imported))
+
     signature = inspect.signature(function)
-    if any(
-        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()
-    ):
+    if any(_is_required(parameter) for parameter in signature.parameters.values()):
         raise expected(f"{module}:{name}", "callable without arguments", f"{name}{signature}", "Give each a default.")
     return function
+
+
+def _is_python_own(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    takes_any_number = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not takes_any_number
+
+
+def _advise_on_import(module: str, error: ImportError | SyntaxError) -> str:
+    """Return what to do if a module cannot be imported: it is missing itself, or something in it fails."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    is_itself = missing is not None and f"{module}.".startswith(f"{missing}.")
+    if is_itself:
+        return f"Run wherefrom in the folder that holds {str(missing).split('.')[0]}, or install it."
+    return f'python -c "import {module}" shows where.'
+
+
+def _advise_on_name(module: str, imported: ModuleType) -> str:
+    """Return what to do if a module has no such function: another package of its name was imported, or a typo."""
+    if Path(f"{module.partition('.')[0]}.py").exists() and not is_own(module):
+        return f"{imported.__file__} was imported, an installed package of the same name. Rename your file."
+    names = []
+    for name, value in vars(imported).items():
+        is_own_function = inspect.isfunction(value) and value.__module__ == imported.__name__
+        if is_own_function and not name.startswith("_"):
+            names.append(name)
+    return f"The functions there: {', '.join(names) or 'none'}."

@@ -25,8 +25,9 @@ from wherefrom.disk import Lock
 from wherefrom.errors import ArtefactError, InputError, expected
 from wherefrom.model.observe import unwrapped
 
-LOG = "trajectory.safetensors"
-KEPT = (
+LOG = "trajectory.safetensors"  # the file of all but the checkpoints
+# The settings of an optimiser that decide what a step does, besides the learning rate.
+SETTINGS = (
     "momentum",
     "dampening",
     "nesterov",
@@ -69,16 +70,18 @@ class Segment:
 
     @property
     def damping(self) -> float:
-        """1 / (eta K), the damping that the segment implies (SOURCE; ASTRA, appendix C)."""
+        """Compute 1 / (eta K), the damping that the segment implies (SOURCE; ASTRA, appendix C)."""
         return 1 / (self.rate * self.steps)
 
     def mean(self) -> dict[str, Tensor]:
-        """The checkpoints' weights, averaged; buffers of whole numbers are the last one's (FAST-SOURCE)."""
+        """Average the checkpoints' weights; buffers of whole numbers are the last one's (FAST-SOURCE)."""
         states = [c.state for c in self.checkpoints]
-        return {
-            name: torch.stack([s[name] for s in states]).mean(0) if t.is_floating_point() else t
-            for name, t in states[-1].items()
-        }
+        averages = {}
+        for name, last in states[-1].items():
+            averages[name] = last
+            if last.is_floating_point():
+                averages[name] = torch.stack([state[name] for state in states]).mean(0)
+        return averages
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,21 +106,18 @@ class Trajectory:
     order: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
-        found = [c.step for c in self.checkpoints]
-        if not found or found != sorted(set(found)) or found[0] < 0 or found[-1] > self.steps:
-            raise expected("checkpoints", f"one or more, by step, within 0..{self.steps}", found)
-        if (
-            self.rates.ndim != 2
-            or self.rates.shape[1] != len(self.groups)
-            or not self.steps
-            or not bool((self.rates >= 0).all())
-        ):
+        at = [c.step for c in self.checkpoints]
+        is_increasing = at == sorted(set(at))
+        if not at or not is_increasing or at[0] < 0 or at[-1] > self.steps:
+            raise expected("checkpoints", f"one or more, by step, within 0..{self.steps}", at)
+        has_shape = self.rates.ndim == 2 and self.rates.shape[1] == len(self.groups) and self.steps > 0
+        if not has_shape or not bool((self.rates >= 0).all()):
             raise expected("rates", f"({self.steps or 'T'}, {len(self.groups)}) learning rates", self.rates.shape)
         if self.order is not None and len(self.order) != self.steps:
             raise expected("order", f"one minibatch for each of the {self.steps} steps", len(self.order))
 
     def __repr__(self) -> str:
-        """What run it is, in a few words."""
+        """Say what run it is, in a few words."""
         return f"Trajectory({self.steps} steps of {self.optimiser}, {len(self.checkpoints)} checkpoints)"
 
     @property
@@ -134,7 +134,7 @@ class Trajectory:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ) -> Trajectory:
-        """A run of SGD that was not recorded, from its checkpoints.
+        """Describe a run of SGD that was not recorded, by its checkpoints.
 
         Args:
             checkpoints: (step, ``state_dict``) of each.
@@ -146,18 +146,22 @@ class Trajectory:
         group = {"momentum": momentum, "weight_decay": weight_decay, "dampening": 0.0, "nesterov": False}
         ordered = sorted(checkpoints, key=lambda c: c[0])
         names = tuple(ordered[0][1]) if ordered else ()
-        kept = tuple(Checkpoint(step, state) for step, state in ordered)
-        return cls(kept, rates, "SGD", ({"parameters": names} | group,))
+        in_order = tuple(Checkpoint(step, state) for step, state in ordered)
+        return cls(in_order, rates, "SGD", ({"parameters": names} | group,))
 
     def effective_rates(self) -> Tensor:
-        """lr / (1 - momentum) of each step, the mean over parameter groups by their numbers of parameters, (T,)."""
+        """Compute lr / (1 - momentum) of each step, (T,): a mean over parameter groups, weighted by their sizes.
+
+        With momentum, each gradient acts on this many times the learning rate, summed over the steps that follow.
+        """
         state = self.checkpoints[-1].state
-        size = torch.tensor([sum(state[p].numel() for p in g["parameters"]) for g in self.groups], dtype=torch.float64)
-        momentum = torch.tensor([float(g.get("momentum", 0.0)) for g in self.groups], dtype=torch.float64)
-        return self.rates / (1 - momentum) @ (size / size.sum())
+        sizes = [sum(state[p].numel() for p in group["parameters"]) for group in self.groups]
+        weights = torch.tensor(sizes, dtype=torch.float64)  # (groups,)
+        momentum = torch.tensor([float(group.get("momentum", 0.0)) for group in self.groups], dtype=torch.float64)
+        return self.rates / (1 - momentum) @ (weights / weights.sum())
 
     def segments(self, count: int) -> list[Segment]:
-        """The run cut into stretches of equal numbers of steps, each with the checkpoints made in it.
+        """Cut the run into stretches of equal numbers of steps, each with the checkpoints made in it.
 
         Args:
             count: L. A checkpoint belongs to the stretch that its step ends or lies within; one at step 0 to the first
@@ -171,28 +175,34 @@ class Trajectory:
             advice = "Take Unrolled, which replays Adam too, TracIn, or Influence at the final weights."
             raise expected("a trajectory cut into segments", "of SGD without dampening", self.optimiser, advice)
         edges = torch.linspace(0, self.steps, count + 1, dtype=torch.float64).round().long().tolist()
-        rates, found = self.effective_rates(), []
+        rates = self.effective_rates()
+        segments = []
         for low, high in pairwise(edges):
             inside = [c for c in self.checkpoints if low < c.step <= high]
-            inside = inside or [c for c in self.checkpoints if low == c.step == 0]
+            if not inside:
+                inside = [c for c in self.checkpoints if low == c.step == 0]
             if not inside or high == low:
-                have = [c.step for c in self.checkpoints]
+                at = [c.step for c in self.checkpoints]
                 advice = "Take fewer segments, or keep checkpoints more often."
-                raise expected(f"checkpoints of {count} segments", f"one in steps {low + 1}..{high}", have, advice)
-            found.append(Segment(tuple(inside), high - low, float(rates[low:high].mean())))
-        return found
+                raise expected(f"checkpoints of {count} segments", f"one in steps {low + 1}..{high}", at, advice)
+            segments.append(Segment(tuple(inside), high - low, float(rates[low:high].mean())))
+        return segments
 
     def spread(self, count: int) -> tuple[Checkpoint, ...]:
-        """At most ``count`` of the checkpoints after step 0, evenly spaced, the last among them."""
-        kept = [c for c in self.checkpoints if c.step] or list(self.checkpoints)
-        index = torch.linspace(len(kept) / min(count, len(kept)) - 1, len(kept) - 1, min(count, len(kept))).round()
-        return tuple(kept[int(i)] for i in index)
+        """Choose at most ``count`` of the checkpoints after step 0, evenly spaced, the last among them."""
+        candidates = [c for c in self.checkpoints if c.step] or list(self.checkpoints)
+        n = len(candidates)
+        count = min(count, n)
+        # The last of each of ``count`` stretches of equal numbers of checkpoints.
+        index = torch.linspace(n / count - 1, n - 1, count).round()
+        return tuple(candidates[int(i)] for i in index)
 
     def save(self, folder: str | Path) -> None:
         """Write the run into a folder, a file for each checkpoint."""
         for checkpoint in self.checkpoints:
-            _keep(Path(folder), checkpoint)
-        _log(Path(folder), self.rates, self.optimiser, self.groups, self.order, [c.step for c in self.checkpoints])
+            _write_checkpoint(Path(folder), checkpoint)
+        steps = [c.step for c in self.checkpoints]
+        _write_log(Path(folder), self.rates, self.optimiser, self.groups, self.order, steps)
 
     @classmethod
     def load(cls, folder: str | Path) -> Trajectory:
@@ -206,22 +216,22 @@ class Trajectory:
                 f"{folder} must be a folder that a Recorder wrote, got none with {LOG}. Check the path."
             )
         path = Path(folder) / LOG
-        found, header = store.load(path, "trajectory")
+        tensors, header = store.load(path, "trajectory")
         shapes = {"rates": (None, None), "order": (None,), "sizes": (None,)}
-        whole = {"order": torch.int64, "sizes": torch.int64}
-        store.check_tensors(path, found, shapes, ("order", "sizes"), whole)
+        dtypes = {"order": torch.int64, "sizes": torch.int64}
+        store.check_tensors(path, tensors, shapes, optional=("order", "sizes"), dtypes=dtypes)
         with store.reading(path):
             _check_header(header)
-            kept = tuple(Checkpoint(step, _read(folder, step)) for step in header["kept"])
-            order = _order(path, found)
+            checkpoints = tuple(Checkpoint(step, _read_checkpoint(folder, step)) for step in header["kept"])
+            order = _split_order(path, tensors)
             groups = tuple({**g, "parameters": tuple(g["parameters"])} for g in header["groups"])
-            run = cls(kept, found["rates"], str(header["optimiser"]), groups, order)
-        _check(path, run)
+            run = cls(checkpoints, tensors["rates"], str(header["optimiser"]), groups, order)
+        _check_run(path, run)
         return run
 
 
 class Recorder:
-    """Keeps checkpoints, learning rates and, if told, the order of the examples of a training run.
+    """Records checkpoints, learning rates and, if told, the order of the examples of a training run.
 
     Args:
         folder: where to write; made if need be. A run that is there already is refused.
@@ -242,22 +252,21 @@ class Recorder:
         if (self.folder / LOG).exists():
             raise expected("folder", "one without a recorded run", f"{folder}", "Give another, or delete it first.")
         names = {id(p): name for name, p in self.model.named_parameters()}
-        if any(id(p) not in names for g in optimiser.param_groups for p in g["params"]):
-            raise expected(
-                "optimiser", "one of the model's own parameters", "others", "Pass the model it was made for."
-            )
-        self.groups = tuple(
-            {"parameters": tuple(names[id(p)] for p in g["params"])} | {k: g[k] for k in KEPT if k in g}
-            for g in optimiser.param_groups
-        )
-        advice = "Record in one process, or give another folder."
-        self._lock = Lock(self.folder, advice)
-        self._rates: list[list[float]] = []
-        self._order: list[Tensor] = []
-        self._seen: list[Tensor] = []
-        self._kept: list[int] = []
-        self._handle = optimiser.register_step_post_hook(lambda *_: self._stepped())
-        self._keep()
+        groups = []
+        for group in optimiser.param_groups:
+            if any(id(p) not in names for p in group["params"]):
+                advice = "Pass the model it was made for."
+                raise expected("optimiser", "one of the model's own parameters", "others", advice)
+            parameters = tuple(names[id(p)] for p in group["params"])
+            groups.append({"parameters": parameters} | _get_settings(group))
+        self.groups = tuple(groups)
+        self._lock = Lock(self.folder, "Record in one process, or give another folder.")
+        self._rates: list[list[float]] = []  # of each step, by group
+        self._order: list[Tensor] = []  # the numbers of the examples of each step
+        self._seen: list[Tensor] = []  # those of the step that is not taken yet
+        self._written: list[int] = []  # the steps of the checkpoints
+        self._handle = optimiser.register_step_post_hook(lambda *_: self._note_step())
+        self._write()
 
     def saw(self, index: Sequence[int] | Tensor) -> None:
         """Note the numbers of examples that the next step is made of; several calls before a step add up.
@@ -282,40 +291,48 @@ class Recorder:
     def _stop(self) -> None:
         self._handle.remove()
         try:
-            self._keep()
+            self._write()
         finally:
             self._lock.release()
 
-    def _stepped(self) -> None:
-        now = [{k: g[k] for k in KEPT if k in g} for g in self.optimiser.param_groups]
-        if now != [{k: v for k, v in g.items() if k != "parameters"} for g in self.groups]:
-            raise expected("the optimiser's settings", "constant but for the learning rate", now)
-        self._rates.append([float(g["lr"]) for g in self.optimiser.param_groups])
+    def _note_step(self) -> None:
+        settings = [_get_settings(group) for group in self.optimiser.param_groups]
+        at_the_start = [{k: v for k, v in group.items() if k != "parameters"} for group in self.groups]
+        if settings != at_the_start:
+            raise expected("the optimiser's settings", "constant but for the learning rate", settings)
+        self._rates.append([float(group["lr"]) for group in self.optimiser.param_groups])
+
         if self._seen:
             self._order.append(torch.cat(self._seen))
             self._seen = []
         if len(self._order) not in (0, len(self._rates)):
             raise InputError(f"saw() must be called before every step or never, got none before {len(self._rates)}.")
         if len(self._rates) % self.every == 0:
-            self._keep()
+            self._write()
 
-    def _keep(self) -> None:
+    def _write(self) -> None:
+        """Write the weights as they are, unless they are written already, and the log of the steps so far."""
         step = len(self._rates)
-        if step not in self._kept:
-            _keep(self.folder, Checkpoint(step, self.model.state_dict()))
-            self._kept.append(step)
+        if step not in self._written:
+            _write_checkpoint(self.folder, Checkpoint(step, self.model.state_dict()))
+            self._written.append(step)
         if step:
             rates = torch.tensor(self._rates, dtype=torch.float64)
             order = tuple(self._order) or None
-            _log(self.folder, rates, type(self.optimiser).__name__, self.groups, order, self._kept)
+            _write_log(self.folder, rates, type(self.optimiser).__name__, self.groups, order, self._written)
 
 
-def _read(folder: str | Path, step: int) -> store.Stored:
-    """A checkpoint, checked once."""
-    path = _file(folder, step)
+def _get_settings(group: Group) -> dict[str, Any]:
+    """Get the settings of a parameter group of an optimiser; no optimiser has all of them."""
+    return {name: group[name] for name in SETTINGS if name in group}
+
+
+def _read_checkpoint(folder: str | Path, step: int) -> store.Stored:
+    """Open a checkpoint, which is checked once, and read tensor by tensor later."""
+    path = _name_file(folder, step)
     stored = store.Stored(path, "checkpoint")
     if stored.header.get("step") != step:
-        raise store.wrong(path, f"the checkpoint of step {step}", f"that of {stored.header.get('step')!r}")
+        raise store.wrong_contents(path, f"the checkpoint of step {step}", f"that of {stored.header.get('step')!r}")
     return stored
 
 
@@ -325,12 +342,13 @@ def _check_header(header: Mapping[str, Any]) -> None:
     Raises:
         InputError: for steps, or settings of the optimiser, that are none. LookupError, TypeError: if any is missing.
     """
-    if bad := [step for step in header["kept"] if type(step) is not int or not 0 <= step < 2**53]:
-        raise expected("the steps of checkpoints", "whole numbers", repr(bad[0])[: store.SHOWN])
+    for step in header["kept"]:
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise expected("the steps of checkpoints", "whole numbers", repr(step)[: store.SHOWN])
     for group in header["groups"]:
         if not all(isinstance(name, str) for name in group["parameters"]):
             raise expected("the parameters of a group", "names", "others")
-        for name in KEPT:
+        for name in SETTINGS:
             value = group.get(name, 0.0)
             parts = value if name == "betas" and isinstance(value, list) else [value]
             highest = 1.0 if name in ("momentum", "betas") else float("inf")  # exclusive
@@ -338,19 +356,20 @@ def _check_header(header: Mapping[str, Any]) -> None:
                 raise expected(f"{name} of the optimiser", f"a number from 0 to below {highest}", repr(value)[:40])
 
 
-def _order(path: Path, found: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
-    """The minibatches, from their numbers one after another and their sizes."""
-    if ("order" in found) != ("sizes" in found):
-        raise store.wrong(path, "order and sizes together", "one of them")
-    if "order" not in found:
+def _split_order(path: Path, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+    """Split the numbers of all examples, one after another, into the minibatches, whose sizes lie beside them."""
+    if ("order" in tensors) != ("sizes" in tensors):
+        raise store.wrong_contents(path, "order and sizes together", "one of them")
+    if "order" not in tensors:
         return None
-    order, sizes = found["order"], found["sizes"]
-    if bool((order < 0).any()) or bool((sizes < 0).any()) or int(sizes.sum()) != len(order):
-        raise store.wrong(path, "the numbers of the examples of each step", "others")
+    order, sizes = tensors["order"], tensors["sizes"]
+    has_negative = bool((order < 0).any()) or bool((sizes < 0).any())
+    if has_negative or int(sizes.sum()) != len(order):
+        raise store.wrong_contents(path, "the numbers of the examples of each step", "others")
     return order.split(sizes.tolist())
 
 
-def _check(path: Path, run: Trajectory) -> None:
+def _check_run(path: Path, run: Trajectory) -> None:
     """Refuse a run whose parts do not belong together.
 
     Raises:
@@ -358,34 +377,37 @@ def _check(path: Path, run: Trajectory) -> None:
     """
     states = [checkpoint.state for checkpoint in run.checkpoints if isinstance(checkpoint.state, store.Stored)]
     if any(state.shapes != states[0].shapes for state in states):
-        raise store.wrong(path, "checkpoints of one model", "tensors of several shapes")
+        raise store.wrong_contents(path, "checkpoints of one model", "tensors of several shapes")
     parameters = {name for group in run.groups for name in group["parameters"]}
-    if lost := parameters - set(states[0]):
-        raise store.wrong(path, "parameters of its checkpoints", min(lost))
+    if missing := parameters - set(states[0]):
+        raise store.wrong_contents(path, "parameters of its checkpoints", min(missing))
     for state in states:
-        if bad := parameters & state.diverged:
-            raise store.wrong(state.path, "finite weights", f"others in {min(bad)}: the training diverged")
+        if diverged := parameters & state.diverged:
+            got = f"others in {min(diverged)}: the training diverged"
+            raise store.wrong_contents(state.path, "finite weights", got)
 
 
-def _file(folder: str | Path, step: int) -> Path:
+def _name_file(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step-{step:08d}.safetensors"
 
 
-def _keep(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: t.detach().clone() for name, t in checkpoint.state.items()}
-    store.save(_file(folder, checkpoint.step), "checkpoint", tensors, {"step": checkpoint.step})
+    store.save(_name_file(folder, checkpoint.step), "checkpoint", tensors, {"step": checkpoint.step})
 
 
-def _log(
+def _write_log(
     folder: Path,
     rates: Tensor,
     optimiser: str,
     groups: Sequence[Group],
     order: Sequence[Tensor] | None,
-    kept: Sequence[int],
+    steps: Sequence[int],
 ) -> None:
     tensors = {"rates": rates}
     if order is not None:
-        tensors |= {"order": torch.cat(tuple(order)), "sizes": torch.tensor([len(o) for o in order])}
-    plain = json.loads(json.dumps([dict(g) for g in groups]))
-    store.save(folder / LOG, "trajectory", tensors, {"optimiser": optimiser, "groups": plain, "kept": list(kept)})
+        tensors |= {"order": torch.cat(tuple(order)), "sizes": torch.tensor([len(numbers) for numbers in order])}
+    # Through JSON and back, which turns tuples into the lists that a header has.
+    plain_groups = json.loads(json.dumps([dict(group) for group in groups]))
+    header = {"optimiser": optimiser, "groups": plain_groups, "kept": list(steps)}
+    store.save(folder / LOG, "trajectory", tensors, header)

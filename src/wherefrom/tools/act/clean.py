@@ -24,19 +24,28 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wherefrom import Influence
 from wherefrom.data.tables import Table, as_table, joined
 from wherefrom.errors import InputError, expected
-from wherefrom.methods.influence import Influence
-from wherefrom.tools.act.ranking import Numbers, how_many, ranked
-from wherefrom.tools.act.relabel import given_labels, stand_ins, tried
+from wherefrom.tools.act.ranking import Numbers, rank_examples, resolve_count
+from wherefrom.tools.act.relabel import draw_stand_ins, read_labels, try_labels
 from wherefrom.tools.evaluate.arrays import Floats, float_array
 
-FENCE = 3.0  # interquartile ranges above the upper quartile
+OUTER_FENCE = 3.0  # interquartile ranges above the upper quartile
 STAND_INS = 100  # training examples that are trusted where nothing else is
 COLUMNS = "rank", "example", "action", "given_label", "new_label", "score", "distance", "predicted_change", "reason"
 
 Action = Literal["drop", "relabel", "keep"]
-Weighed = tuple[Action, int | None, int | None, float | None]  # with the given label, a new one, the predicted change
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with an example: its given label, a new one, and the predicted change, as in `Proposal`."""
+
+    action: Action
+    given: int | None = None
+    label: int | None = None
+    change: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,26 +90,17 @@ class Cleaning:
     rule: str
 
     def table(self, **columns: Sequence[Any]) -> Table:
-        """A row for each proposal: rank (from 1), example, action, labels, score, distance, predicted change, reason.
+        """Make a row for each proposal: rank (from 1), example, action, labels, score, distance, change, reason.
 
         Args:
             columns: more columns, by name, such as captions; each has a value for every one of the N examples.
         """
-        rows = [
-            (
-                r,
-                p.example,
-                p.action,
-                p.given,
-                p.label,
-                self.scores[p.example],
-                self.distances[p.example],
-                p.change,
-                p.reason,
-            )
-            for r, p in enumerate(self.proposals, 1)
-        ]
-        return joined(as_table([dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS), "example", columns)
+        rows = []
+        for rank, p in enumerate(self.proposals, 1):
+            score, distance = self.scores[p.example], self.distances[p.example]
+            cells = (rank, p.example, p.action, p.given, p.label, score, distance, p.change, p.reason)
+            rows.append(dict(zip(COLUMNS, cells, strict=True)))
+        return joined(as_table(rows, COLUMNS), "example", columns)
 
     def __str__(self) -> str:
         actions = [p.action for p in self.proposals]
@@ -135,77 +135,106 @@ def clean(
             range, trusted is given without influence, or labels are not one whole number per example.
     """
     values = float_array(scores, "scores", (1, 2))
-    if getattr(scores, "numbers", None) is not None:
-        raise expected("scores", "of all training examples, of which outliers are sought", "those of a shortlist")
-    by, suspicion = ("self-influence", values) if values.ndim == 1 else ("harm", -values.mean(0))
-    ranking, (distances, fence) = ranked(suspicion), _fence(suspicion)
+    _refuse_shortlist(scores, values.shape[-1])
+    if values.ndim == 1:
+        by, suspicion = "self-influence", values
+    else:
+        by, suspicion = "harm", -values.mean(0)
+    ranking = rank_examples(suspicion)
+    distances, fence = _measure_distances(suspicion)
+
     if share is None and count is None:
         size = int((suspicion > max(fence, 0.0)).sum())
-        rule = f"beyond the outer fence of {fence:.3g}, {FENCE:g} interquartile ranges above the upper quartile: {size}"
+        rule = f"beyond the outer fence of {fence:.3g}, {OUTER_FENCE:g} interquartile ranges above the upper quartile"
+        rule = f"{rule}: {size}"
     else:
-        size = how_many(len(suspicion), share, count)
+        size = resolve_count(len(suspicion), share, count)
         rule = f"looked at: the first {size}, as asked"
     suspects = ranking[:size]
+
     if influence is None:
         if trusted is not None:
             raise expected("influence", "given with trusted queries, to try labels", None, "Pass influence.")
-        n = len(suspicion)
-        changes = [-float(suspicion[z]) / n if by == "harm" else None for z in suspects]
-        found: list[Weighed] = [("drop", None, None, change) for change in changes]
+        # Without a model all are dropped. Only harm is a change of the trusted queries' f.
+        changes = [-float(suspicion[z]) / len(suspicion) if by == "harm" else None for z in suspects]
+        decisions = [Decision("drop", change=change) for change in changes]
     else:
-        found, said = _weighed(influence, trusted, ranking, size, labels_at, seed)
-        rule += said
+        decisions, what_was_trusted = _decide(influence, trusted, ranking, size, labels_at, seed)
+        rule += what_was_trusted
+
     proposals = []
-    for rank, (z, (action, given, label, change)) in enumerate(zip(suspects.tolist(), found, strict=True), 1):
+    for rank, (z, decision) in enumerate(zip(suspects.tolist(), decisions, strict=True), 1):
         reason = (
             f"rank {rank} of {len(suspicion)} by {by}, {suspicion[z]:.3g}, {distances[z]:.1f} interquartile ranges "
-            f"above the upper quartile; {_why(action, given, label, change)}"
+            f"above the upper quartile; {_explain(decision)}"
         )
-        proposals.append(Proposal(z, action, given, label, change, reason))
+        proposals.append(Proposal(z, decision.action, decision.given, decision.label, decision.change, reason))
     return Cleaning(suspicion, ranking, distances, tuple(proposals), by, rule)
 
 
-def _fence(values: Floats) -> tuple[Floats, float]:
-    """How far each value is above the upper quartile, in interquartile ranges, and the outer fence."""
+def _refuse_shortlist(scores: object, n_columns: int) -> None:
+    """Refuse scores of some of the examples, among which outliers cannot be told."""
+    numbers = getattr(scores, "numbers", None)
+    if numbers is None:
+        return
+    n_examples = getattr(scores, "provenance", {}).get("examples")
+    count = "" if n_examples is None else f"{n_examples:,} "
+    raise InputError(
+        f"Outlier detection needs the scores of all {count}training examples, but these scores cover a shortlist of "
+        f"{n_columns:,}. Score without candidates=, or rank the shortlist with top()."
+    )
+
+
+def _measure_distances(values: Floats) -> tuple[Floats, float]:
+    """Measure how far each value is above the upper quartile, in interquartile ranges; and find the outer fence."""
     low, high = np.quantile(values, [0.25, 0.75])
     above, spread = values - high, high - low
-    far = above / spread if spread else np.where(above > 0, np.inf, 0.0)
-    return far, float(high + FENCE * spread)
+    distances = above / spread if spread else np.where(above > 0, np.inf, 0.0)
+    return distances, float(high + OUTER_FENCE * spread)
 
 
-def _weighed(
+def _decide(
     influence: Influence, trusted: Any, ranking: Numbers, size: int, place: int | str, seed: int
-) -> tuple[list[Weighed], str]:
-    """(action, given label, new label, predicted change) of the first in the ranking, and what was trusted."""
+) -> tuple[list[Decision], str]:
+    """Decide about the first in the ranking, and say what was trusted."""
     problem, n = influence.problem, len(ranking)
     if n != len(problem.train):
         raise expected("scores", f"of the {len(problem.train)} examples that influence was fitted to", f"{n}")
     if not size:
         return [], ""
-    labels, said = given_labels(problem, place), "; labels tried against the trusted queries"
+
+    labels = read_labels(problem, place)  # (N,)
+    what_was_trusted = "; labels tried against the trusted queries"
     if trusted is None:
         if size == n:
             raise InputError("no training example is left to trust. Look at fewer, or pass trusted queries.")
-        trusted, numbers = stand_ins(problem, labels, ranking[size:][::-1], STAND_INS, seed)
-        said = f"; labels tried against {len(numbers)} unsuspicious training examples"
-    kinds = np.unique(labels)
-    found: list[Weighed] = []
-    s, losses = tried(influence, trusted, ranking[:size].tolist(), kinds.tolist(), place)  # (S, C)
-    for given, helps, loss in zip(labels[ranking[:size]].tolist(), s, losses, strict=True):
-        own, best = float(helps[kinds == given][0]), int(helps.argmax())
-        gain = float(helps[best]) if loss.argmin() == best else -np.inf
-        if gain > max(own, 0.0):
-            found.append(("relabel", given, int(kinds[best]), (own - gain) / n))
+        least_suspicious = ranking[size:][::-1]
+        trusted, numbers = draw_stand_ins(problem, labels, least_suspicious, STAND_INS, seed)
+        what_was_trusted = f"; labels tried against {len(numbers)} unsuspicious training examples"
+
+    classes = np.unique(labels)  # (C,)
+    suspects = ranking[:size]
+    helpfulness, losses = try_labels(influence, trusted, suspects.tolist(), classes.tolist(), place)  # (S, C)
+    decisions = []
+    for given, helps, loss in zip(labels[suspects].tolist(), helpfulness, losses, strict=True):
+        as_given = float(helps[classes == given][0])
+        best = int(helps.argmax())
+        # The model is the second witness: a label that it does not hold for the likeliest is no candidate.
+        as_best = float(helps[best]) if loss.argmin() == best else -np.inf
+        if as_best > max(as_given, 0.0):
+            decisions.append(Decision("relabel", given, int(classes[best]), (as_given - as_best) / n))
+        elif as_given < 0:
+            decisions.append(Decision("drop", given, change=as_given / n))
         else:
-            found.append(("drop", given, None, own / n) if own < 0 else ("keep", given, None, 0.0))
-    return found, said
+            decisions.append(Decision("keep", given, change=0.0))
+    return decisions, what_was_trusted
 
 
-def _why(action: Action, given: int | None, label: int | None, change: float | None) -> str:
-    """The end of a reason."""
-    if action == "keep":
-        return f"with its label {given} it helps the trusted queries: rare rather than wrong"
-    if change is None:
+def _explain(decision: Decision) -> str:
+    """Give the reason of a decision, as the end of a sentence."""
+    if decision.action == "keep":
+        return f"with its label {decision.given} it helps the trusted queries: rare rather than wrong"
+    if decision.change is None:
         return "learnt by heart, not from others"
-    what = "without it" if action == "drop" else f"with label {label} in place of {given}"
-    return f"{what}, the mean f of the trusted queries is predicted to change by {change:.3g}"
+    what = "without it" if decision.action == "drop" else f"with label {decision.label} in place of {decision.given}"
+    return f"{what}, the mean f of the trusted queries is predicted to change by {decision.change:.3g}"

@@ -19,23 +19,27 @@ from wherefrom.tools.evaluate.arrays import Floats
 
 
 def coverage(chosen: Floats) -> float:
-    """F of the examples whose scores are given, (Q, k)."""
+    """Compute F of the examples whose scores are given, (Q, k)."""
     return float(np.sqrt(np.maximum(chosen, 0).sum(1)).sum())
 
 
 def greedy(scores: Floats, count: int) -> Numbers:
-    """The greedy choice of ``count`` examples, in order; ties by the mean score, then by example number.
+    """Choose ``count`` examples greedily, in order; ties by the mean score, then by example number.
 
     Args:
         scores: (Q, N). They should be of one unit: a query whose scores are larger weighs more.
         count: k, at most N.
     """
     helps = np.ascontiguousarray(np.maximum(scores, 0).T)  # (N, Q)
-    covered, chosen = np.zeros(len(scores)), []
-    ends = zip(_gain(helps, covered).tolist(), scores.mean(0).tolist(), strict=True)
-    heap = [(-gain, -mean, z, 0) for z, (gain, mean) in enumerate(ends)]  # the last number: |S| when it was computed
+    covered = np.zeros(len(scores))  # what the chosen examples give each query, (Q,)
+    chosen: list[int] = []
+
+    # Python's heap has the smallest first, hence the signs. The last number is |S| when the gain was computed.
+    gains, means = _gain(helps, covered).tolist(), scores.mean(0).tolist()
+    heap = [(-gain, -mean, z, 0) for z, (gain, mean) in enumerate(zip(gains, means, strict=True))]
     heapq.heapify(heap)
     for size in range(count):
+        # A gain of an earlier S bounds that of this one from above: only what is on top must be up to date.
         while heap[0][3] < size:
             _, mean, z, _ = heap[0]
             heapq.heapreplace(heap, (-float(_gain(helps[z], covered)), mean, z, size))
@@ -46,7 +50,7 @@ def greedy(scores: Floats, count: int) -> Numbers:
 
 
 def _gain(helps: Floats, covered: Floats) -> Floats:
-    """F(S + z) - F(S) of examples (..., Q), for what S gives each query (Q,): (...).
+    """Compute F(S + z) - F(S) of examples (..., Q), for what S gives each query (Q,): (...).
 
     Written as s / (sqrt(c + s) + sqrt(c)), it does not grow with c in floating point either.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from wherefrom.data.tables import Table, as_table, joined
 from wherefrom.errors import expected
-from wherefrom.tools.act.ranking import example_numbers, ranked
+from wherefrom.tools.act.ranking import example_numbers, rank_examples
 from wherefrom.tools.evaluate.arrays import float_array
 
 Columns = Mapping[str, Sequence[Any]]
@@ -15,7 +15,7 @@ COLUMNS = "query", "side", "rank", "example", "score", "predicted_change", "resi
 
 
 def explain(scores: object, k: int = 5, examples: Columns | None = None, queries: Columns | None = None) -> Table:
-    """The strongest proponents and opponents of each query.
+    """List the strongest proponents and opponents of each query.
 
     A proponent has a positive score (removing it would raise f), an opponent a negative one: a query may have fewer
     than k of either.
@@ -37,19 +37,27 @@ def explain(scores: object, k: int = 5, examples: Columns | None = None, queries
     values = float_array(scores, "scores", (2,))
     if k < 1:
         raise expected("k", "at least 1", k)
-    n = getattr(scores, "provenance", {}).get("examples", values.shape[1])  # scored candidates may be fewer
-    numbers = example_numbers(scores, values.shape[1]).tolist()
-    residual, converged = (_each(scores, what, len(values)) for what in ("residual", "converged"))
+    n_columns = values.shape[1]
+    n = getattr(scores, "provenance", {}).get("examples", n_columns)  # scored candidates may be fewer
+    numbers = example_numbers(scores, n_columns).tolist()
+    residual = _get_per_query(scores, "residual", len(values))
+    converged = _get_per_query(scores, "converged", len(values))
+
     rows = []
     for q, row in enumerate(values):
         for side, sign in (("proponent", 1), ("opponent", -1)):
-            order = ranked(sign * row)[:k]
-            for rank, z in enumerate(order[sign * row[order] > 0], 1):
-                rows.append((q, side, rank, numbers[z], row[z], row[z] / n, residual[q], converged[q]))
-    table = as_table([dict(zip(COLUMNS, row, strict=True)) for row in rows], COLUMNS)
-    return joined(joined(table, "query", queries or {}, "query_"), "example", examples or {}, "example_")
+            strongest = rank_examples(sign * row)[:k]
+            on_this_side = strongest[sign * row[strongest] > 0]
+            for rank, z in enumerate(on_this_side, 1):
+                cells = (q, side, rank, numbers[z], row[z], row[z] / n, residual[q], converged[q])
+                rows.append(dict(zip(COLUMNS, cells, strict=True)))
+
+    table = as_table(rows, COLUMNS)
+    table = joined(table, "query", queries or {}, "query_")
+    return joined(table, "example", examples or {}, "example_")
 
 
-def _each(scores: object, what: str, queries: int) -> list[Any]:
-    found = getattr(scores, what, None)
-    return [None] * queries if found is None else found.tolist()
+def _get_per_query(scores: object, name: str, n_queries: int) -> list[Any]:
+    """Get a number for each query where scores have it, such as the residual; gaps where they do not."""
+    values = getattr(scores, name, None)
+    return [None] * n_queries if values is None else values.tolist()

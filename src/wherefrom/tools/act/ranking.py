@@ -1,4 +1,4 @@
-"""What the room shares: how many examples are asked for, and the order of a ranking."""
+"""How many examples are asked for, and the order of a ranking, for all of the room."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Numbers = NDArray[np.int64]
 
 
 def example_numbers(scores: object, columns: int) -> Numbers:
-    """Which example each column of the scores is of: all in order, unless they are `Scores` of some."""
+    """Say which example each column of the scores is of: all in order, unless they are `Scores` of some."""
     numbers = getattr(scores, "numbers", None)
     return np.arange(columns) if numbers is None else np.asarray(numbers.cpu())
 
 
-def ranked(values: Floats) -> Numbers:
-    """Example numbers, largest value first, ties by example number: (N,) of (N,)."""
+def rank_examples(values: Floats) -> Numbers:
+    """Order example numbers by values (N,), largest first, ties by example number: (N,)."""
     return np.argsort(-values, kind="stable")
 
 
-def how_many(examples: int, share: float | None, count: int | None) -> int:
-    """A number of examples, given as such or as a share in (0, 1], rounded, at least one.
+def resolve_count(examples: int, share: float | None, count: int | None) -> int:
+    """Turn a count, or a share in (0, 1], into a number of examples: rounded, at least one.
 
     Raises:
         InputError: if neither or both are given, or out of range.

@@ -6,6 +6,7 @@ where (x, y') is added and by s(y) / N where (x, y) is removed, to first order; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,43 +15,45 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wherefrom import Influence, Problem
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import InputError
-from wherefrom.methods.influence import Influence
-from wherefrom.model.problem import Problem
 from wherefrom.tools.act.ranking import Numbers
 from wherefrom.tools.evaluate.arrays import Floats
 
 
-def given_labels(problem: Problem, place: int | str) -> Numbers:
-    """The labels of all training examples, (N,), in one pass over the data.
+def read_labels(problem: Problem, place: int | str) -> Numbers:
+    """Read the labels of all training examples, (N,), in one pass over the data.
 
     Raises:
         InputError: if a batch has not one whole number per example at that place.
     """
-    return torch.cat([_labels(batch, place).cpu() for _, batch in problem.batches()]).numpy()
+    labels = [_get_labels(batch, place).cpu() for _, batch in problem.batches()]
+    return torch.cat(labels).numpy()
 
 
-def tried(
+def try_labels(
     influence: Influence, trusted: Any, suspects: Sequence[int], labels: Sequence[int], place: int | str
 ) -> tuple[Floats, Floats]:
-    """s of every suspect with every label, and the model's loss on it, both (S, C).
+    """Compute s of every suspect with every label, and the model's loss on it, both (S, C).
 
     One solve for each trusted query, and two passes over S C examples, one of them forward only.
     """
     problem = influence.problem
     variants = _Relabelled(problem.train, suspects, labels, place)
-    s = influence.score(trusted, certify=False, candidates=variants).values.double().mean(0)
+    s = influence.score(trusted, certify=False, candidates=variants).values.double().mean(0)  # (S C,)
+    losses = []
     with problem.observed() as model, torch.no_grad():
-        losses = [problem.task.loss(problem.outputs(model, batch), batch) for _, batch in problem.batches(variants)]
+        for _, batch in problem.batches(variants):
+            losses.append(problem.task.loss(problem.outputs(model, batch), batch))
     shape = len(suspects), len(labels)
     return s.view(shape).cpu().numpy(), torch.cat(losses).double().view(shape).cpu().numpy()
 
 
-def stand_ins(
+def draw_stand_ins(
     problem: Problem, labels: Numbers, least_suspicious: Numbers, count: int, seed: int
 ) -> tuple[Any, NDArray[np.int64]]:
-    """Training examples in the place of trusted queries, in the form of queries, and their numbers.
+    """Draw training examples to take the place of trusted queries.
 
     Args:
         problem: where they come from.
@@ -58,12 +61,18 @@ def stand_ins(
         least_suspicious: numbers of those to draw from, least suspicious first.
         count: how many in all, about the same number for each label, from the first half of those that have it.
         seed: of the draw.
+
+    Returns:
+        The examples, in the form of queries, and their numbers.
     """
-    rng, kinds, drawn = np.random.default_rng(seed), np.unique(labels[least_suspicious]), []
-    for kind in kinds:
-        those = least_suspicious[labels[least_suspicious] == kind]
-        those = those[: -(-len(those) // 2)]
-        drawn.append(rng.choice(those, min(len(those), -(-count // len(kinds))), replace=False))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels[least_suspicious])
+    per_class = math.ceil(count / len(classes))
+    drawn = []
+    for label in classes:
+        with_label = least_suspicious[labels[least_suspicious] == label]
+        first_half = with_label[: math.ceil(len(with_label) / 2)]
+        drawn.append(rng.choice(first_half, min(len(first_half), per_class), replace=False))
     numbers = np.concatenate(drawn)
     batch = problem.batch(torch.from_numpy(numbers))
     return (dict(batch) if isinstance(batch, Mapping) else batch), numbers
@@ -80,13 +89,13 @@ class _Relabelled(Examples):
     def _gather(self, numbers: list[int], device: torch.device, dtype: torch.dtype) -> Batch:
         index = torch.as_tensor(numbers)
         batch = self._train.batch(self._suspects[index // len(self._labels)], device, dtype)
-        y = self._labels[index % len(self._labels)].to(_labels(batch, self._place))
+        y = self._labels[index % len(self._labels)].to(_get_labels(batch, self._place))
         if isinstance(batch, Mapping):
             return dict(batch) | {self._place: y}
         return tuple(y if i == self._place else column for i, column in enumerate(batch))
 
 
-def _labels(batch: Batch, place: int | str) -> Tensor:
+def _get_labels(batch: Batch, place: int | str) -> Tensor:
     try:
         y = batch[place]
     except (KeyError, IndexError, TypeError):

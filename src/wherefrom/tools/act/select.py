@@ -19,11 +19,11 @@ import numpy as np
 from wherefrom.data.tables import Table, as_table, joined
 from wherefrom.errors import expected
 from wherefrom.tools.act.coverage import greedy
-from wherefrom.tools.act.ranking import Numbers, example_numbers, how_many, ranked
+from wherefrom.tools.act.ranking import Numbers, example_numbers, rank_examples, resolve_count
 from wherefrom.tools.evaluate.arrays import Floats, float_array
 
 By = Literal["mean", "max", "coverage"]
-RULES = {"mean": lambda rows: rows.mean(0), "max": lambda rows: rows.max(0)}
+RULES = {"mean": lambda by_group: by_group.mean(0), "max": lambda by_group: by_group.max(0)}  # of (G, N): (N,)
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,22 @@ class Selection:
     seed: int
 
     def table(self, **columns: Sequence[Any]) -> Table:
-        """A row for each chosen example: place (from 1), example, score.
+        """Make a row for each chosen example: place (from 1), example, score.
 
         Args:
             columns: more columns, by name; each has a value for every one of the N examples.
         """
         places = list(range(1, len(self.examples) + 1))
-        found = as_table({"place": places, "example": self.examples, "score": self.scores})
-        return joined(found, "example", columns)
+        table = as_table({"place": places, "example": self.examples, "score": self.scores})
+        return joined(table, "example", columns)
 
     def __str__(self) -> str:
-        def said(served: Floats) -> str:
+        def describe(served: Floats) -> str:
             return f"{(served > 0).sum()} of {len(served)} helped, mean {served.mean():.3g}, worst {served.min():.3g}"
 
         return (
-            f"{len(self.examples)} of {self.examples_in_all} examples by {self.by}: {said(self.served)}\n"
-            f"as many at random (seed {self.seed}): {said(self.served_by_random)}"
+            f"{len(self.examples)} of {self.examples_in_all} examples by {self.by}: {describe(self.served)}\n"
+            f"as many at random (seed {self.seed}): {describe(self.served_by_random)}"
         )
 
 
@@ -96,20 +96,30 @@ def select(
         InputError: if scores are not finite, the size is out of range or not given once, the rule is unknown, or groups
             do not fit.
     """
-    rows = _grouped(float_array(scores, "scores", (2,)), groups)  # (G, N)
-    n = rows.shape[1]
-    k = how_many(n, share, count)
+    by_group = _average_groups(float_array(scores, "scores", (2,)), groups)  # (G, N)
+    n = by_group.shape[1]
+    k = resolve_count(n, share, count)
     if by == "coverage":
-        values, chosen = rows.mean(0), greedy(rows, k)
+        values, chosen = by_group.mean(0), greedy(by_group, k)
     elif by in RULES:
-        values = RULES[by](rows)
-        chosen = ranked(values)[:k]
+        values = RULES[by](by_group)
+        chosen = rank_examples(values)[:k]
     else:
         raise expected("by", f"one of {', '.join([*RULES, 'coverage'])}", by)
+
     random = np.random.default_rng(seed).choice(n, k, replace=False)
-    served, other = rows[:, chosen].sum(1), rows[:, random].sum(1)
+    # So far examples are numbered by column; scores of a shortlist say which they are.
     numbers = example_numbers(scores, n)
-    return Selection(numbers[chosen], values[chosen], numbers[random], served, other, by, n, seed)
+    return Selection(
+        examples=numbers[chosen],
+        scores=values[chosen],
+        random=numbers[random],
+        served=by_group[:, chosen].sum(1),
+        served_by_random=by_group[:, random].sum(1),
+        by=by,
+        examples_in_all=n,
+        seed=seed,
+    )
 
 
 def cleanest(self_influence: object, share: float | None = None, count: int | None = None, seed: int = 0) -> Selection:
@@ -128,11 +138,15 @@ def cleanest(self_influence: object, share: float | None = None, count: int | No
     return select(-float_array(self_influence, "self_influence", (1,))[None], share, count, seed=seed)
 
 
-def _grouped(scores: Floats, groups: Sequence[object] | None) -> Floats:
-    """Means over the queries of each group, groups in the order in which they are first met: (G, N)."""
+def _average_groups(scores: Floats, groups: Sequence[object] | None) -> Floats:
+    """Average over the queries of each group, groups in the order in which they are first met: (G, N)."""
     if groups is None:
         return scores
     if len(groups) != len(scores):
         raise expected("groups", f"one for each of the {len(scores)} queries", len(groups))
     names = np.asarray(groups).tolist()
-    return np.stack([scores[[g == name for g in names]].mean(0) for name in dict.fromkeys(names)])
+    means = []
+    for name in dict.fromkeys(names):
+        is_member = [other == name for other in names]
+        means.append(scores[is_member].mean(0))
+    return np.stack(means)

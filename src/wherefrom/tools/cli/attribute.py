@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import wherefrom
 from wherefrom.errors import UnsupportedError
 from wherefrom.tools.cli.options import Attributed, Flat
 from wherefrom.tools.cli.results import say
@@ -20,8 +19,8 @@ def fit(options: Flat[Attributed]) -> None:
     to keep: other methods (--method) are fitted when they score.
     """
     run = Run("fit", options)
-    if not isinstance(run.method, wherefrom.Influence):
-        raise UnsupportedError(f"{options.method} has no fit to keep. Leave this out: wherefrom score fits it.")
+    if not run.kind.is_influence:
+        raise UnsupportedError(f"{run.kind.name} has no fit to keep. Leave this out: wherefrom score fits it.")
     run.fits()
     run.finish()
 
@@ -41,11 +40,12 @@ def score(options: Flat[Attributed], *, certify: bool = True) -> None:
     run = Run("score", options)
     scores = run.scores(certify=certify)
     say(str(scores))
-    top = scores.top(1)
+
+    queries, top = len(scores.values), scores.top(1)
     columns: dict[str, Any] = {
-        "query": list(range(len(scores.values))),
+        "query": list(range(queries)),
         "shown": list(run.target.shown("queries").captions),
-        "residual": [None] * len(scores.values) if scores.residual is None else scores.residual.tolist(),
+        "residual": [None] * queries if scores.residual is None else scores.residual.tolist(),
         "converged": scores.converged.tolist(),
         "proponent": top.proponents[:, 0].tolist(),
         "proponent score": top.proponent_scores[:, 0].tolist(),
@@ -65,12 +65,13 @@ def self_influence(options: Flat[Attributed]) -> None:
     """
     run = Run("self-influence", options)
     values = run.self_influence().self_influence
-    shown = run.target.shown("train").captions
-    order = values.argsort(descending=True, stable=True)
+
+    captions = run.target.shown("train").captions
+    order = values.argsort(descending=True, stable=True).tolist()
     columns = {
         "rank": list(range(1, 1 + len(order))),
-        "example": order.tolist(),
-        "shown": [shown[i] for i in order.tolist()],
+        "example": order,
+        "shown": [captions[i] for i in order],
         "self-influence": values[order].tolist(),
     }
     run.table("self-influence", columns)

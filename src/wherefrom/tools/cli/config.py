@@ -23,48 +23,49 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wherefrom.errors import InputError, expected
 from wherefrom.store import SHOWN, whole
-from wherefrom.tools.cli.expressions import nearest
-from wherefrom.tools.loading import is_own, parts, says_target
+from wherefrom.tools.cli.expressions import suggest_nearest
+from wherefrom.tools.loading import is_own, says_target, split_target
 
 tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 Command = Callable[..., Any]
-DEMO = "wherefrom.tools.demo:problem"
 RECORD = "record"  # the table of a written configuration that is no option
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The options in a file, without the record of the run that wrote it.
+    """Read the options in a file, without the record of the run that wrote it.
 
     Raises:
         InputError: if it is no TOML. OSError, if it cannot be read.
     """
     try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also of no UTF-8, and of numbers without end
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    # Text that is no UTF-8 and numbers without end are ValueErrors too.
+    except (ValueError, RecursionError) as error:
         raise expected(str(path), "a TOML file", f"this: {str(error)[:SHOWN]}") from error
-    values = {key: value for key, value in found.items() if key != RECORD}
+    values = {key: value for key, value in table.items() if key != RECORD}
     for key, value in values.items():
         check_values(value, f"{path}: {key[:SHOWN]}")
     return values
 
 
 def write(path: Path, options: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """A configuration that `read` takes, complete or not at all.
+    """Write a configuration that `read` takes, complete or not at all.
 
     Args:
         path: the file.
         options: name to value; those that are None are left out.
         record: what else is worth knowing of the run: versions, fingerprints.
     """
-    lines = [f"{key} = {_toml(value)}" for key, value in options.items() if value is not None]
-    lines += ["", f"[{RECORD}]", *(f"{json.dumps(key)} = {_toml(value)}" for key, value in record.items())]
+    lines = [f"{key} = {_write_toml(value)}" for key, value in options.items() if value is not None]
+    lines += ["", f"[{RECORD}]"]
+    lines += [f"{json.dumps(key)} = {_write_toml(value)}" for key, value in record.items()]
     with whole(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def configured(commands: Mapping[str, Command], name: str, path: str | Path) -> Command:
-    """A command with the options of a file as its defaults.
+def configure(commands: Mapping[str, Command], name: str, path: str | Path) -> Command:
+    """Return a command with the options of a file as its defaults.
 
     Args:
         commands: all that there are; the file may have options of any.
@@ -74,12 +75,15 @@ def configured(commands: Mapping[str, Command], name: str, path: str | Path) -> 
     Raises:
         InputError: for a key that no command has, with the nearest one, or a value of another type.
     """
-    values, known = read(path), dict(option for command in commands.values() for option in options(command))
-    known.pop("config", None)
+    values = read(path)
+    known: dict[str, Any] = {}
+    for command in commands.values():
+        known.update(list_options(command))
+    known.pop("config", None)  # a file names no other
     for key in values:
         if key not in known:
-            raise InputError(f"{path}: no command has an option {key[:SHOWN]!r}.{nearest(key, known)}")
-    return _with(commands[name], dict(options(commands[name])), values, path)
+            raise InputError(f"{path}: no command has an option {key[:SHOWN]!r}.{suggest_nearest(key, known)}")
+    return _set_defaults(commands[name], values, path)
 
 
 def check_target(path: str | Path, target: str) -> None:
@@ -95,9 +99,10 @@ def check_target(path: str | Path, target: str) -> None:
     Raises:
         InputError: if neither holds.
     """
-    module, _ = parts(target)
+    module, _ = split_target(target)
     near = Path(path).resolve().is_relative_to(Path.cwd())
-    if target != DEMO and not (near and is_own(module)) and not says_target(target):
+    is_trusted = (near and is_own(module)) or says_target(target)
+    if not is_trusted:
         wanted = (
             "a function of a module in the current directory, where the file lies too, or one defined with -> Target"
         )
@@ -126,68 +131,99 @@ def check_values(value: Any, name: str = "an option") -> None:
             check_values(part, name)
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise expected(name, "a whole number of 64 bits", f"one of {value.bit_length()} bits")
-    elif isinstance(value, str) and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
+    elif isinstance(value, str) and any(_is_unwritable(letter) for letter in value):
         raise expected(name, "text without nulls and halves of characters", repr(value)[:SHOWN])
 
 
-def _with(command: Command, taken: Mapping[str, Any], values: Mapping[str, Any], path: str | Path) -> Command:
-    mine = {key: _of(f"{path}: {key}", taken[key], value) for key, value in values.items() if key in taken}
-    own: dict[str, Any] = {}
-    for name, kind in get_type_hints(command).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            own[name] = kind(**{f.name: mine[f.name] for f in dataclasses.fields(kind) if f.name in mine})
-        elif name in mine:
-            own[name] = mine[name]
-    changed = functools.partial(command, **own)
-    changed.__doc__ = command.__doc__
-    return changed
+def _is_unwritable(letter: str) -> bool:
+    is_surrogate = "\ud800" <= letter <= "\udfff"
+    return letter == "\0" or is_surrogate
 
 
-def options(command: Command) -> Iterator[tuple[str, Any]]:
-    """Names and types; those of a record that is an argument count as the command's own."""
+def list_options(command: Command) -> Iterator[tuple[str, Any]]:
+    """Yield names and types of a command's options; the fields of a record that is an argument count as its own."""
     for name, kind in get_type_hints(command).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from ((f.name, get_type_hints(kind)[f.name]) for f in dataclasses.fields(kind))
+        if _is_record(kind):
+            types_of_fields = get_type_hints(kind)
+            yield from ((field.name, types_of_fields[field.name]) for field in dataclasses.fields(kind))
         elif name != "return":
             yield name, kind
 
 
-def _of(what: str, kind: Any, value: Any) -> Any:
-    """A value of TOML as one of that type.
+def _is_record(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) and isinstance(kind, type)
+
+
+def _set_defaults(command: Command, values: Mapping[str, Any], path: str | Path) -> Command:
+    """Return the command with those of the values as defaults that it has options for.
+
+    Raises:
+        InputError: if a value is of another type than its option.
+    """
+    kinds = dict(list_options(command))
+    own = {key: _convert(f"{path}: {key}", kinds[key], value) for key, value in values.items() if key in kinds}
+
+    defaults: dict[str, Any] = {}
+    for name, kind in get_type_hints(command).items():
+        if _is_record(kind):
+            fields = {field.name for field in dataclasses.fields(kind)}
+            defaults[name] = kind(**{key: value for key, value in own.items() if key in fields})
+        elif name in own:
+            defaults[name] = own[name]
+    configured = functools.partial(command, **defaults)
+    configured.__doc__ = command.__doc__
+    return configured
+
+
+def _convert(what: str, kind: Any, value: Any) -> Any:
+    """Return a value of TOML as one of a type.
 
     Raises:
         InputError: if it is of another.
     """
     if not _fits(kind, value):
-        options = [k for k in get_args(kind) if k is not types.NoneType]
-        kind = options[0] if get_origin(kind) in (Union, types.UnionType) and len(options) == 1 else kind
-        inner = [getattr(k, "__name__", str(k)) for k in get_args(kind) or [kind] if k not in (types.NoneType, ...)]
-        raise expected(
-            what, ("a list of " if get_origin(kind) is tuple else "") + " or ".join(inner), repr(value)[:SHOWN]
-        )
+        raise expected(what, _describe_type(kind), repr(value)[:SHOWN])
     return tuple(value) if isinstance(value, list) else value
 
 
+def _describe_type(kind: Any) -> str:
+    """Return a type in words: "int", "float or str", "a list of float", or the choices of a literal."""
+    if _is_union(kind):
+        # That an option may be left out is no news.
+        choices = [choice for choice in get_args(kind) if choice is not types.NoneType]
+        kind = choices[0] if len(choices) == 1 else kind
+    parts = [part for part in get_args(kind) or [kind] if part not in (types.NoneType, ...)]
+    names = " or ".join(getattr(part, "__name__", str(part)) for part in parts)
+    return f"a list of {names}" if get_origin(kind) is tuple else names
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
 def _fits(kind: Any, value: Any) -> bool:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_fits(k, value) for k in inner)
-    if origin is Literal:
+    inner = get_args(kind)
+    if _is_union(kind):
+        return any(_fits(choice, value) for choice in inner)
+    if get_origin(kind) is Literal:
         return value in inner
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(inner[0], v) for v in value)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(inner[0], part) for part in value)
+    # For Python true is a number.
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _toml(value: Any) -> str:
+def _write_toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return repr(value)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(_write_toml, value))}]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+        pairs = (f"{json.dumps(str(key))} = {_write_toml(part)}" for key, part in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    # JSON leaves the delete character as it is, TOML does not take it.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
 
+from wherefrom import Scores
 from wherefrom.data.tables import read_table
 from wherefrom.errors import ArtefactError, expected
-from wherefrom.methods import Scores
-from wherefrom.scores import unsolved
 from wherefrom.tools import loading
-from wherefrom.tools.cli import judging
+from wherefrom.tools.cli import measures
 from wherefrom.tools.cli.results import RECORDED, Results
-from wherefrom.tools.evaluate import Truth, load_matrix, random_subsets
-from wherefrom.tools.report import Example, Table
+from wherefrom.tools.evaluate import (
+    LDS,
+    MislabeledCurve,
+    RemovalCurve,
+    Truth,
+    agreement,
+    load_matrix,
+    random_subsets,
+    removal_curve,
+)
+from wherefrom.tools.report import Example, Report, Retraining, Section, Suspects, Table, usual_sections
 
 
 def evaluate(
@@ -62,48 +71,73 @@ def evaluate(
     own = {name: value for name, value in locals().items() if name != "config"}
     results = Results("evaluate", out)
     results.lock()
-    judged = named(scores)
-    asked = {name: s for name, s in judged.items() if len(s.values)}  # those that are not self-influence alone
-    found = loading.load(target) if target else None
-    if (subsets or removal) and found is None:
+    judged = read_named_scores(scores)
+    # A file may hold self-influence alone, which only flags can judge.
+    with_queries = {name: each for name, each in judged.items() if len(each.values)}
+    loaded = loading.load(target) if target else None
+    if (subsets or removal) and loaded is None:
         raise expected("target", "given to train again", "none", "Add --target module:function.")
     if subsets and truth:
         raise expected("truth and subsets", "one of them", "both")
-
-    parts: list[judging.Found] = []
-    if truth:
-        parts.append(judging.against_retraining(asked, Truth.load(truth), seed))
-    if subsets and found:
-        masks = random_subsets(next(iter(asked.values())).values.shape[1], subsets, fraction, seed)
-        targets = judging.retraining(found, results.folder / "runs", repeats, seed, paired=False)(masks)
-        known = Truth(masks.numpy(), targets.double().numpy())
-        known.save(results.path("truth.npz"))
-        parts.append(judging.against_retraining(asked, known, seed))
-    if removal and found:
-        runs = judging.retraining(found, results.folder / "runs", repeats, seed, paired=True)
-        parts.append(judging.against_removal(asked, runs, removal, seed))
-    if flags:
-        parts.append(judging.against_flags(judged, judging.flagged(read_table(flags), column, flags), seed))
-    if len(asked) > 1:
-        parts.append(judging.against_each_other(asked, k, seed))
-    if not parts:
+    if (subsets or removal) and not with_queries:
+        raise expected("the files", "one or more with scores of queries", "none, or self-influence alone")
+    if not (truth or subsets or removal or flags or len(with_queries) > 1):
         advice = "Give --truth, --subsets, --removal, --flags, or several files."
         raise expected("what to judge by", "given", "nothing", advice)
 
-    rows = [row for some, _ in parts for row in some]
+    rows: measures.Rows = []
+    lds: dict[str, LDS] = {}
+    curve: RemovalCurve | None = None
+    curves: dict[str, MislabeledCurve] = {}
+    known = Truth.load(truth) if truth else None
+
+    if subsets and loaded:
+        first = next(iter(with_queries.values()))
+        masks = random_subsets(first.values.shape[1], subsets, fraction, seed)
+        retrain = measures.retrain_with(loaded, results.folder / "runs", repeats, seed, paired=False)
+        known = Truth(masks.numpy(), retrain(masks).double().numpy())
+        known.save(results.path("truth.npz"))
+    if known is not None:
+        lds = measures.measure_lds(with_queries, known, seed)
+        rows += measures.tabulate_lds(lds)
+
+    if removal and loaded:
+        # The first also loses its opponents, and as many examples at random.
+        (name, first), *others = with_queries.items()
+        retrain = measures.retrain_with(loaded, results.folder / "runs", repeats, seed, paired=True)
+        curve = removal_curve(first, retrain, removal, dict(others), seed=seed)
+        rows += measures.tabulate_removal(curve, name)
+
+    if flags:
+        flipped = measures.read_flags(read_table(flags), column, flags)
+        curves = measures.measure_detection(judged, flipped, seed)
+        rows += measures.tabulate_detection(curves)
+
+    if len(with_queries) > 1:
+        rows += measures.tabulate_agreement(agreement(with_queries, k, seed=seed), k)
+
     if not rows:
         raise expected("the files", "one or more with scores of queries", "none, or self-influence alone")
     table = {name: [row[name] for row in rows] for name in rows[0]}
     results.table("evaluation", table, len(rows))
-    content: dict[str, Any] = {name: value for _, some in parts for name, value in some.items()}
-    first = next(iter(asked.values()), next(iter(judged.values())))
-    shown = {"title": "Are these scores right?", "tables": {"Measures": Table(table)}, "show": []}
-    results.report(first, **content, **looks(found, first), **shown)
-    results.done(own)
+
+    shown = next(iter(with_queries.values()), next(iter(judged.values())))
+    train_examples, query_examples = show_examples(loaded, shown)
+    sections: list[Section] = [Table("Measures", table)]
+    notes = []
+    if curves:
+        name, detection = next(iter(curves.items()))
+        sections.append(Suspects(train_examples, shown.self_values, detection))
+        notes.append(f"Wrong labels: the curve is that of {name}.")
+    if lds or curve is not None:
+        sections.append(Retraining(lds, curve))
+    page = usual_sections(shown, train_examples, query_examples, show=[], notes=notes, sections=sections)
+    results.write_report(Report("Are these scores right?", page))
+    results.write_configuration(own)
 
 
-def named(files: tuple[str, ...]) -> dict[str, Scores]:
-    """The scores by the names given to them, or else by those of their files or folders.
+def read_named_scores(files: tuple[str, ...]) -> dict[str, Scores]:
+    """Read the scores, by the names given to them, or else by those of their files or folders.
 
     Raises:
         InputError: if two have the same name. ArtefactError: if a file is not one of scores.
@@ -112,29 +146,47 @@ def named(files: tuple[str, ...]) -> dict[str, Scores]:
     for text in files:
         name, equals, path = text.partition("=")
         if not equals:
-            path, name, folder = text, Path(text).stem, Path(text).resolve().parent.name
-            name = {"scores": folder, "self-influence": f"{folder} self-influence"}.get(name, name)
+            path, name = text, _name_of_file(Path(text))
         if name in judged:
             raise expected("the files' names", "different", f"{name} twice", "Write NAME=FILE.")
-        judged[name] = read(path)
+        judged[name] = read_scores(path)
     return judged
 
 
-def read(path: str) -> Scores:
-    """Scores from a file, or from a matrix of another library's."""
+def _name_of_file(path: Path) -> str:
+    """Return the name of a file, or that of its folder where the commands give all files the same name."""
+    folder = path.resolve().parent.name
+    if path.stem == "scores":
+        return folder
+    if path.stem == "self-influence":
+        return f"{folder} self-influence"
+    return path.stem
+
+
+def read_scores(path: str) -> Scores:
+    """Read scores from a file of ours, or from a matrix of another library's.
+
+    Raises:
+        ArtefactError: if the file is neither.
+    """
     try:
-        found = Scores.load(path)
+        scores = Scores.load(path)
     except ArtefactError:
-        return unsolved(torch.from_numpy(load_matrix(path)))
+        values = torch.from_numpy(load_matrix(path))
+        # Nothing is known of a solve, so there is nothing that did not converge.
+        return Scores(values, residual=None, converged=torch.ones(len(values), dtype=torch.bool))
     for name in RECORDED:
-        found.provenance.pop(name, None)
-    return found
+        scores.provenance.pop(name, None)
+    return scores
 
 
-def looks(target: loading.Target | None, scores: Scores) -> dict[str, Any]:
-    """How the examples are shown in a report, by their numbers if nothing is known of them."""
-    queries, examples = ([Example(f"example {i}") for i in range(size)] for size in scores.values.shape)
-    if target:
-        examples = target.shown("train")
-        queries = target.shown("queries") if queries else queries
-    return {"train_examples": examples, "query_examples": queries}
+def show_examples(target: loading.Target | None, scores: Scores) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return how the training examples and the queries are shown: by their numbers, if nothing is known of them."""
+    queries, examples = scores.values.shape
+    if target is None:
+        return _number(examples), _number(queries)
+    return target.shown("train"), target.shown("queries") if queries else []
+
+
+def _number(count: int) -> list[Example]:
+    return [Example(f"example {i}") for i in range(count)]

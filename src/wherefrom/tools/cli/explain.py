@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -11,15 +11,15 @@ import tyro
 from torch import Tensor
 
 import wherefrom
+from wherefrom import Scores
 from wherefrom.data.examples import Examples
 from wherefrom.errors import UnsupportedError, expected
-from wherefrom.methods import Scores
 from wherefrom.tools import act
-from wherefrom.tools.cli.evaluate import read
+from wherefrom.tools.cli.evaluate import read_scores
 from wherefrom.tools.cli.options import Attributed, Flat
-from wherefrom.tools.cli.results import Results, say, tabulated
+from wherefrom.tools.cli.results import Results, format_table, say
 from wherefrom.tools.cli.run import Run
-from wherefrom.tools.report import DampingSweep, Split
+from wherefrom.tools.report import DampingSweep, Layers, Section, Split, Suspects
 
 SHOWN = 12  # queries with a card in the report
 SOLVES = ("residual", "converged")  # columns that are written, not printed
@@ -32,7 +32,7 @@ def top(
     k: int = 5,
     out: str | None = None,
 ) -> None:
-    """The strongest training examples of each query, from a file of scores.
+    """List the strongest training examples of each query, from a file of scores.
 
     For example: wherefrom top wherefrom-run/scores.safetensors --k 3
 
@@ -45,15 +45,15 @@ def top(
         k: how many of each.
         out: a folder for the table; without it it is only shown.
     """
-    columns = act.explain(read(scores), k)
+    columns = act.explain(read_scores(scores), k)
     rows = len(columns["query"])
     if out is None:
-        say("\n".join(tabulated(columns, rows, SOLVES)))
+        say("\n".join(format_table(columns, rows, SOLVES)))
         return
     results = Results("top", out)
     results.lock()
     results.table("top", columns, rows, SOLVES)
-    results.done({"scores": scores, "k": k, "out": out})
+    results.write_configuration({"scores": scores, "k": k, "out": out})
 
 
 def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = None, certify: bool = True) -> None:
@@ -77,37 +77,58 @@ def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = N
         raise expected("k", "at least 1", k)
     run = Run("explain", options)
     train, queries = run.target.shown("train"), run.target.shown("queries")
-    scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)
-    run.table("explain", act.explain(scores, k, {"shown": train.captions}, {"shown": queries.captions}), hidden=SOLVES)
     show = range(min(SHOWN, len(queries)))
-    run.report(scores, train_examples=train, query_examples=queries, k=k, show=show, split=split(run, scores, k, show))
+
+    scores, split = compute_explanation(run, k, show, candidates, certify)
+
+    table = act.explain(scores, k, {"shown": train.captions}, {"shown": queries.captions})
+    run.table("explain", table, hidden=SOLVES)
+    run.report(scores, train, queries, k=k, show=show, split=split)
     run.finish(k=k, candidates=candidates, certify=certify)
 
 
-def split(run: Run, scores: Scores, k: int, show: Sequence[int]) -> Split | None:
-    """The parts of the scores that the report shows, if the method has any and the examples are shown as tokens."""
-    train, asked = run.target.shown("train"), run.target.shown("queries")
-    if not isinstance(run.method, wherefrom.Influence) or train[0].tokens is None or asked[0].tokens is None:
-        return None
-    best = scores.top(min(k, scores.values.shape[1]))
-    index = torch.cat([best.proponents[show], best.opponents[show]]).unique().tolist()
-    queries = Examples(run.target.queries, "queries").batch(show, run.problem.device, run.problem.dtype)
-    blocks = [fit.by_block(queries, index) for fit in run.fits()]
+def compute_explanation(
+    run: Run, k: int, show: Sequence[int], candidates: int | None, certify: bool
+) -> tuple[Scores, Split | None]:
+    """Compute all that is said of the queries: their scores, and for those with a card the parts of the scores.
 
-    def over(part: Callable[[wherefrom.Influence], Tensor]) -> Tensor | None:
+    Args:
+        run: the command.
+        k: proponents and opponents of each query in the report.
+        show: the numbers of the queries with a card.
+        candidates: score only so many training examples for each query.
+        certify: measure residuals.
+
+    Returns:
+        the scores of all queries; and the scores of the strongest examples of the shown ones, split over tokens and
+        blocks of parameters, if the method has parts and the examples are shown as tokens.
+    """
+    scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)
+
+    train, asked = run.target.shown("train"), run.target.shown("queries")
+    has_tokens = train[0].tokens is not None and asked[0].tokens is not None
+    if not run.kind.is_influence or not has_tokens:
+        return scores, None
+
+    strongest = scores.top(min(k, scores.values.shape[1]))
+    index = torch.cat([strongest.proponents[show], strongest.opponents[show]]).unique().tolist()
+    queries = Examples(run.target.queries, "queries").batch(show, run.problem.device, run.problem.dtype)
+
+    def average(parts: Callable[[wherefrom.Influence], Tensor]) -> Tensor | None:
+        """Return the mean over the models, as that of the scores is; None where the task has no such parts."""
         try:
-            return torch.stack([part(fit) for fit in run.fits()]).mean(0)
+            return torch.stack([parts(fit) for fit in run.fits()]).mean(0)
         except UnsupportedError as error:
             say(f"Not in the report: {error}")
             return None
 
-    return Split(
-        show,
-        index,
-        over(lambda fit: fit.by_token(queries, index)),
-        over(lambda fit: fit.by_query_token(queries, index)),
-        {name: torch.stack([block[name] for block in blocks]).mean(0) for name in blocks[0]},
-    )
+    of_each_model = [fit.by_block(queries, index) for fit in run.fits()]
+    blocks = {}
+    for name in of_each_model[0]:
+        blocks[name] = torch.stack([of_model[name] for of_model in of_each_model]).mean(0)
+    tokens = average(lambda fit: fit.by_token(queries, index))
+    query_tokens = average(lambda fit: fit.by_query_token(queries, index))
+    return scores, Split(show, index, tokens, query_tokens, blocks)
 
 
 def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep: tuple[float, ...] = ()) -> None:
@@ -124,37 +145,51 @@ def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep
         sweep: also the scores at these multiples of the damping.
     """
     run = Run("report", options)
-    scores, queries = run.scores(), run.target.given("queries")
-    if (layers or sweep) and not isinstance(run.method, wherefrom.Influence):
-        raise UnsupportedError(
-            f"--layers and --sweep are for influence functions, not {options.method}. Leave them out."
-        )
-    content: dict[str, Any] = {}
+    scores = run.scores()
+    if layers or sweep:
+        run.kind.require_influence("--layers and --sweep")
+    train, queries = run.target.shown("train"), run.target.shown("queries")
+
+    sections: list[Section] = []
     if sweep:
-        content["sweep"] = swept(run, scores, sweep)
+        sections.append(sweep_dampings(run, scores, sweep))
     if layers:
-        best = scores.top(min(k, scores.values.shape[1]))
-        examples = best.proponents.flatten().unique().tolist()
-        content["layers"] = run.fits()[0].by_block(queries, examples)
+        strongest = scores.top(min(k, scores.values.shape[1]))
+        examples = strongest.proponents.flatten().unique().tolist()
+        contributions = run.fits()[0].by_block(run.target.queries, examples)
+        sections.append(Layers(contributions, range(min(SHOWN, len(queries)))))
     if (run.folder / "self-influence.safetensors").exists():
-        scores = dataclasses.replace(scores, self_values=run.self_influence().self_values)
-    train, asked = run.target.shown("train"), run.target.shown("queries")
-    run.report(scores, train_examples=train, query_examples=asked, k=k, **content)
+        suspects = Suspects(train, run.self_influence().self_influence)
+        sections = [suspects, *sections]
+
+    run.report(scores, train, queries, k=k, sections=sections)
     run.finish(k=k, layers=layers, sweep=sweep)
 
 
-def swept(run: Run, scores: Scores, factors: Sequence[float]) -> DampingSweep:
-    """The scores at multiples of the damping, kept like those at the damping itself."""
-    if any(not f > 0 for f in factors):
-        raise expected("sweep", "positive multiples of the damping", list(factors))
-    queries, found = run.target.given("queries"), {}
-    shift = run.fits()[0].inverse.shift
-    largest = max(shift.values())
-    for factor in factors:
-        damping = wherefrom.Damping.by_parameter({name: factor * value for name, value in shift.items()})
+def sweep_dampings(run: Run, scores: Scores, factors: Sequence[float]) -> DampingSweep:
+    """Score the queries at multiples of the damping; these scores are kept like those at the damping itself.
 
-        def make(fit: Any, pieces: Any, damping: wherefrom.Damping = damping) -> Scores:
+    Args:
+        run: the command.
+        scores: those at the damping itself.
+        factors: the multiples.
+
+    Raises:
+        InputError: if a multiple is not positive.
+    """
+    if any(not factor > 0 for factor in factors):
+        raise expected("sweep", "positive multiples of the damping", list(factors))
+    queries = run.target.given("queries")
+    dampings = run.fits()[0].inverse.shift  # one for each parameter
+    # The page names a damping of several values by the largest of them.
+    largest = max(dampings.values())
+
+    swept = {largest: scores}
+    for factor in factors:
+        damping = wherefrom.Damping.by_parameter({name: factor * value for name, value in dampings.items()})
+
+        def make(fit: Any, pieces: Path, damping: wherefrom.Damping = damping) -> Scores:
             return fit.at(damping).score(queries, folder=pieces)
 
-        found[factor * largest] = run.kept(f"scores-{factor:g}", make, queries=queries, factor=str(factor))
-    return DampingSweep({largest: scores} | found, largest)
+        swept[factor * largest] = run.load_or_make(f"scores-{factor:g}", make, queries=queries, factor=str(factor))
+    return DampingSweep(swept, largest)

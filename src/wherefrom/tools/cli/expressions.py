@@ -15,24 +15,37 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import wherefrom
-from wherefrom import methods as attribution
-from wherefrom import solvers
 from wherefrom.errors import InputError, expected
 from wherefrom.store import SHOWN
 
 Names = Mapping[str, Callable[..., Any]]
+PUBLIC = {name: getattr(wherefrom, name) for name in wherefrom.__all__}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
 
-SOLVERS: Names = {n: getattr(solvers, n) for n in solvers.__all__ if issubclass(getattr(solvers, n), wherefrom.Solver)}
-CURVATURES: Names = {"GGN": wherefrom.GGN, "Hessian": wherefrom.Hessian, "EmpiricalFisher": wherefrom.EmpiricalFisher}
-METHODS: Names = {n: m for n in attribution.__all__ if hasattr(m := getattr(attribution, n), "score")}
+
+def _is_solver(kind: type) -> bool:
+    return issubclass(kind, wherefrom.Solver) and kind is not wherefrom.Solver
+
+
+def _is_method(kind: type) -> bool:
+    return hasattr(kind, "fit") and hasattr(kind, "score")
+
+
+SOLVERS: Names = {name: kind for name, kind in CLASSES.items() if _is_solver(kind)}
+METHODS: Names = {name: kind for name, kind in CLASSES.items() if _is_method(kind)}
+CURVATURES: Names = {name: CLASSES[name] for name in ("GGN", "Hessian", "EmpiricalFisher")}
 DAMPINGS: Names = {
-    n: getattr(wherefrom.Damping, n) for n in ("absolute", "relative", "per_example", "from_training", "by_parameter")
+    "absolute": wherefrom.Damping.absolute,
+    "relative": wherefrom.Damping.relative,
+    "per_example": wherefrom.Damping.per_example,
+    "from_training": wherefrom.Damping.from_training,
+    "by_parameter": wherefrom.Damping.by_parameter,
 }
-NAMES: Names = {n: f for n, f in (SOLVERS | CURVATURES | METHODS | DAMPINGS).items() if n != "Solver"}
+NAMES: Names = SOLVERS | CURVATURES | METHODS | DAMPINGS
 
 
-def made(what: str, text: str, example: str, names: Names = NAMES) -> Any:
-    """What an expression says.
+def read_expression(what: str, text: str, example: str, names: Names = NAMES) -> Any:
+    """Read what an expression says.
 
     Args:
         what: whose value it is, for messages.
@@ -44,59 +57,79 @@ def made(what: str, text: str, example: str, names: Names = NAMES) -> Any:
         InputError: if it is not Python, holds anything but these names, calls of them and literals, or gives a name an
             argument that it does not take; with the nearest name that there is.
     """
-
-    def value(node: ast.expr) -> Any:
-        if isinstance(node, ast.Call):
-            return called(node)
-        if isinstance(node, (ast.Name, ast.Attribute)):
-            return named(node)
-        try:
-            return ast.literal_eval(node)
-        except (ValueError, TypeError, SyntaxError) as error:
-            raise expected(what, "calls of the library's names and literals", ast.unparse(node)[:SHOWN]) from error
-
-    def named(node: ast.expr) -> Callable[..., Any]:
-        name = ast.unparse(node).removeprefix("wherefrom.").removeprefix("Damping.")
-        if name not in names:
-            raise InputError(f"{what}: there is no {name}.{nearest(name, names)}")
-        return names[name]
-
-    def called(node: ast.Call) -> Any:
-        function, name = named(node.func), ast.unparse(node.func)
-        takes = inspect.signature(function).parameters
-        for keyword in node.keywords:
-            if keyword.arg not in takes:
-                raise InputError(f"{what}: {name} has no argument {keyword.arg or '**'}.{nearest(keyword.arg, takes)}")
-        arguments = [value(a) for a in node.args]
-        try:
-            return function(*arguments, **{str(k.arg): value(k.value) for k in node.keywords})
-        except InputError:
-            raise
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise expected(what, f"one that {name} accepts", ast.unparse(node)[:SHOWN], f"{error}.") from error
-
     try:
         tree = ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets within brackets
+    # Brackets within brackets within brackets exhaust the parser's stack or its memory.
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise expected(what, f"written as in Python, such as {example}", repr(text)[:SHOWN]) from error
     try:
-        return value(tree.body)
+        return _Reader(what, names).read(tree.body)
     except RecursionError as error:
         raise expected(what, "an expression of some depth", f"{len(text)} characters") from error
 
 
-def nearest(name: str | None, known: Iterable[str]) -> str:
-    """A sentence with what may have been meant, or else with all that there is."""
+class _Reader:
+    """Reads the nodes of an expression.
+
+    Args:
+        what: whose value it is, for messages.
+        names: what may be called by which name.
+    """
+
+    def __init__(self, what: str, names: Names):
+        self.what, self.names = what, names
+
+    def read(self, node: ast.expr) -> Any:
+        """Return the value of a node."""
+        if isinstance(node, ast.Call):
+            return self._call(node)
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            return self._look_up(node)
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError) as error:
+            wanted = "calls of the library's names and literals"
+            raise expected(self.what, wanted, ast.unparse(node)[:SHOWN]) from error
+
+    def _look_up(self, node: ast.expr) -> Callable[..., Any]:
+        name = ast.unparse(node).removeprefix("wherefrom.").removeprefix("Damping.")
+        if name not in self.names:
+            raise InputError(f"{self.what}: there is no {name}.{suggest_nearest(name, self.names)}")
+        return self.names[name]
+
+    def _call(self, node: ast.Call) -> Any:
+        function, name = self._look_up(node.func), ast.unparse(node.func)
+        parameters = inspect.signature(function).parameters
+        for keyword in node.keywords:
+            if keyword.arg not in parameters:
+                suggestion = suggest_nearest(keyword.arg, parameters)
+                raise InputError(f"{self.what}: {name} has no argument {keyword.arg or '**'}.{suggestion}")
+
+        arguments = [self.read(argument) for argument in node.args]
+        keywords = {str(keyword.arg): self.read(keyword.value) for keyword in node.keywords}
+        try:
+            return function(*arguments, **keywords)
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            wanted = f"one that {name} accepts"
+            raise expected(self.what, wanted, ast.unparse(node)[:SHOWN], f"{error}.") from error
+
+
+def suggest_nearest(name: str | None, known: Iterable[str]) -> str:
+    """Return a sentence with the name that may have been meant, or else with all that there are."""
     lower = {k.lower(): k for k in known}
-    found = difflib.get_close_matches((name or "").lower(), lower, 1, 0.5)
-    return f" Do you mean {lower[found[0]]}?" if found else f" There are: {', '.join(lower.values())}."
+    near = difflib.get_close_matches((name or "").lower(), lower, 1, 0.5)
+    if near:
+        return f" Do you mean {lower[near[0]]}?"
+    return f" There are: {', '.join(lower.values())}."
 
 
-def given(names: Names, **values: Any) -> Names:
-    """The same names, where those that take one of these arguments get it if an expression leaves it out."""
-
-    def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-        takes = inspect.signature(function).parameters
-        return functools.partial(function, **{k: v for k, v in values.items() if k in takes})
-
-    return {name: bound(function) for name, function in names.items()}
+def bind_arguments(names: Names, **values: Any) -> Names:
+    """Return the same names, where those that take one of these arguments get it if an expression leaves it out."""
+    bound = {}
+    for name, function in names.items():
+        parameters = inspect.signature(function).parameters
+        own = {argument: value for argument, value in values.items() if argument in parameters}
+        bound[name] = functools.partial(function, **own)
+    return bound

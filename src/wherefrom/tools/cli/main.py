@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     try:
         from wherefrom.tools.cli.registry import COMMANDS
-        from wherefrom.tools.cli.results import releasing
-        from wherefrom.tools.cli.run import heard
+        from wherefrom.tools.cli.results import release_folders
+        from wherefrom.tools.cli.run import record_warnings
     except ImportError as error:
         if error.name not in ("tyro", "tomli"):
             raise
@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f'The command line needs {error.name}, which is not installed. Run: pip install "wherefrom[cli]"', BAD_INPUT
         )
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: complain(f"warning: {message}", OK) and None
+        warnings.showwarning = _show_warning
         try:
-            command = _parsed(COMMANDS, arguments or ["--help"])
-            with _terminable(), _path_of(command, arguments), releasing(), heard() as late:
+            command = parse_arguments(COMMANDS, arguments or ["--help"])
+            with _stop_on_sigterm(), _import_target(command, arguments), release_folders(), record_warnings() as late:
                 command()
             return NO_CONVERGENCE if late else OK
         except SystemExit as stop:  # --help, or arguments that do not parse
@@ -89,15 +89,20 @@ class Terminated(KeyboardInterrupt):
     """A SIGTERM: it ends a command as Ctrl-C does, so that what it holds is put back and what is done is kept."""
 
 
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    complain(f"warning: {message}", OK)
+
+
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _stop_on_sigterm() -> Iterator[None]:
     """Let a SIGTERM raise `Terminated` in the block, unless the process has other plans for it."""
 
     def stop(*_: object) -> None:
         raise Terminated
 
-    main_thread = threading.current_thread() is threading.main_thread()  # no other may set a handler
-    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    # No other thread may set a handler.
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if not is_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
     signal.signal(signal.SIGTERM, stop)
@@ -108,21 +113,28 @@ def _terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _path_of(command: functools.partial[None], arguments: Sequence[str]) -> Iterator[None]:
-    """Let the modules of the current directory be imported in the block if the command's target is to be."""
+def _import_target(command: functools.partial[None], arguments: Sequence[str]) -> Iterator[None]:
+    """Let the modules of the current directory be imported in the block if the command's target is to be.
+
+    Raises:
+        InputError: if an option has a value that no part of the library could take, or a configuration file names a
+            target that may be any function at all.
+    """
     from wherefrom.tools.cli.config import check_target, check_values
 
-    given = [*command.args, *command.keywords.values()]
-    for value in given:
+    options: dict[str, Any] = {}
+    for name, value in [*enumerate(command.args), *command.keywords.items()]:
         check_values(value)
-    records = [command.keywords, *(vars(value) for value in given if dataclasses.is_dataclass(value))]
-    target, config = (next((r[name] for r in records if r.get(name)), None) for name in ("target", "config"))
-    if target is None:
+        # The fields of a record are options of the command itself.
+        options |= vars(value) if dataclasses.is_dataclass(value) else {str(name): value}
+
+    target, config = options.get("target"), options.get("config")
+    if not target:
         yield
         return
-    with loading.from_here():
-        typed = any(text == target or text.endswith(f"={target}") for text in arguments)
-        if config is not None and not typed:
+    with loading.import_from_here():
+        is_typed = any(text == target or text.endswith(f"={target}") for text in arguments)
+        if config and not is_typed:
             check_target(config, target)
         yield
 
@@ -135,33 +147,57 @@ def _drop_unwritten() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def _parsed(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> functools.partial[None]:
-    """The command that the arguments ask for, ready to be called; what is wrong with them is told in one line."""
+def parse_arguments(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str]) -> functools.partial[None]:
+    """Return the command that the arguments ask for, ready to be called; what is wrong with them is told in one line.
+
+    Args:
+        commands: all that there are.
+        arguments: those after the program's name.
+
+    Raises:
+        SystemExit: for --help, or arguments that do not parse.
+        InputError: for a configuration file that does not fit.
+    """
     import tyro
 
-    from wherefrom.tools.cli.config import configured
+    from wherefrom.tools.cli.config import configure
 
-    ready = {name: _later(command) for name, command in commands.items()}
+    ready = {name: _postpone(command) for name, command in commands.items()}
     for name, command in ready.items():
-        if name not in arguments[:1]:  # in the list of all commands a line each
+        # In the list of all commands each has one line of help.
+        if name not in arguments[:1]:
             command.__doc__ = str(command.__doc__).partition("\n")[0]
-    for given, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, _, inside = given.partition("=")
-        if option == "--config" and arguments[0] in ready and (inside or value):
-            ready[arguments[0]] = configured(ready, arguments[0], inside or value)
-    said = io.StringIO()
+
+    path = _find_configuration(arguments)
+    if path and arguments[0] in ready:
+        ready[arguments[0]] = configure(ready, arguments[0], path)
+
+    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(complaint):
             return tyro.extras.subcommand_cli_from_dict(
                 ready, prog="wherefrom", description=DESCRIPTION.strip(), args=arguments
             )
     finally:
-        if text := " ".join(line.strip("╭╮╰╯│─ ") for line in said.getvalue().splitlines()[1:]).strip():
-            complain(" ".join(text.split()), BAD_INPUT)
+        # tyro draws a box, whose first line is a heading.
+        lines = complaint.getvalue().splitlines()[1:]
+        text = " ".join(" ".join(line.strip("╭╮╰╯│─ ") for line in lines).split())
+        if text:
+            complain(text, BAD_INPUT)
 
 
-def _later(command: Callable[..., None]) -> Callable[..., functools.partial[None]]:
-    """The same arguments, and nothing done yet."""
+def _find_configuration(arguments: Sequence[str]) -> str:
+    """Return the path in --config PATH or --config=PATH, the last if there are several; else an empty text."""
+    path = ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, _, value = argument.partition("=")
+        if option == "--config":
+            path = value or following
+    return path
+
+
+def _postpone(command: Callable[..., None]) -> Callable[..., functools.partial[None]]:
+    """Return a function with the command's arguments that does nothing yet, but returns what would do it."""
 
     @functools.wraps(command)
     def call(*arguments: Any, **keywords: Any) -> functools.partial[None]:
@@ -171,7 +207,7 @@ def _later(command: Callable[..., None]) -> Callable[..., functools.partial[None
 
 
 def complain(what: Any, code: int) -> int:
-    """A message in one line on standard error, and the exit code that goes with it."""
+    """Show a message in one line on standard error, and return the exit code that goes with it."""
     print(f"wherefrom: {textwrap.shorten(str(what), 2000)}", file=sys.stderr, flush=True)
     return code
 

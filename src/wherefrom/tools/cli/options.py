@@ -13,7 +13,7 @@ import wherefrom
 from wherefrom.errors import expected
 from wherefrom.solvers.base import seeded
 from wherefrom.tools import loading
-from wherefrom.tools.cli.expressions import NAMES, given, made
+from wherefrom.tools.cli.expressions import NAMES, bind_arguments, read_expression
 from wherefrom.tools.cli.language import Language
 
 CURVATURES = {"ggn": wherefrom.GGN, "hessian": wherefrom.Hessian, "fisher": wherefrom.EmpiricalFisher}
@@ -59,26 +59,39 @@ class Subject(Language):
         Raises:
             InputError: if it was not, or twice.
         """
-        found = [name for name in (self.target, self.hf) if name is not None]
-        if len(found) != 1:
-            got = " and ".join(found) or "neither"
+        names = [name for name in (self.target, self.hf) if name is not None]
+        if len(names) != 1:
+            got = " and ".join(names) or "neither"
             raise expected("what to look at", "MODULE:FUNCTION, or a language model with --hf", got)
-        return found[0]
+        return names[0]
 
-    def found(self: S) -> tuple[S, loading.Target]:
-        """These options, with what was left out as the target proposes or else as usual, and the target."""
+    def load_target(self) -> loading.Target:
+        """Load what is looked at.
+
+        Raises:
+            InputError: if it is not given, or given twice; see `loading.load` and `Language.load_language_model`.
+        """
         name = self.name
-        target = self.language() if self.hf else loading.load(name)
-        usual = {"damping": "per_example()", "solver": "auto"} | dict(target.defaults)
-        if getattr(self, "method", None) is not None:  # it has its own
-            usual = {name: value for name, value in usual.items() if name not in ("damping", "solver")}
-        left = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) is None}
-        return dataclasses.replace(self, **{name: value for name, value in usual.items() if name in left}), target
+        return self.load_language_model() if self.hf else loading.load(name)
 
-    def chosen_damping(self) -> wherefrom.Damping:
-        """The damping."""
+    def complete(self: S, target: loading.Target) -> S:
+        """Return these options, with what was left out as the target proposes or else as usual."""
+        usual = {"damping": "per_example()", "solver": "auto"} | dict(target.defaults)
+        if getattr(self, "method", None) is not None:
+            # The method has a damping and a solver of its own, if it needs any.
+            usual.pop("damping")
+            usual.pop("solver")
+        left_out = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None}
+        return dataclasses.replace(self, **{name: value for name, value in usual.items() if name in left_out})
+
+    def parse_damping(self) -> wherefrom.Damping:
+        """Read the damping.
+
+        Raises:
+            InputError: if the text does not say one.
+        """
         text = "per_example()" if self.damping is None else str(self.damping)
-        return wherefrom.Damping.of(made("damping", text, "0.01 or relative(0.1)"))
+        return wherefrom.Damping.of(read_expression("damping", text, "0.01 or relative(0.1)"))
 
 
 @dataclass(frozen=True)
@@ -96,26 +109,37 @@ class Attributed(Subject):
     solver: str | None = None
     method: str | None = None
 
-    def chosen_method(self) -> Any:
-        """The method; one that looks at training has no recorded run yet.
+    def parse_method(self) -> Any:
+        """Read the method; one that looks at training has no recorded run yet.
 
         Raises:
             InputError: if an expression does not say one, or something that belongs inside it is given besides it.
         """
-        shared = {"parameters": self.parameters, "batch_size": self.batch_size}
         if self.method is None:
-            solver = (
-                "auto" if self.solver in (None, "auto") else made("solver", self.solver, "CG(preconditioner=EKFAC())")
-            )
-            return wherefrom.Influence(
-                solver, self.chosen_damping(), CURVATURES[self.curvature], **shared, seed=self.seed
-            )
+            return self._parse_influence()
+
         for name in ("solver", "damping", "curvature"):
             if getattr(self, name) != getattr(Attributed, name):
                 advice = f"Write it inside, if {self.method} takes one."
                 raise expected(name, "left out where a method is given", repr(getattr(self, name)), advice)
-        names = given(NAMES, trajectory=None, **{name: v for name, v in shared.items() if v is not None})
-        found = made("method", self.method, "SOURCE(segments=3)", names)
-        if not (hasattr(found, "fit") and hasattr(found, "score")):
+
+        arguments = {"parameters": self.parameters, "batch_size": self.batch_size}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        names = bind_arguments(NAMES, trajectory=None, **arguments)
+        method = read_expression("method", self.method, "SOURCE(segments=3)", names)
+        if not (hasattr(method, "fit") and hasattr(method, "score")):
             raise expected("method", "a method such as TracIn() or TRAK()", repr(self.method))
-        return found if self.seed is None else seeded(found, self.seed)
+        return method if self.seed is None else seeded(method, self.seed)
+
+    def _parse_influence(self) -> wherefrom.Influence:
+        solver: Any = "auto"
+        if self.solver not in (None, "auto"):
+            solver = read_expression("solver", self.solver, "CG(preconditioner=EKFAC())")
+        return wherefrom.Influence(
+            solver,
+            self.parse_damping(),
+            CURVATURES[self.curvature],
+            parameters=self.parameters,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )

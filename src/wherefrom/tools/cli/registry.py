@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from wherefrom.tools.cli.acting import clean, select
+from wherefrom.tools.cli.act import clean, select
 from wherefrom.tools.cli.attribute import fit, score, self_influence
 from wherefrom.tools.cli.demo import demo
 from wherefrom.tools.cli.evaluate import evaluate

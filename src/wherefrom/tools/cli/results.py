@@ -16,9 +16,8 @@ import wherefrom
 from wherefrom.data.tables import write_table
 from wherefrom.disk import Lock, sweep_parts
 from wherefrom.errors import expected
-from wherefrom.methods import Scores
 from wherefrom.tools.cli import config
-from wherefrom.tools.report import write_report
+from wherefrom.tools.report import Report
 
 _LOCKED = ExitStack()  # the folders of the command that runs
 WIDEST = 48  # characters of a cell on the screen
@@ -26,14 +25,14 @@ RECORDED = ("made of", "warned")  # what the commands add to the provenance in f
 
 
 def say(line: str = "") -> None:
-    """Show a line at once, also into a pipe; letters that the terminal has not, by their numbers."""
+    """Show a line at once, also into a pipe; letters that the terminal does not have, by their numbers."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(f"{line}\n".encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 
 @contextmanager
-def releasing() -> Iterator[None]:
+def release_folders() -> Iterator[None]:
     """Let go of the folders that `Results` locked when the block ends."""
     try:
         yield
@@ -63,14 +62,14 @@ class Results:
         Raises:
             InputError: if one is writing there, by the number of its process.
         """
-        held = Lock(self.folder, "Wait for it, or give another --out.")
-        _LOCKED.callback(held.release)
+        lock = Lock(self.folder, "Wait for it, or give another --out.")
+        _LOCKED.callback(lock.release)
         for inner in self.folder.rglob("*"):
             if inner.is_dir():
                 sweep_parts(inner)
 
     def path(self, name: str) -> Path:
-        """The path of a file that is going to be written."""
+        """Return the path of a file that is going to be written, and note it for the last line on the screen."""
         self.written.append(self.folder / name)
         return self.folder / name
 
@@ -85,44 +84,53 @@ class Results:
             rows: how many to print.
             hidden: columns that are only written.
         """
-        for line in tabulated(columns, rows, hidden):
+        for line in format_table(columns, rows, hidden):
             say(line)
         for suffix in ("csv", "parquet"):
             write_table(self.path(f"{name}.{suffix}"), columns)
 
-    def report(self, scores: Scores, **content: Any) -> None:
-        """Write the report."""
-        write_report(self.path(f"{self.command}.html"), scores, **content)
+    def write_report(self, report: Report) -> None:
+        """Write the report of the command."""
+        report.write(self.path(f"{self.command}.html"))
 
-    def done(self, options: Mapping[str, Any], record: Mapping[str, str] | None = None) -> None:
+    def write_configuration(self, options: Mapping[str, Any], record: Mapping[str, str] | None = None) -> None:
         """Write the configuration, and say what was written.
 
         Args:
             options: name to value, as the command takes them back.
             record: what else is worth knowing, by name.
         """
-        versions = {"wherefrom": wherefrom.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        record = {"command": self.command} | versions | dict(record or {})
+        record = {
+            "command": self.command,
+            "wherefrom": wherefrom.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        } | dict(record or {})
         options = {name: value for name, value in options.items() if name != "config"}
         config.write(self.path(f"{self.command}.toml"), options, record)
         say(f"Written: {', '.join(map(str, self.written))}")
 
 
-def tabulated(columns: Mapping[str, Sequence[Any]], rows: int = 10, hidden: Sequence[str] = ()) -> Iterator[str]:
-    """The lines of a table: names, and as many rows as asked; numbers to the right."""
+def format_table(columns: Mapping[str, Sequence[Any]], rows: int = 10, hidden: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the lines of a table: names, and as many rows as asked; numbers stand to the right."""
     columns = {name: cells for name, cells in columns.items() if name not in hidden}
     count = max(map(len, columns.values()), default=0)
-    cells = {name: [name, *map(_cell, values[:rows])] for name, values in columns.items()}
-    numbers = {name for name, values in columns.items() if all(isinstance(v, (Real, type(None))) for v in values)}
-    width = {name: max(map(len, column)) for name, column in cells.items()}
-    for i in range(1 + min(rows, count)):
-        line = [f"{c[i]:>{width[n]}}" if n in numbers else f"{c[i]:<{width[n]}}" for n, c in cells.items()]
-        yield "  ".join(line).rstrip()
+    shown = min(rows, count)
+
+    aligned: list[list[str]] = []
+    for name, cells in columns.items():
+        words = [name, *map(_format_cell, cells[:rows])]
+        width = max(map(len, words))
+        holds_numbers = all(isinstance(cell, (Real, type(None))) for cell in cells)
+        aligned.append([word.rjust(width) if holds_numbers else word.ljust(width) for word in words])
+
+    for i in range(1 + shown):
+        yield "  ".join(words[i] for words in aligned).rstrip()
     if count > rows:
         yield f"... and {count - rows:,} more"
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool):

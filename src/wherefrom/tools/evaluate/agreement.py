@@ -1,8 +1,8 @@
-"""Agreement: do methods rank the training examples alike?
+"""Agreement: do several methods rank the training examples alike?
 
 For each two score matrices and each query, the correlation over all examples (Pearson, Spearman) and how much their k
-strongest proponents and opponents overlap. Compare an approximation with the exact scores so, a method with its cheaper
-setting, or influence with the proximal Bregman response.
+strongest proponents and opponents overlap. In this way one compares an approximation with the exact scores, a method
+with its cheaper setting, or influence with the proximal Bregman response.
 
     overlap(q) = expected |top k of a and top k of b| / k,  ties broken at random in either; by chance k / N
 """
@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 
 from wherefrom.errors import expected
 from wherefrom.tools.evaluate.arrays import Floats, float_array
-from wherefrom.tools.evaluate.statistics import Bootstrap, QueryMean, pearson, query_mean
+from wherefrom.tools.evaluate.statistics import Bootstrap, QueryMean, average_queries, pearson
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class Agreement:
     seed: int
 
     def table(self, measure: Literal["spearman", "pearson", "proponents", "opponents"] = "spearman") -> Floats:
-        """The means of one measure as a symmetric matrix in the order of ``names``, 1 on the diagonal."""
-        found = np.eye(len(self.names))
+        """Arrange the means of one measure as a symmetric matrix in the order of ``names``, 1 on the diagonal."""
+        means = np.eye(len(self.names))
         for (a, b), pair in self.pairs.items():
             i, j = self.names.index(a), self.names.index(b)
-            found[i, j] = found[j, i] = getattr(pair, measure).mean
-        return found
+            means[i, j] = means[j, i] = getattr(pair, measure).mean
+        return means
 
     def __str__(self) -> str:
         lines = [
@@ -88,30 +88,34 @@ def agreement(
     Raises:
         InputError: if there are fewer than two matrices, shapes disagree, a value is not finite, or k is not in 1..N.
     """
-    values = {name: float_array(v, f"matrices[{name!r}]", (2,)).T for name, v in matrices.items()}  # (N, Q) each
-    shapes = {name: v.shape[::-1] for name, v in values.items()}
+    # Examples lead here, because correlations are over the columns: (N, Q) each.
+    values = {name: float_array(matrix, f"matrices[{name!r}]", (2,)).T for name, matrix in matrices.items()}
+    shapes = {name: columns.shape[::-1] for name, columns in values.items()}
     if len(values) < 2 or len(set(shapes.values())) > 1:
         raise expected("matrices", "two or more, all of one shape (Q, N)", shapes)
     n = len(next(iter(values.values())))
     if not 1 <= k <= n:
         raise expected("k", f"between 1 and the {n} training examples", k)
+
     boot = Bootstrap(bootstrap, level, np.random.default_rng(seed))
-    ranks = {name: rankdata(v, axis=0) for name, v in values.items()}
-    best, worst = ({name: _membership(sign * v, k) for name, v in values.items()} for sign in (1, -1))
+    ranks = {name: rankdata(columns, axis=0) for name, columns in values.items()}
+    is_top = {name: _top_probability(columns, k) for name, columns in values.items()}
+    is_bottom = {name: _top_probability(-columns, k) for name, columns in values.items()}
 
-    def pair(a: str, b: str) -> Pair:
-        return Pair(
-            spearman=query_mean(pearson(ranks[a], ranks[b]), boot),
-            pearson=query_mean(pearson(values[a], values[b]), boot),
-            proponents=query_mean((best[a] * best[b]).sum(0) / k, boot),
-            opponents=query_mean((worst[a] * worst[b]).sum(0) / k, boot),
+    pairs = {}
+    for a, b in combinations(values, 2):
+        pairs[a, b] = Pair(
+            spearman=average_queries(pearson(ranks[a], ranks[b]), boot),
+            pearson=average_queries(pearson(values[a], values[b]), boot),
+            proponents=average_queries((is_top[a] * is_top[b]).sum(0) / k, boot),
+            opponents=average_queries((is_bottom[a] * is_bottom[b]).sum(0) / k, boot),
         )
+    return Agreement(tuple(values), pairs, k, n, seed)
 
-    return Agreement(tuple(values), {(a, b): pair(a, b) for a, b in combinations(values, 2)}, k, n, seed)
 
-
-def _membership(values: Floats, k: int) -> Floats:
-    """The probability that each item is among the k largest of its column (N, Q) when ties are broken at random."""
-    least = -np.partition(-values, k - 1, axis=0)[k - 1]
-    above, tied = values > least, values == least
-    return above + tied * (k - above.sum(0)) / tied.sum(0)
+def _top_probability(values: Floats, k: int) -> Floats:
+    """Compute the probability that each item is among the k largest of its column (N, Q), ties broken at random."""
+    smallest_of_top = -np.partition(-values, k - 1, axis=0)[k - 1]  # (Q,)
+    is_above, is_tied = values > smallest_of_top, values == smallest_of_top
+    places_left = k - is_above.sum(0)
+    return is_above + is_tied * places_left / is_tied.sum(0)

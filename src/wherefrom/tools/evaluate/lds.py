@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wherefrom.errors import expected
 from wherefrom.tools.evaluate.arrays import Floats, bool_array, float_array
-from wherefrom.tools.evaluate.statistics import Bootstrap, QueryMean, correlation, reliability
+from wherefrom.tools.evaluate.statistics import Bootstrap, QueryMean, correlate, estimate_reliability
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,26 @@ def linear_datamodeling_score(
     Raises:
         InputError: if shapes disagree, a value is not finite, masks are not bool, or there are fewer than 3 subsets.
     """
-    tau, kept = float_array(scores, "scores", (2,)), bool_array(masks, "masks", 2)
+    tau = float_array(scores, "scores", (2,))
+    subsets = bool_array(masks, "masks", 2)
     f = float_array(targets, "targets", (2, 3))
     f = f[:, None] if f.ndim == 2 else np.moveaxis(f, repeats_axis, 1)  # (M, R, Q)
-    _check_shapes(tau, kept, f)
+    _check_shapes(tau, subsets, f)
     if resample not in ("both", "subsets", "queries"):
         raise expected("resample", "'both', 'subsets' or 'queries'", repr(resample))
     if splits < 1:
         raise expected("splits", ">= 1", splits)
+
     rng = np.random.default_rng(seed)
-    predicted, truth = -_subset_sums(tau, kept), f.mean(1)  # (M, Q) each
+    predicted = -_sum_over_subsets(tau, subsets)  # (M, Q)
+    truth = f.mean(1)  # (M, Q)
     drawn = "rows" if resample == "subsets" else resample
-    found = correlation(predicted, truth, Bootstrap(bootstrap, level, rng), resample=drawn)
-    reliable = reliability(f, splits, rng)
+    correlation = correlate(predicted, truth, Bootstrap(bootstrap, level, rng), resample=drawn)
+    reliability = estimate_reliability(f, splits, rng)
     return LDS(
-        **vars(found),
-        ceiling=None if reliable is None else float(np.sqrt(reliable)),
+        **vars(correlation),
+        # A perfect attribution correlates with the measured mean by the root of that mean's reliability.
+        ceiling=None if reliability is None else float(np.sqrt(reliability)),
         n_subsets=f.shape[0],
         n_repeats=f.shape[1],
         resample=resample,
@@ -104,27 +108,29 @@ def linear_datamodeling_score(
     )
 
 
-def _subset_sums(tau: Floats, kept: NDArray[np.bool_]) -> Floats:
-    """sum_{z in S_m} tau(q, z), (M, Q). A query whose scores are all equal gives exact ties, not rounding noise."""
+def _sum_over_subsets(tau: Floats, subsets: NDArray[np.bool_]) -> Floats:
+    """Compute sum_{z in S_m} tau(q, z), (M, Q)."""
+    # A query whose scores are all equal gives exact ties in this way, and rounding noise in the plain product.
     first = tau[:, :1]  # (Q, 1)
-    return kept @ (tau - first).T + kept.sum(1, keepdims=True) * first.T
+    sizes = subsets.sum(1, keepdims=True)  # (M, 1)
+    return subsets @ (tau - first).T + sizes * first.T
 
 
-def _check_shapes(tau: Floats, kept: NDArray[np.bool_], f: Floats) -> None:
-    (queries, examples), subsets = tau.shape, len(kept)
-    if kept.shape[1] != examples:
+def _check_shapes(tau: Floats, subsets: NDArray[np.bool_], f: Floats) -> None:
+    (queries, examples), n_subsets = tau.shape, len(subsets)
+    if subsets.shape[1] != examples:
         raise expected(
             "masks",
             f"(M, N) with N = {examples} as in scores {tau.shape}",
-            kept.shape,
+            subsets.shape,
             "Queries lead in scores: (Q, N).",
         )
-    if (f.shape[0], f.shape[2]) != (subsets, queries):
+    if (f.shape[0], f.shape[2]) != (n_subsets, queries):
         raise expected(
             "targets",
-            f"(M, R, Q) with M = {subsets} as in masks {kept.shape} and Q = {queries} as in scores {tau.shape}",
+            f"(M, R, Q) with M = {n_subsets} as in masks {subsets.shape} and Q = {queries} as in scores {tau.shape}",
             f.shape,
             "Say where the repeats stand with repeats_axis, or give (M, Q) for one repeat.",
         )
-    if subsets < 3:
-        raise expected("masks", "at least 3 subsets", subsets, "A rank correlation needs more; 100 is usual.")
+    if n_subsets < 3:
+        raise expected("masks", "at least 3 subsets", n_subsets, "A rank correlation needs more; 100 is usual.")

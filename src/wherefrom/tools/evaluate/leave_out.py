@@ -22,8 +22,15 @@ from numpy.typing import NDArray
 
 from wherefrom.errors import expected
 from wherefrom.tools.evaluate.arrays import Floats, float_array, int_array
-from wherefrom.tools.evaluate.removal import Runs, outcome
-from wherefrom.tools.evaluate.statistics import Bootstrap, QueryMean, correlation, places, reliability, spearman
+from wherefrom.tools.evaluate.removal import Runs, measure
+from wherefrom.tools.evaluate.statistics import (
+    Bootstrap,
+    QueryMean,
+    correlate,
+    estimate_reliability,
+    rank_descending,
+    spearman,
+)
 
 
 @dataclass(frozen=True)
@@ -84,24 +91,32 @@ def expected_leave_one_out(
     Raises:
         InputError: if shapes disagree, a value is not finite, or examples are fewer than three, unknown or repeated.
     """
-    tau, chosen = float_array(scores, "scores", (2,)), int_array(examples, "examples")
+    tau = float_array(scores, "scores", (2,))
+    left_out = int_array(examples, "examples")
     queries, n = tau.shape
-    if len(set(chosen.tolist())) != len(chosen) or len(chosen) < 3 or chosen.min() < 0 or chosen.max() >= n:
-        raise expected("examples", f"three or more different numbers in 0..{n - 1}", chosen.tolist())
+    has_repeated = len(set(left_out.tolist())) != len(left_out)
+    if has_repeated or len(left_out) < 3 or left_out.min() < 0 or left_out.max() >= n:
+        raise expected("examples", f"three or more different numbers in 0..{n - 1}", left_out.tolist())
     rng = np.random.default_rng(seed)
     boot = Bootstrap(bootstrap, level, rng)
-    each = _changes(runs, np.arange(n) != chosen[:, None], queries)  # (E, R, Q)
-    changes, predicted, repeats = each.mean(1), tau[:, chosen].T / n, each.shape[1]
-    with np.errstate(invalid="ignore"):
-        errors = each.std(1, ddof=1) / np.sqrt(repeats) if repeats > 1 else np.full_like(changes, np.nan)
+
+    masks = np.arange(n) != left_out[:, None]  # (E, N)
+    changes_by_repeat = _measure_changes(runs, masks, queries)  # (E, R, Q)
+    repeats = changes_by_repeat.shape[1]
+    changes = changes_by_repeat.mean(1)  # (E, Q)
+    predicted = tau[:, left_out].T / n  # (E, Q)
+    errors = np.full_like(changes, np.nan)
+    if repeats > 1:
+        errors = changes_by_repeat.std(1, ddof=1) / np.sqrt(repeats)
+
     return LeaveOneOut(
-        examples=chosen,
+        examples=left_out,
         changes=changes.T,
         errors=errors.T,
         predicted=predicted.T,
-        pearson=correlation(predicted, changes, boot, ranked=False),
-        spearman=correlation(predicted, changes, boot),
-        reliability=reliability(each, splits, rng),
+        pearson=correlate(predicted, changes, boot, ranked=False),
+        spearman=correlate(predicted, changes, boot),
+        reliability=estimate_reliability(changes_by_repeat, splits, rng),
         n_repeats=repeats,
         seed=seed,
     )
@@ -169,20 +184,33 @@ def leave_one_group_out(
     if not 3 <= groups <= n:
         raise expected("groups", f"in 3..{n}", groups)
     rng = np.random.default_rng(seed)
-    boot, mean = Bootstrap(bootstrap, level, rng), tau.mean(0)
-    group = places(mean, rng) * groups // n
-    each = _changes(runs, group != np.arange(groups)[:, None], queries)  # (K, R, Q)
-    changes, repeats = each.mean((1, 2)), each.shape[1]
-    of_group = mean[0] + np.bincount(group, mean - mean[0]) / np.bincount(group)  # exactly equal if all scores are
-    weights = boot.draws(repeats) / repeats, boot.draws(queries) / queries
-    drawn = np.einsum("krq,rb,qb->kb", each, *weights, optimize=True)
-    found = spearman(drawn, of_group[:, None])
-    low, high = boot.ends(found) if np.isfinite(found).any() else (np.nan, np.nan)
+    boot = Bootstrap(bootstrap, level, rng)
+
+    # The best n / K examples are group 0, and so on.
+    mean = tau.mean(0)
+    group = rank_descending(mean, rng) * groups // n
+    # Means of differences from the first score, so that they are exactly equal if all scores are.
+    of_group = mean[0] + np.bincount(group, mean - mean[0]) / np.bincount(group)  # (K,)
+
+    masks = group != np.arange(groups)[:, None]  # (K, N)
+    changes_by_repeat = _measure_changes(runs, masks, queries)  # (K, R, Q)
+    changes = changes_by_repeat.mean((1, 2))
+    repeats = changes_by_repeat.shape[1]
+
+    # Repeats and queries are drawn anew, independently of each other.
+    repeat_weights = boot.draw_counts(repeats) / repeats  # (R, B)
+    query_weights = boot.draw_counts(queries) / queries  # (Q, B)
+    resampled = np.einsum("krq,rb,qb->kb", changes_by_repeat, repeat_weights, query_weights, optimize=True)
+    correlations = spearman(resampled, of_group[:, None])  # (B,)
+    low, high = np.nan, np.nan
+    if np.isfinite(correlations).any():
+        low, high = boot.percentile_interval(correlations)
+
     return LeaveOneGroupOut(
         groups=group,
         scores=of_group,
         changes=changes,
-        intervals=boot.ends(drawn),
+        intervals=boot.percentile_interval(resampled),
         spearman=float(spearman(changes[:, None], of_group[:, None])[0]),
         interval=(float(low), float(high)),
         n_repeats=repeats,
@@ -191,7 +219,8 @@ def leave_one_group_out(
     )
 
 
-def _changes(runs: Runs, masks: NDArray[np.bool_], queries: int) -> Floats:
-    """f after training on each subset minus f after training on all the data, repeat by repeat: (M, R, Q)."""
-    f = outcome(runs, np.concatenate([np.ones_like(masks[:1]), masks]), queries)
+def _measure_changes(runs: Runs, masks: NDArray[np.bool_], queries: int) -> Floats:
+    """Measure f after training on each subset minus f after training on all the data, by repeat: (M, R, Q)."""
+    all_the_data = np.ones_like(masks[:1])
+    f = measure(runs, np.concatenate([all_the_data, masks]), queries)
     return f[1:] - f[0]

@@ -26,25 +26,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from wherefrom.curvature.damping import Damping
-from wherefrom.curvature.ggn import GGN, rhs_at_once
+from wherefrom import GGN, Auto, Damping, Inverse, Problem, Task, Vectors
+from wherefrom.curvature.ggn import rhs_at_once
 from wherefrom.curvature.plain import gradients
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import ConvergenceWarning, expected
 from wherefrom.methods.stream import Measurement
 from wherefrom.model.observe import Select, copied, ready
-from wherefrom.model.problem import Problem
-from wherefrom.model.task import Task
 from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Vectors
 from wherefrom.progress import track
-from wherefrom.solvers.auto import Auto
-from wherefrom.solvers.base import Inverse, positive
+from wherefrom.solvers.base import positive
 from wherefrom.surroundings import math_attention
 from wherefrom.tools.evaluate.arrays import int_array
 
-LENGTH = torch.finfo(torch.float64).eps ** (1 / 3)  # of a finite difference, relative to the weights
-KEPT = 6  # pairs of L-BFGS
+STEP_LENGTH = torch.finfo(torch.float64).eps ** (1 / 3)  # of a finite difference, relative to the weights
+MEMORY_PAIRS = 6  # of L-BFGS
 
 
 @dataclass(frozen=True)
@@ -129,68 +125,83 @@ def pbrf(
     positive(eps=eps, tolerance=tolerance, steps=steps)
     twin = copied(ready(model)).double()
     problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
-    members = _members(examples, len(problem.train)).to(problem.device)  # (m, N)
+    members = _mark_members(examples, len(problem.train)).to(problem.device)  # (m, N)
     inverse = Auto(memory=memory).fit(GGN(problem), damping)
-    pull = _pull(problem, members)
-    each = _lengths(inverse, pull) if eps is None else torch.full_like(members[:, 0], eps)
-    scales = torch.tensor([1, -1, 0.1, -0.1], dtype=torch.float64, device=problem.device).outer(each)  # (4, m)
-    weights, size = scales.view(-1, 1) * members.repeat(4, 1), (scales.abs() * vectors.norm(pull)).flatten()
-    moves, residual, taken = _minimised(inverse, weights, size, tolerance, steps)
-    f = _measured(problem, moves, Examples(queries, "queries", batch_size), measurement)  # (4 m, Q)
-    up, down, up_, down_ = f.view(4, len(members), -1)
-    values, finer = (down - up) / (2 * each).unsqueeze(1), (down_ - up_) / (0.2 * each).unsqueeze(1)  # (m, Q)
+
+    loss_gradients = _sum_loss_gradients(problem, members)  # (m, ...)
+    each_eps = _choose_eps(inverse, loss_gradients) if eps is None else torch.full_like(members[:, 0], eps)  # (m,)
+    # Four objectives for each example: a central difference at eps, and one at a tenth of it that judges the first.
+    factors = torch.tensor([1, -1, 0.1, -0.1], dtype=torch.float64, device=problem.device)
+    scales = factors.outer(each_eps)  # (4, m)
+    weights = scales.view(-1, 1) * members.repeat(4, 1)  # (4 m, N)
+    initial_size = (scales.abs() * vectors.norm(loss_gradients)).flatten()  # of the gradients at theta_s, (4 m,)
+    moves, residual, steps_taken = _minimise(inverse, weights, initial_size, tolerance, steps)
+
+    f = _measure(problem, moves, Examples(queries, "queries", batch_size), measurement)  # (4 m, Q)
+    plus, minus, plus_fine, minus_fine = f.view(4, len(members), -1)
+    values = (minus - plus) / (2 * each_eps).unsqueeze(1)  # (m, Q)
+    fine_values = (minus_fine - plus_fine) / (0.2 * each_eps).unsqueeze(1)
+    change = (values - fine_values).norm(dim=1) / fine_values.norm(dim=1).clamp(min=1e-300)
+
     residual = residual.view(4, -1).amax(0)
-    if late := (~(residual <= tolerance)).nonzero().flatten().tolist():
-        warnings.warn(
-            f"{len(late)} of {len(members)} examples did not converge: |grad PBO| / (eps |grad l|) is "
-            f"{', '.join(f'{float(residual[i]):.0e} for examples[{i}]' for i in late[:10])}"
-            f"{', ...' if len(late) > 10 else ''}, above {tolerance:g}. Take eps=None, which fits it to each, raise "
-            "the damping, or allow more steps or a looser tolerance.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    change = (values - finer).norm(dim=1) / finer.norm(dim=1).clamp(min=1e-300)
-    return PBRF(values.T, change, residual, residual <= tolerance, each, inverse.shift, taken)
+    converged = residual <= tolerance
+    if not converged.all():
+        warnings.warn(_describe_unconverged(residual, converged, tolerance), ConvergenceWarning, stacklevel=2)
+    return PBRF(values.T, change, residual, converged, each_eps, inverse.shift, steps_taken)
+
+
+def _describe_unconverged(residual: Tensor, converged: Tensor, tolerance: float) -> str:
+    late = (~converged).nonzero().flatten().tolist()
+    worst = ", ".join(f"{float(residual[i]):.0e} for examples[{i}]" for i in late[:10])
+    more = ", ..." if len(late) > 10 else ""
+    return (
+        f"{len(late)} of {len(residual)} examples did not converge: |grad PBO| / (eps |grad l|) is {worst}{more}, "
+        f"above {tolerance:g}. Take eps=None, which fits it to each, raise the damping, or allow more steps or a "
+        "looser tolerance."
+    )
 
 
 def divergence(task: Task, outputs: Tensor, trained: Tensor, batch: Batch) -> Tensor:
-    """D(outputs, trained) of each example of a batch, (B,); not negative if the loss is convex in the outputs."""
+    """Compute D(outputs, trained) of each example of a batch, (B,): not negative if the loss is convex in them."""
     slope = grad(lambda h: task.loss(h, batch).sum())(trained)
     linear = (slope * (outputs - trained)).flatten(1).sum(1)
     return task.loss(outputs, batch) - task.loss(trained, batch) - linear
 
 
-def _members(examples: Sequence[Any], n: int) -> Tensor:
-    """(m, N), 1 where the example belongs to the group."""
-    groups = [int_array(np.atleast_1d(some), f"examples[{i}]") for i, some in enumerate(examples)]
-    found = torch.zeros(len(groups), n, dtype=torch.float64)
-    for i, some in enumerate(groups):
-        if len(set(some.tolist())) != len(some) or some.min() < 0 or some.max() >= n:
-            raise expected(f"examples[{i}]", f"different numbers in 0..{n - 1}", some.tolist())
-        found[i, some] = 1
+def _mark_members(examples: Sequence[Any], n: int) -> Tensor:
+    """Mark which of N examples belong to each group: (m, N), 1 where one does."""
+    groups = [int_array(np.atleast_1d(group), f"examples[{i}]") for i, group in enumerate(examples)]
     if not groups:
         raise expected("examples", "numbers of one or more training examples", "none")
-    return found
+    members = torch.zeros(len(groups), n, dtype=torch.float64)
+    for i, group in enumerate(groups):
+        has_repeated = len(set(group.tolist())) != len(group)
+        if has_repeated or group.min() < 0 or group.max() >= n:
+            raise expected(f"examples[{i}]", f"different numbers in 0..{n - 1}", group.tolist())
+        members[i, group] = 1
+    return members
 
 
-def _pull(problem: Problem, members: Tensor) -> Vectors:
-    """grad l at theta_s, summed over each group, (m, ...)."""
-    parts: Vectors = {}
-    for some in members.any(0).nonzero()[:, 0].split(problem.train.batch_size):
-        found = problem.loss_gradients(problem.batch(some.cpu())).combine(members[:, some].unsqueeze(-1))
-        parts = vectors.add_(parts, found) if parts else found
-    return parts
+def _sum_loss_gradients(problem: Problem, members: Tensor) -> Vectors:
+    """Sum grad l at theta_s over each group, (m, ...)."""
+    total: Vectors = {}
+    used = members.any(0).nonzero()[:, 0]
+    for numbers in used.split(problem.train.batch_size):
+        batch = problem.batch(numbers.cpu())
+        part = problem.loss_gradients(batch).combine(members[:, numbers].unsqueeze(-1))
+        total = vectors.add_(total, part) if total else part
+    return total
 
 
-def _lengths(inverse: Inverse, pull: Vectors) -> Tensor:
-    """What eps moves the parameters by a finite difference's length, for each example, (m,)."""
+def _choose_eps(inverse: Inverse, loss_gradients: Vectors) -> Tensor:
+    """Choose the eps that moves the parameters by a finite difference's length, for each example, (m,)."""
     theta = {name: p.detach().unsqueeze(0) for name, p in inverse.curvature.problem.parameters.items()}
-    moved = vectors.norm(inverse.apply(pull))
-    return (LENGTH * vectors.norm(theta).clamp(min=1) / moved).where(moved > 0, 1.0)
+    moved = vectors.norm(inverse.apply(loss_gradients))
+    return (STEP_LENGTH * vectors.norm(theta).clamp(min=1) / moved).where(moved > 0, 1.0)
 
 
-def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
-    """grad PBO at M points, (M, ...).
+def _compute_gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
+    """Compute grad PBO at M points, (M, ...).
 
     Args:
         inverse: of the model at theta_s.
@@ -214,10 +225,13 @@ def _gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vectors:
     return total
 
 
-def _minimised(
+def _minimise(
     inverse: Inverse, weights: Tensor, size: Tensor, tolerance: float, steps: int
 ) -> tuple[Vectors, Tensor, int]:
-    """theta_eps - theta_s of M objectives, (M, ...), their gradients' lengths over ``size`` (M,), and the steps taken.
+    """Find theta_eps - theta_s of M objectives.
+
+    Returns:
+        theta_eps - theta_s, (M, ...); the lengths of the gradients there over ``size``, (M,); and the steps taken.
 
     L-BFGS (Nocedal 1980) from (G + lambda)^-1. A step is shortened until the objective is no steeper along it at its
     end than at its start. Only slopes are compared, for values of PBO drown in rounding; and the iterates keep to the
@@ -225,31 +239,40 @@ def _minimised(
     """
     problem = inverse.curvature.problem
     x: Vectors = {name: p.new_zeros(len(weights), *p.shape) for name, p in problem.parameters.items()}
-    g, t = _gradient(inverse, x, weights), torch.ones_like(size)
+    g = _compute_gradient(inverse, x, weights)  # (M, ...)
+    step_length = torch.ones_like(size)  # (M,)
     pairs: list[tuple[Vectors, Vectors]] = []
     for step in track(range(steps), "proximal Bregman objective", enabled=problem.progress):
         residual = (vectors.norm(g) / size).where(size > 0, 0.0)
-        some = (residual > tolerance).nonzero()[:, 0]
-        if not len(some):
+        active = (residual > tolerance).nonzero()[:, 0]  # those that have not converged, (A,)
+        if not len(active):
             return x, residual, step
-        here = vectors.select(g, some)
-        d = _direction(inverse, here, [(vectors.select(s, some), vectors.select(y, some)) for s, y in pairs])
-        move = vectors.scale(d, t[some])
-        there = _gradient(inverse, vectors.add(vectors.select(x, some), move), weights[some])
-        first, last = vectors.dot(d, here), vectors.dot(d, there)
-        taken = last.abs() <= -first
+
+        g_here = vectors.select(g, active)
+        active_pairs = [(vectors.select(s, active), vectors.select(y, active)) for s, y in pairs]
+        direction = _apply_lbfgs(inverse, g_here, active_pairs)
+        move = vectors.scale(direction, step_length[active])
+        g_there = _compute_gradient(inverse, vectors.add(vectors.select(x, active), move), weights[active])
+        slope_here, slope_there = vectors.dot(direction, g_here), vectors.dot(direction, g_there)  # (A,)
+        is_taken = slope_there.abs() <= -slope_here
+
+        # Objectives whose step is too long stay where they are; their pair is zero, and counts for nothing.
         s, y = vectors.zeros_like(x), vectors.zeros_like(x)
+        taken = active[is_taken]
         for name in x:
-            s[name][some[taken]] = move[name][taken]
-            y[name][some[taken]] = there[name][taken] - here[name][taken]
-        x, g, pairs = vectors.add(x, s), vectors.add(g, y), [*pairs, (s, y)][-KEPT:]
-        minimum = (first / (first - last)).clamp(0.1, 0.5)  # where the slope is 0 if it is linear
-        t[some] = torch.where(taken, 1.0, t[some] * minimum)
+            s[name][taken] = move[name][is_taken]
+            y[name][taken] = g_there[name][is_taken] - g_here[name][is_taken]
+        x, g = vectors.add(x, s), vectors.add(g, y)
+        pairs = [*pairs, (s, y)][-MEMORY_PAIRS:]
+
+        # A step that is too long is shortened to where the slope is zero if it changes linearly.
+        zero_slope = (slope_here / (slope_here - slope_there)).clamp(0.1, 0.5)
+        step_length[active] = torch.where(is_taken, 1.0, step_length[active] * zero_slope)
     return x, (vectors.norm(g) / size).where(size > 0, 0.0), steps
 
 
-def _direction(inverse: Inverse, g: Vectors, pairs: list[tuple[Vectors, Vectors]]) -> Vectors:
-    """Minus the approximate inverse Hessian times g; pairs (s, y) without curvature, or of steps not taken, count 0."""
+def _apply_lbfgs(inverse: Inverse, g: Vectors, pairs: list[tuple[Vectors, Vectors]]) -> Vectors:
+    """Compute minus the approximate inverse Hessian times g; pairs (s, y) without curvature count nothing."""
     curved = [vectors.dot(s, y) for s, y in pairs]
     rho = [(1 / c).where(c > 0, 0.0) for c in curved]
     alpha = []
@@ -262,8 +285,8 @@ def _direction(inverse: Inverse, g: Vectors, pairs: list[tuple[Vectors, Vectors]
     return vectors.scale(g, -1.0)
 
 
-def _measured(problem: Problem, moves: Vectors, queries: Examples, measurement: Measurement | None) -> Tensor:
-    """f of the queries with the parameters moved, (M, Q)."""
+def _measure(problem: Problem, moves: Vectors, queries: Examples, measurement: Measurement | None) -> Tensor:
+    """Measure f of the queries with the parameters moved, (M, Q)."""
     f, parts = measurement or problem.task.measurement, []
     with problem.observed(), torch.no_grad():
         for _, batch in problem.batches(queries):

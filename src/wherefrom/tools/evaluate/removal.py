@@ -22,11 +22,11 @@ from torch import Tensor
 
 from wherefrom.errors import expected
 from wherefrom.tools.evaluate.arrays import Floats, float_array, int_array
-from wherefrom.tools.evaluate.statistics import Bootstrap, places
+from wherefrom.tools.evaluate.statistics import Bootstrap, rank_descending
 
 Runs = Callable[[Tensor], Tensor]
 Bools = NDArray[np.bool_]
-OURS = ("top", "bottom", "random")
+OURS = ("top", "bottom", "random")  # the rankings that are made here; other methods' need other names
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RemovalCurve:
     seed: int = 0
 
     def wins(self, ranking: str = "top", over: str = "random") -> NDArray[np.int64]:
-        """In how many queries one ranking raises f more than another does, at each count: (K,)."""
+        """Count the queries in which one ranking raises f more than another does, at each count: (K,)."""
         return (self.changes[ranking] > self.changes[over]).sum(1)
 
     def __str__(self) -> str:
@@ -93,15 +93,28 @@ def removal_curve(
             called as one of ours.
     """
     tau = float_array(scores, "scores", (2,))
+    queries, examples = tau.shape
     rng = np.random.default_rng(seed)
-    boot, sizes = Bootstrap(bootstrap, level, rng), removable(counts, tau.shape[1])
-    orders = {"top": places(tau, rng), "bottom": places(-tau, rng), "random": places(np.zeros_like(tau), rng)}
-    orders |= _others(rankings, tau, rng)
-    kept = np.stack([order >= k for order in orders.values() for k in sizes])  # (rankings * K, Q, N)
-    f = outcome(runs, np.concatenate([np.ones_like(kept[0, :1]), *kept]), len(tau)).mean(1)
-    own = np.einsum("iqq->iq", f[1:].reshape(len(kept), len(tau), len(tau))) - f[0]  # each query after its own removals
-    changes = dict(zip(orders, own.reshape(len(orders), len(sizes), len(tau)), strict=True))
-    return RemovalCurve(sizes, changes, {name: boot.of_mean(c) for name, c in changes.items()}, level, seed)
+    boot = Bootstrap(bootstrap, level, rng)
+    sizes = check_counts(counts, examples)
+    places = {
+        "top": rank_descending(tau, rng),
+        "bottom": rank_descending(-tau, rng),
+        "random": rank_descending(np.zeros_like(tau), rng),
+    }
+    places |= _rank_others(rankings, tau, rng)  # (Q, N) each
+
+    masks = [np.ones((1, examples), dtype=bool)]  # first all the data
+    for place in places.values():
+        masks += [place >= k for k in sizes]  # each query's first k examples removed: (Q, N)
+    f = measure(runs, np.concatenate(masks), queries).mean(1)  # (1 + rankings K Q, Q)
+
+    # Of the queries measured after each removal, only the one whose examples were removed is asked.
+    after_removal = f[1:].reshape(len(places) * len(sizes), queries, queries)
+    own = np.einsum("iqq->iq", after_removal) - f[0]  # (rankings K, Q)
+    changes = dict(zip(places, own.reshape(len(places), len(sizes), queries), strict=True))
+    intervals = {name: boot.interval_of_mean(change) for name, change in changes.items()}
+    return RemovalCurve(sizes, changes, intervals, level, seed)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class Flips:
     seed: int
 
     def needed(self, ranking: str = "top") -> Floats:
-        """The smallest count that flipped each query, (Q,); infinite if none did, NaN if it was not asked."""
+        """Find the smallest count that flipped each query, (Q,); infinite if none did, NaN if it was not asked."""
         flipped = self.flipped[ranking]
         first = np.where(flipped.any(0), self.counts[flipped.argmax(0)], np.inf)
         return np.where(self.asked, first, np.nan)
@@ -172,30 +185,43 @@ def flips(
             data.
     """
     tau = float_array(scores, "scores", (2,))
+    queries, examples = tau.shape
     rng = np.random.default_rng(seed)
-    boot, sizes = Bootstrap(bootstrap, level, rng), removable(counts, tau.shape[1])
-    alike = np.zeros_like(tau)
+    boot = Bootstrap(bootstrap, level, rng)
+    sizes = check_counts(counts, examples)
+    is_alike = np.zeros_like(tau)
     if labels is not None:
-        y, yq = (int_array(label, "labels", n) for label, n in zip(labels, tau.shape[::-1], strict=True))
-        alike = (y == yq[:, None]).astype(float)
-    orders = {"top": places(tau, rng), "random": places(alike, rng)} | _others(rankings, tau, rng)
-    asked = (outcome(runs, np.ones_like(tau[:1], dtype=bool), len(tau))[0] <= threshold).all(axis=0)
+        train_labels, query_labels = labels
+        y = int_array(train_labels, "labels", examples)
+        yq = int_array(query_labels, "labels", queries)
+        is_alike = (y == yq[:, None]).astype(float)
+    # Random examples are a ranking of ties; with labels, those of the query's own class come first.
+    places = {"top": rank_descending(tau, rng), "random": rank_descending(is_alike, rng)}
+    places |= _rank_others(rankings, tau, rng)
+
+    on_all_the_data = measure(runs, np.ones_like(tau[:1], dtype=bool), queries)[0]  # (R, Q)
+    asked = (on_all_the_data <= threshold).all(axis=0)
     if not asked.any():
         raise expected("f on all the data", f"at or below {threshold} for some query", "none in every run")
-    flipped = {name: np.zeros((len(sizes), len(tau)), dtype=bool) for name in orders}
+
+    flipped = {name: np.zeros((len(sizes), queries), dtype=bool) for name in places}
     for i, k in enumerate(sizes):
-        left = [(name, q) for name in orders for q in np.flatnonzero(asked & ~flipped[name][i])]
-        if not left:
+        remaining = []
+        for name in places:
+            remaining += [(name, q) for q in np.flatnonzero(asked & ~flipped[name][i])]
+        if not remaining:
             break
-        f = outcome(runs, np.stack([orders[name][q] >= k for name, q in left]), len(tau))
-        for (name, q), values in zip(left, f, strict=True):
-            flipped[name][i:, q] = (values[:, q] > threshold).mean() > 0.5
-    intervals = {name: boot.of_mean(which[:, asked].astype(float)) for name, which in flipped.items()}
+        f = measure(runs, np.stack([places[name][q] >= k for name, q in remaining]), queries)  # (M, R, Q)
+        for (name, q), by_repeat in zip(remaining, f, strict=True):
+            has_flipped = (by_repeat[:, q] > threshold).mean() > 0.5
+            flipped[name][i:, q] = has_flipped  # also at every larger count
+
+    intervals = {name: boot.interval_of_mean(which[:, asked].astype(float)) for name, which in flipped.items()}
     return Flips(sizes, asked, flipped, intervals, threshold, level, seed)
 
 
-def removable(counts: Sequence[int], examples: int) -> NDArray[np.int64]:
-    """Increasing numbers of examples, checked to leave some.
+def check_counts(counts: Sequence[int], examples: int) -> NDArray[np.int64]:
+    """Check that numbers of examples to remove increase and leave some.
 
     Raises:
         InputError: if they do not increase within 1..examples - 1.
@@ -206,8 +232,8 @@ def removable(counts: Sequence[int], examples: int) -> NDArray[np.int64]:
     return sizes
 
 
-def outcome(runs: Runs, masks: Bools, queries: int) -> Floats:
-    """The targets (M, R, Q) that ``runs`` makes of masks (M, N), checked.
+def measure(runs: Runs, masks: Bools, queries: int) -> Floats:
+    """Retrain on the subsets of masks (M, N), and check what comes back: the targets (M, R, Q).
 
     Raises:
         InputError: if they have another shape or are not finite.
@@ -218,13 +244,13 @@ def outcome(runs: Runs, masks: Bools, queries: int) -> Floats:
     return f
 
 
-def _others(rankings: Mapping[str, object] | None, tau: Floats, rng: np.random.Generator) -> dict[str, NDArray]:
-    orders = {}
+def _rank_others(rankings: Mapping[str, object] | None, tau: Floats, rng: np.random.Generator) -> dict[str, NDArray]:
+    """Rank the examples by other methods' scores."""
+    places = {}
     for name, values in (rankings or {}).items():
         other = float_array(values, f"rankings[{name!r}]", (2,))
         if other.shape != tau.shape or name in OURS:
-            raise expected(
-                f"rankings[{name!r}]", f"{tau.shape} as scores, not called as one of ours", f"{other.shape} {name}"
-            )
-        orders[name] = places(other, rng)
-    return orders
+            wanted = f"{tau.shape} as scores, not called as one of ours"
+            raise expected(f"rankings[{name!r}]", wanted, f"{other.shape} {name}")
+        places[name] = rank_descending(other, rng)
+    return places

@@ -24,15 +24,16 @@ from wherefrom.errors import ArtefactError, DivergenceError, expected
 from wherefrom.model.task import as_task
 from wherefrom.progress import track
 from wherefrom.store import Shards
-from wherefrom.tools.evaluate import kept
+from wherefrom.tools.evaluate.finished_runs import KIND, NAME_BYTES, read_runs, write_runs
 from wherefrom.tools.evaluate.ingredients import ingredients
-from wherefrom.tools.evaluate.small import Data, Run, SGDRecipe, Trainer, checked_masks, checked_tensors
+from wherefrom.tools.evaluate.small import Data, Run, SGDRecipe, Trainer, check_masks, check_tensors
 
+# Takes runs, yields the numbers of those of a chunk and their measurements, (K, Q).
 Compute = Callable[[Sequence[Run]], Iterator[tuple[list[int], Tensor]]]
 
 
 def random_subsets(n: int, count: int, fraction: float, seed: int) -> Tensor:
-    """(count, n) bool: subsets of exactly round(fraction * n) of n examples, uniform without replacement.
+    """Draw (count, n) bool: subsets of exactly round(fraction * n) of n examples, uniform without replacement.
 
     Raises:
         InputError: if a subset would be empty or count is not positive.
@@ -48,7 +49,7 @@ def random_subsets(n: int, count: int, fraction: float, seed: int) -> Tensor:
 
 
 def run_seed(seed: int, subset: int, repeat: int) -> int:
-    """The 32-bit seed of the run on that subset with that repeat; it depends on nothing else."""
+    """Derive the 32-bit seed of the run on that subset with that repeat; it depends on nothing else."""
     return int(np.random.SeedSequence((seed, subset, repeat)).generate_state(1)[0])
 
 
@@ -62,7 +63,7 @@ def retrain(
     folder: str | Path | None = None,
     paired: bool = False,
 ) -> Tensor:
-    """Targets (M, R, Q), on the CPU, by the user's own training function.
+    """Compute targets (M, R, Q), on the CPU, by the user's own training function.
 
     Args:
         train: takes the (n,) indices of a subset and a seed, returns a model trained on it. PyTorch's global random
@@ -89,10 +90,10 @@ def retrain(
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(run.seed)
                 model = train(run.mask.nonzero().squeeze(1), run.seed)
-            yield [i], _measured(measure, [model])
+            yield [i], _measure(measure, [model])
 
-    made_of = {"train": train, "measure": measure}
-    return _targets(checked_masks(masks, None), repeats, seed, paired, folder, made_of, compute)
+    cache_key = {"train": train, "measure": measure}
+    return _collect_targets(check_masks(masks, None), repeats, seed, paired, folder, cache_key, compute)
 
 
 def retrain_small(
@@ -109,7 +110,7 @@ def retrain_small(
     folder: str | Path | None = None,
     paired: bool = False,
 ) -> Tensor:
-    """Targets (M, R, Q), on the CPU, for a small model, many runs at once.
+    """Compute targets (M, R, Q), on the CPU, for a small model, many runs at once.
 
     Args:
         build: makes a freshly initialised model; it is called under the run's own random state. No dropout.
@@ -128,60 +129,82 @@ def retrain_small(
         DivergenceError: if a measurement is not finite.
         ArtefactError: if the folder was filled for something else; it says what differs.
     """
-    used, train, asked = as_task(task), checked_tensors(train, "train"), checked_tensors(queries, "queries")
-    trainer = Trainer(build, used, train, recipe)
+    checked_task = as_task(task)
+    train, queries = check_tensors(train, "train"), check_tensors(queries, "queries")
+    trainer = Trainer(build, checked_task, train, recipe)
+
+    def measure(model: nn.Module) -> Tensor:
+        return checked_task.measurement(checked_task.outputs(model, queries), queries)
 
     def compute(runs: Sequence[Run]) -> Iterator[tuple[list[int], Tensor]]:
-        for numbers, models in trainer.models(runs, chunk, progress):
-            yield numbers, _measured(lambda net: used.measurement(used.outputs(net, asked), asked), models)
+        for numbers, models in trainer.train_chunks(runs, chunk, progress):
+            yield numbers, _measure(measure, models)
 
-    made_of = {"model": build, "task": task, "train": train, "queries": asked, "recipe": recipe}
-    return _targets(checked_masks(masks, len(train[0])), repeats, seed, paired, folder, made_of, compute)
+    cache_key = {"model": build, "task": task, "train": train, "queries": queries, "recipe": recipe}
+    return _collect_targets(check_masks(masks, len(train[0])), repeats, seed, paired, folder, cache_key, compute)
 
 
-def _targets(
+def _collect_targets(
     masks: Tensor,
     repeats: int,
     seed: int,
     paired: bool,
     folder: str | Path | None,
-    made_of: Mapping[str, object],
+    cache_key: Mapping[str, object],
     compute: Compute,
 ) -> Tensor:
-    """What all runs gave, (M, R, Q): read, or computed once for each that is new, chunk by chunk."""
+    """Collect what all runs gave, (M, R, Q): read, or computed once for each that is new, chunk by chunk.
+
+    Args:
+        masks, repeats, seed, paired, folder: as in `retrain`.
+        cache_key: all that the measurements depend on besides the runs; a folder belongs to one.
+        compute: trains and measures.
+    """
     if repeats < 1:
         raise expected("repeats", "at least 1", repeats)
-    runs = [Run(mask, run_seed(seed, 0 if paired else m, r)) for m, mask in enumerate(masks) for r in range(repeats)]
-    names = [_name(run) for run in runs]
-    pieces = None if folder is None else Shards(folder, kept.KIND, ingredients(**made_of))
-    done = {} if pieces is None else kept.read(pieces)
-    new = {name: run for name, run in zip(names, runs, strict=True) if name not in done}
-    order = list(new)
-    for numbers, values in compute(list(new.values())) if new else ():
-        found = {order[i]: v for i, v in zip(numbers, values, strict=True)}
-        for name, v in found.items():
-            if not v.isfinite().all():
-                m, r = divmod(names.index(name), repeats)
-                what = f"The measurements after training on subset {m}, repeat {r} are not finite"
-                raise DivergenceError(
-                    f"{what}: the training diverged. Lower the step size, also for the attributed model."
-                )
+    runs = []
+    for m, mask in enumerate(masks):
+        runs += [Run(mask, run_seed(seed, 0 if paired else m, r)) for r in range(repeats)]
+    names = [_name(run) for run in runs]  # equal runs have one name, and are trained once
+
+    pieces, measurements = None, {}
+    if folder is not None:
+        pieces = Shards(folder, KIND, ingredients(**cache_key))
+        measurements = read_runs(pieces)
+    new_runs = {name: run for name, run in zip(names, runs, strict=True) if name not in measurements}
+    new_names = list(new_runs)
+    chunks = compute(list(new_runs.values())) if new_runs else ()
+    for numbers, values in chunks:
+        chunk = {new_names[i]: of_run for i, of_run in zip(numbers, values, strict=True)}
+        for name, of_run in chunk.items():
+            if not of_run.isfinite().all():
+                raise _diverged(*divmod(names.index(name), repeats))
+        # Written before the next chunk begins, so that a killed call loses no more than one.
         if pieces is not None:
-            kept.write(pieces, found)
-        done |= found
-    sizes = sorted({len(done[name]) for name in names})
-    if len(sizes) > 1:
-        raise ArtefactError(f"The runs in {folder} have measurements of {sizes} queries. Give another folder.")
-    return torch.stack([done[name] for name in names]).unflatten(0, (-1, repeats))
+            write_runs(pieces, chunk)
+        measurements |= chunk
+
+    n_queries = sorted({len(measurements[name]) for name in names})
+    if len(n_queries) > 1:
+        raise ArtefactError(f"The runs in {folder} have measurements of {n_queries} queries. Give another folder.")
+    targets = torch.stack([measurements[name] for name in names])  # (M R, Q)
+    return targets.unflatten(0, (-1, repeats))
+
+
+def _diverged(subset: int, repeat: int) -> DivergenceError:
+    return DivergenceError(
+        f"The measurements after training on subset {subset}, repeat {repeat} are not finite: the training diverged. "
+        "Lower the step size, also for the attributed model."
+    )
 
 
 def _name(run: Run) -> str:
-    return hashlib.blake2b(bytes(raw(run.mask)) + str(run.seed).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(bytes(raw(run.mask)) + str(run.seed).encode(), digest_size=NAME_BYTES).hexdigest()
 
 
 @torch.no_grad()
-def _measured(measure: Callable[[nn.Module], Tensor], models: Sequence[nn.Module]) -> Tensor:
-    """The measurements of each model, (K, Q)."""
+def _measure(measure: Callable[[nn.Module], Tensor], models: Sequence[nn.Module]) -> Tensor:
+    """Measure each of K models: (K, Q)."""
     values = [measure(model).cpu() for model in models]
     if values[0].ndim != 1:
         raise expected("The measurement", "one number per query, (Q,)", tuple(values[0].shape))

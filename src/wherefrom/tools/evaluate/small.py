@@ -7,6 +7,7 @@ elementwise, steps them all.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from wherefrom import Task
 from wherefrom.errors import UnsupportedError, expected
-from wherefrom.model.task import Task, as_task
+from wherefrom.model.task import as_task
 from wherefrom.progress import track
 from wherefrom.tools.evaluate.arrays import bool_array
 
@@ -58,13 +60,14 @@ class SGDRecipe:
             raise expected("lr, batch_size and epochs", "> 0, >= 1 and >= 1", (self.lr, self.batch_size, self.epochs))
 
     def steps(self, examples: int) -> int:
-        """Number of SGD steps on that many examples."""
-        kept = examples if self.drop_last else examples + self.batch_size - 1
-        return self.epochs * (kept // self.batch_size)
+        """Count the SGD steps on that many examples."""
+        batches = examples / self.batch_size
+        per_epoch = math.floor(batches) if self.drop_last else math.ceil(batches)
+        return self.epochs * per_epoch
 
 
-def streams(seed: int) -> tuple[int, torch.Generator]:
-    """A run's two independent random streams: the seed of its initial weights, the generator of its epochs' orders.
+def derive_streams(seed: int) -> tuple[int, torch.Generator]:
+    """Derive a run's two independent random streams: the seed of its weights, the generator of its epochs' orders.
 
     An epoch's order is one of all N examples, of which those in the run's subset are taken: runs of the same seed keep
     the order of the examples that they share.
@@ -83,30 +86,36 @@ def train_small(
     chunk: int | None = None,
     progress: bool | None = None,
 ) -> list[nn.Module]:
-    """Small models trained at once, one per seed, in eval mode: the attributed model, an ensemble, or one per subset.
+    """Train small models at once, one per seed: the attributed model, an ensemble, or one per subset.
 
     Args:
         build, task, train, recipe, chunk, progress: as in `retrain_small`.
-        seeds: one per model; the weights and the order of a model are `streams` of its seed.
+        seeds: one per model; the weights and the order of a model are `derive_streams` of its seed.
         masks: (len(seeds), N) bool, the subset of each model; None: all the data.
+
+    Returns:
+        The models, in eval mode, in the order of the seeds.
 
     Raises:
         InputError, UnsupportedError: as `retrain_small`.
     """
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
-    train = checked_tensors(train, "train")
-    everything = torch.ones(len(seeds), len(train[0]), dtype=torch.bool)
-    kept = checked_masks(everything if masks is None else masks, len(train[0]))
-    if len(kept) != len(seeds):
-        raise expected("masks", f"one row per seed, {len(seeds)}", f"{len(kept)} rows")
-    runs = [Run(mask, seed) for mask, seed in zip(kept, seeds, strict=True)]
-    chunks = Trainer(build, as_task(task), train, recipe).models(runs, chunk, progress)
-    models = {i: model for numbers, group in chunks for i, model in zip(numbers, group, strict=True)}
+    train = check_tensors(train, "train")
+    if masks is None:
+        masks = torch.ones(len(seeds), len(train[0]), dtype=torch.bool)
+    subsets = check_masks(masks, len(train[0]))
+    if len(subsets) != len(seeds):
+        raise expected("masks", f"one row per seed, {len(seeds)}", f"{len(subsets)} rows")
+    runs = [Run(mask, seed) for mask, seed in zip(subsets, seeds, strict=True)]
+    models: dict[int, nn.Module] = {}
+    for numbers, chunk_models in Trainer(build, as_task(task), train, recipe).train_chunks(runs, chunk, progress):
+        models |= zip(numbers, chunk_models, strict=True)
+    # Chunks come by the size of their subsets, not in the order of the seeds.
     return [models[i] for i in range(len(seeds))]
 
 
-def checked_tensors(data: Data, what: str) -> tuple[Tensor, ...]:
-    """Data (x, y) as a tuple.
+def check_tensors(data: Data, what: str) -> tuple[Tensor, ...]:
+    """Check data (x, y), and give it as a tuple.
 
     Raises:
         InputError: unless all are tensors of one length.
@@ -117,22 +126,23 @@ def checked_tensors(data: Data, what: str) -> tuple[Tensor, ...]:
     return tuple(data)
 
 
-def checked_masks(masks: object, examples: int | None) -> Tensor:
-    """Subsets as a tensor (M, N) of bool.
+def check_masks(masks: object, examples: int | None) -> Tensor:
+    """Check subsets, and give them as a tensor (M, N) of bool.
 
     Raises:
         InputError: if they are not bool, are of another number of examples, or one is empty.
     """
-    kept = torch.from_numpy(bool_array(masks, "masks", 2).copy())
-    if examples not in (None, kept.shape[1]):
-        raise expected("masks", f"(M, N) with N = {examples} training examples", tuple(kept.shape))
-    if not kept.any(1).all():
-        raise expected("masks", "non-empty subsets", f"no example in subset {int(kept.any(1).int().argmin())}")
-    return kept
+    subsets = torch.from_numpy(bool_array(masks, "masks", 2).copy())
+    if examples not in (None, subsets.shape[1]):
+        raise expected("masks", f"(M, N) with N = {examples} training examples", tuple(subsets.shape))
+    is_empty = ~subsets.any(1)
+    if is_empty.any():
+        raise expected("masks", "non-empty subsets", f"no example in subset {int(is_empty.int().argmax())}")
+    return subsets
 
 
-def _epoch(mask: Tensor, rng: torch.Generator) -> Tensor:
-    """The numbers of a subset's examples in the order of one epoch."""
+def _shuffle_epoch(mask: Tensor, rng: torch.Generator) -> Tensor:
+    """Draw the order of a subset's examples in one epoch, as numbers of examples."""
     order = torch.randperm(len(mask), generator=rng)
     return order[mask[order]]
 
@@ -165,43 +175,54 @@ class Trainer:
     train: tuple[Tensor, ...]
     recipe: SGDRecipe
 
-    def models(
+    def train_chunks(
         self, runs: Sequence[Run], chunk: int | None, progress: bool | None
     ) -> Iterator[tuple[list[int], list[nn.Module]]]:
-        """Yield (run numbers, trained models), a chunk of runs with subsets of one size after the other."""
+        """Yield (run numbers, trained models), one chunk of runs with subsets of one size after the other."""
+        # Models step together, so that those of a chunk must have epochs of one length.
         by_size: dict[int, list[int]] = defaultdict(list)
         for i, run in enumerate(runs):
             by_size[int(run.mask.sum())].append(i)
         if not self.recipe.steps(min(by_size)):
             raise expected("recipe", f"one with a step on {min(by_size)} examples", self.recipe, "See drop_last.")
-        if chunk is None:  # on a CPU about 2 MiB of parameters was fastest, a GPU wants more
-            size = sum(p.numel() * p.element_size() for p in self.initial(runs[0]).parameters())
-            chunk = max(1, (2**21 if self.train[0].device.type == "cpu" else 2**28) // max(1, size))
+        if chunk is None:
+            chunk = self._choose_chunk(runs[0])
         if chunk < 1:
             raise expected("chunk", "at least 1", chunk)
-        groups = [same[i : i + chunk] for same in by_size.values() for i in range(0, len(same), chunk)]
-        for group in track(groups, "training", enabled=progress):
-            yield group, self.together([runs[i] for i in group])
+        chunks = []
+        for same_size in by_size.values():
+            chunks += [same_size[i : i + chunk] for i in range(0, len(same_size), chunk)]
+        for numbers in track(chunks, "training", enabled=progress):
+            yield numbers, self.train_together([runs[i] for i in numbers])
 
-    def initial(self, run: Run) -> nn.Module:
-        """The untrained model of a run."""
+    def _choose_chunk(self, run: Run) -> int:
+        """Choose how many models fit the caches: about 2 MiB of parameters was fastest on a CPU; a GPU wants more."""
+        model_bytes = sum(p.numel() * p.element_size() for p in self.build_initial(run).parameters())
+        bytes_at_once = 2**21 if self.train[0].device.type == "cpu" else 2**28
+        return max(1, bytes_at_once // max(1, model_bytes))
+
+    def build_initial(self, run: Run) -> nn.Module:
+        """Build the untrained model of a run."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(streams(run.seed)[0])
+            torch.manual_seed(derive_streams(run.seed)[0])
             return self.build().to(self.train[0].device)
 
     @torch.enable_grad()
-    def together(self, runs: Sequence[Run]) -> list[nn.Module]:
-        """K trained models, in eval mode, each on its own subset (all of one size), in its own order."""
-        models, recipe = [self.initial(run) for run in runs], self.recipe
+    def train_together(self, runs: Sequence[Run]) -> list[nn.Module]:
+        """Train K models, each on its own subset (all of one size), in its own order; they come in eval mode."""
+        recipe = self.recipe
+        models = [self.build_initial(run) for run in runs]
         wrapped = [_Outputs(model, self.task).train() for model in models]
         parameters, buffers = stack_module_state(wrapped)  # name -> (K, ...)
         forward = vmap(lambda p, b, *batch: functional_call(wrapped[0], (p, b), batch))
         trained = [p for p in parameters.values() if p.requires_grad]
         sgd = torch.optim.SGD(trained, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        rngs = [streams(run.seed)[1] for run in runs]
+        rngs = [derive_streams(run.seed)[1] for run in runs]
+
         for _ in range(recipe.epochs):
-            orders = [_epoch(run.mask, rng) for run, rng in zip(runs, rngs, strict=True)]
-            for rows in torch.stack(orders).to(self.train[0].device).split(recipe.batch_size, dim=1):  # (K, B)
+            orders = [_shuffle_epoch(run.mask, rng) for run, rng in zip(runs, rngs, strict=True)]
+            order = torch.stack(orders).to(self.train[0].device)  # (K, examples of a subset)
+            for rows in order.split(recipe.batch_size, dim=1):  # (K, B)
                 if recipe.drop_last and rows.shape[1] < recipe.batch_size:
                     break
                 batch = tuple(part[rows] for part in self.train)  # (K, B, ...) each
@@ -210,12 +231,16 @@ class Trainer:
                 except RuntimeError as error:
                     what = f"The model must run as {len(runs)} stacked copies, got: {error}. "
                     raise UnsupportedError(what + "If it runs alone, give `retrain` a function to train it.") from error
-                loss = self.task.loss(outputs.flatten(0, 1), tuple(part.flatten(0, 1) for part in batch))  # (K * B,)
+                flat_batch = tuple(part.flatten(0, 1) for part in batch)
+                loss = self.task.loss(outputs.flatten(0, 1), flat_batch)  # (K B,)
                 if loss.shape != (rows.numel(),):
                     raise expected("task.loss", f"one number per example, ({rows.numel()},)", tuple(loss.shape))
                 sgd.zero_grad()
+                # No parameter is shared by two models, so that the gradient of the sum of their mean losses is, model
+                # by model, that of each mean.
                 (loss.sum() / rows.shape[1]).backward()
                 sgd.step()
+
         stacked = {**parameters, **buffers}
         with torch.no_grad():
             for k, model in enumerate(wrapped):

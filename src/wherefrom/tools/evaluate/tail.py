@@ -11,13 +11,16 @@ bias out of its slope (Gabaix & Ibragimov 2011). Only positive scores count: for
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy.stats import linregress
 
 from wherefrom.errors import expected
 from wherefrom.tools.evaluate.arrays import Floats, float_array
 
-SHARE, FEWEST = 0.05, 10  # the tail: this share of the examples, at least so many where there are
+TAIL_SHARE = 0.05  # the tail: this share of the examples ...
+SHORTEST_TAIL = 10  # ... and at least so many, where so many scores are positive
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,11 @@ class Tail:
 
     @property
     def ranks(self) -> Floats:
-        """(rank - 1/2) / N of each of the sizes, (n,): about the share of examples with a larger score."""
-        return _ranks(len(self.sizes), self.examples)
+        """Give (rank - 1/2) / N of each of the sizes, (n,): about the share of examples with a larger score."""
+        return _rank_shares(len(self.sizes), self.examples)
 
     def line(self, sizes: Floats) -> Floats:
-        """The share of examples with a larger score by the fitted line, of the shape of ``sizes``."""
+        """Read the share of examples with a larger score off the fitted line, of the shape of ``sizes``."""
         return np.exp(self.height - self.slope * np.log(sizes))
 
     def __str__(self) -> str:
@@ -75,36 +78,50 @@ def tail(scores: object) -> Tail:
     """
     values = float_array(scores, "scores", (1,))
     sizes = np.sort(values[values > 0])[::-1]
-    n, count = len(sizes), len(values)
+    n, n_examples = len(sizes), len(values)
     if n == 0:
         raise expected("scores", "positive for at least one example", "none", "Leave out queries that nothing helps.")
+
     covered = np.cumsum(sizes / sizes.sum())
-    length = min(max(FEWEST, round(SHARE * count)), n - 1)
-    hill, slope, height, r2 = _fit(np.log(sizes[: length + 1]), np.log(_ranks(length, count)))
+    one_percent = min(max(1, round(n_examples / 100)), n)
+    # Gini = (N + 1 - 2 sum_k c_k) / N with the sums c_k of the k smallest; here they run from the largest down, and are
+    # 1 for the N - n examples whose score is not positive.
+    gini = (2 * (covered.sum() + n_examples - n) - n_examples - 1) / n_examples
+
+    # Hill's estimator needs one example beyond the tail.
+    length = min(max(SHORTEST_TAIL, round(TAIL_SHARE * n_examples)), n - 1)
+    log_sizes = np.log(sizes[: length + 1])
+    log_ranks = np.log(_rank_shares(length, n_examples))
+    hill, slope, height, r2 = _fit_tail(log_sizes, log_ranks)
     return Tail(
         sizes=sizes,
         covered=covered,
-        examples=count,
+        examples=n_examples,
         length=length,
         hill=hill,
         slope=slope,
         height=height,
         r2=r2,
-        top=float(covered[min(max(1, round(count / 100)), n) - 1]),
-        gini=float(2 * (covered.sum() + count - n) - count - 1) / count,
+        top=float(covered[one_percent - 1]),
+        gini=float(gini),
     )
 
 
-def _ranks(n: int, count: int) -> Floats:
-    return (np.arange(n) + 0.5) / count
+def _rank_shares(n: int, n_examples: int) -> Floats:
+    return (np.arange(n) + 0.5) / n_examples
 
 
-def _fit(sizes: Floats, ranks: Floats) -> tuple[float, float, float, float]:
-    """Hill's exponent, and the exponent, height and R2 of the line, from ln s of k + 1 examples and ln rank of k."""
-    inside, nan = sizes[:-1], float("nan")
-    if len(inside) < 2 or inside[0] == inside[-1]:
+def _fit_tail(log_sizes: Floats, log_ranks: Floats) -> tuple[float, float, float, float]:
+    """Compute Hill's exponent, and the exponent, height and R2 of the least-squares line.
+
+    Args:
+        log_sizes: ln s of the k examples of the tail and of the one next to it, (k + 1,), largest first.
+        log_ranks: ln rank of those of the tail, (k,).
+    """
+    tail_sizes, next_size = log_sizes[:-1], log_sizes[-1]
+    if len(tail_sizes) < 2 or tail_sizes[0] == tail_sizes[-1]:
+        nan = float("nan")
         return nan, nan, nan, nan
-    x, y = inside - inside.mean(), ranks - ranks.mean()
-    slope = float(x @ y / (x @ x))
-    height = float(ranks.mean()) - slope * float(inside.mean())
-    return 1 / float((inside - sizes[-1]).mean()), -slope, height, slope * float(x @ y / (y @ y))
+    hill = 1 / float((tail_sizes - next_size).mean())
+    line: Any = linregress(tail_sizes, log_ranks)
+    return hill, -float(line.slope), float(line.intercept), float(line.rvalue) ** 2

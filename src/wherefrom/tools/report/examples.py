@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from wherefrom import Scores
 from wherefrom.errors import MissingExtraError, expected
 
 LARGEST = 320  # pixels; larger pictures are scaled down so that the page stays small
@@ -51,10 +52,13 @@ class Example:
     @property
     def kind(self) -> str:
         """What it is shown as: "image", "text", "row" or "plain"."""
-        return next((what for what in ("image", "text", "row") if getattr(self, what) is not None), "plain")
+        for what in ("image", "text", "row"):
+            if getattr(self, what) is not None:
+                return what
+        return "plain"
 
     def picture(self) -> dict[str, object] | None:
-        """The image as a PNG data URI with its width and height, or None.
+        """Encode the image as a PNG data URI with its width and height; None if there is no image.
 
         Raises:
             InputError: if the image has another shape or values outside its range.
@@ -65,8 +69,8 @@ class Example:
         try:
             from PIL import Image
         except ImportError as error:
-            raise missing("pillow") from error
-        pixels = _pixels(self.image)
+            raise missing_package("pillow") from error
+        pixels = _to_pixels(self.image)
         image = Image.fromarray(pixels)
         image.thumbnail((LARGEST, LARGEST))
         out = io.BytesIO()
@@ -75,25 +79,35 @@ class Example:
         return {"uri": uri, "width": image.width, "height": image.height, "tiny": max(image.size) < 64}
 
 
-def missing(package: str) -> MissingExtraError:
-    """The error for a package of the extra that is not installed."""
+def check_count(what: str, examples: Sequence[Example], count: int, scores: Scores) -> None:
+    """Refuse examples of another number than the scores have rows or columns.
+
+    Raises:
+        InputError: if there is not one for each.
+    """
+    if len(examples) != count:
+        wanted = f"one for each of the {count} of the scores {tuple(scores.values.shape)}"
+        raise expected(what, wanted, len(examples))
+
+
+def missing_package(package: str) -> MissingExtraError:
+    """Return the error for a package of the extra that is not installed."""
     return MissingExtraError(f'A report needs {package}, which is not installed. Run: pip install "wherefrom[report]"')
 
 
-def _pixels(image: Any) -> np.ndarray:
+def _to_pixels(image: Any) -> np.ndarray:
+    """Return the image as uint8; floats are scaled from [0, 1]."""
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image)
-    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
-        raise expected(
-            "An example's image", "(H, W) or (H, W, 3)", array.shape, "Channels come last: x.permute(1, 2, 0)."
-        )
+    is_grey, is_color = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
+    if array.size == 0 or not (is_grey or is_color):
+        advice = "Channels come last: x.permute(1, 2, 0)."
+        raise expected("An example's image", "(H, W) or (H, W, 3)", array.shape, advice)
+
     if array.dtype == np.uint8:
         return array
-    if array.dtype.kind != "f" or not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-        low, high = array.min(), array.max()
-        raise expected(
-            "An example's image",
-            "uint8, or floats in [0, 1]",
-            f"{array.dtype} in {low}..{high}",
-            "Undo its normalisation.",
-        )
+    # A comparison with NaN is false, so an image with one is refused as well.
+    in_range = array.min() >= 0 and array.max() <= 1
+    if array.dtype.kind != "f" or not in_range:
+        got = f"{array.dtype} in {array.min()}..{array.max()}"
+        raise expected("An example's image", "uint8, or floats in [0, 1]", got, "Undo its normalisation.")
     return np.round(array * 255).astype(np.uint8)

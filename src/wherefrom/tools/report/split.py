@@ -16,10 +16,14 @@ from wherefrom.tools.evaluate.arrays import float_array
 from wherefrom.tools.report.examples import Example
 from wherefrom.tools.report.numbers import signed
 
-LEVELS = 10  # of a token's colour
-WINDOW, EDGE = 96, 24  # tokens that are shown of a long text, around the strongest; more than an edge is folded away
-KINDS = {"attention": r"attn|attention", "MLP": r"mlp|ffn|fc\d|feed_?forward|expert|moe"}  # in the names of blocks
+LEVELS = 10  # of a token's color
+# Of a long text so many tokens are shown, around the strongest; what lies outside is folded away if it is more than an
+# edge.
+WINDOW, EDGE = 96, 24
+# Patterns in the names of blocks of parameters; what matches none is "other".
+KINDS = {"attention": r"attn|attention", "MLP": r"mlp|ffn|fc\d|feed_?forward|expert|moe"}
 NORM = r"norm|ln_|ln\d"
+HEIGHT = 40  # of a bar, in units of the picture
 Array = NDArray[np.float64]
 
 
@@ -45,105 +49,116 @@ class Split:
 
     def __post_init__(self) -> None:
         q, n = len(self.queries), len(self.examples)
-        wanted = {"tokens": (q, n, None), "query_tokens": (q, None, n)}
-        given = {name: getattr(self, name) for name in wanted}
+        _check_shape("tokens", self.tokens, (q, n, None))
+        _check_shape("query_tokens", self.query_tokens, (q, None, n))
         for name, block in (self.blocks or {}).items():
-            given[f"blocks[{name!r}]"], wanted[f"blocks[{name!r}]"] = block, (q, n)
-        for name, value in given.items():
-            if value is None:
-                continue
-            if len(value.shape) != len(wanted[name]) or any(
-                w not in (None, s) for w, s in zip(wanted[name], value.shape, strict=True)
-            ):
-                shape = str(wanted[name]).replace("None", "tokens")
-                raise expected(f"{name} of a split", f"of shape {shape}", tuple(value.shape))
+            _check_shape(f"blocks[{name!r}]", block, (q, n))
 
 
-def card(
-    split: Split, query: int, shown: Example, helped: Mapping[int, Example], others: Mapping[int, Example]
+def split_card(
+    split: Split, query: int, shown: Example, helpful: Mapping[int, Example], harmful: Mapping[int, Example]
 ) -> dict[str, Any]:
-    """A query and its examples in parts, on one scale for all its examples, and one for what they come to.
+    """Lay out a query and its examples in parts, on one scale for all examples and one for their sum.
 
     Args:
         split: the parts.
         query: its number.
         shown: how it is shown.
-        helped, others: its proponents and its other examples: number to how it is shown.
+        helpful, harmful: its proponents and its opponents: number to how it is shown.
 
     Returns:
         "tokens" and "bar" of the query, summed over its proponents, and "of" each example: number to its "tokens",
         the query's tokens that it acts "through", and "bar"; None where there is nothing of the kind. Then the
-        "scale" of the colours of the examples' tokens.
+        "scale" of the colors of the examples' tokens.
 
     Raises:
         InputError: if it is not split, or one of its examples is not.
     """
-    examples = {**helped, **others}
+    examples = {**helpful, **harmful}
     numbers = list(examples)
     if query not in split.queries or not examples.keys() <= set(split.examples):
         raise expected("a split", f"one of query {query} and examples {numbers}", "one of others")
-    i, at = list(split.queries).index(query), [list(split.examples).index(number) for number in numbers]
-    best = at[: len(helped)]
-    found: dict[str, Any] = {"tokens": None, "bar": None, "scale": None}
-    of: dict[int, dict[str, Any]] = {number: dict.fromkeys(("tokens", "through", "bar")) for number in numbers}
+    row = list(split.queries).index(query)
+    columns = [list(split.examples).index(number) for number in numbers]
+    proponents = columns[: len(helpful)]
+
+    card: dict[str, Any] = {"tokens": None, "bar": None, "scale": None}
+    of: dict[int, dict[str, Any]] = {number: {"tokens": None, "through": None, "bar": None} for number in numbers}
+
     if split.tokens is not None:
-        values = [float_array(split.tokens[i, j], "tokens", (1,)) for j in at]
-        found["scale"] = scale = _largest(values)
-        for number, value in zip(numbers, values, strict=True):
-            if (tokens := examples[number].tokens) is not None:
-                of[number]["tokens"] = text(tokens, value, scale)
+        parts = [float_array(split.tokens[row, column], "tokens", (1,)) for column in columns]
+        card["scale"] = scale = _largest(parts)
+        for number, part in zip(numbers, parts, strict=True):
+            tokens = examples[number].tokens
+            if tokens is not None:
+                of[number]["tokens"] = fold_text(tokens, part, scale)
+
     if split.query_tokens is not None and shown.tokens is not None:
-        values = [float_array(split.query_tokens[i, :, j], "query_tokens", (1,)) for j in at]
-        scale, first = _largest(values), shown.marked or 0
-        for number, value in zip(numbers, values, strict=True):
-            of[number]["through"] = coloured(shown.tokens[first:], value[first:], scale)
-        whole = np.sum(values[: len(best)], 0) if best else np.zeros(len(shown.tokens))
-        tokens = coloured(shown.tokens, whole, _largest([whole]))
-        found["tokens"] = {"prompt": tokens[:first], "marked": tokens[first:]}
+        parts = [float_array(split.query_tokens[row, :, column], "query_tokens", (1,)) for column in columns]
+        scale, first = _largest(parts), shown.marked or 0
+        for number, part in zip(numbers, parts, strict=True):
+            of[number]["through"] = color_tokens(shown.tokens[first:], part[first:], scale)
+        together = np.sum(parts[: len(proponents)], 0) if proponents else np.zeros(len(shown.tokens))
+        tokens = color_tokens(shown.tokens, together, _largest([together]))
+        card["tokens"] = {"prompt": tokens[:first], "marked": tokens[first:]}
+
     if split.blocks:
-        columns, kinds, sums = layers({name: float_array(b, name, (2,))[i] for name, b in split.blocks.items()})
-        for number, j in zip(numbers, at, strict=True):
-            of[number]["bar"] = bar(columns, kinds, sums[:, :, j], sums[:, :, at])
-        whole = sums[:, :, best].sum(2)
-        found["bar"] = bar(columns, kinds, whole, whole[:, :, None])
-    return found | {"of": of}
+        blocks = {name: float_array(block, name, (2,))[row] for name, block in split.blocks.items()}
+        layers, kinds, sums = sum_layers(blocks)  # sums: (layers, kinds, n)
+        for number, column in zip(numbers, columns, strict=True):
+            of[number]["bar"] = draw_bar(layers, kinds, sums[:, :, column], among=sums[:, :, columns])
+        together = sums[:, :, proponents].sum(2)
+        card["bar"] = draw_bar(layers, kinds, together, among=together[:, :, None])
+
+    return card | {"of": of}
 
 
-def coloured(tokens: Sequence[str], values: Array, scale: float) -> list[dict[str, Any]]:
-    """Each token's text with its white space made visible, its part, and its colour: -10, hurt, to 10, helped.
+def color_tokens(tokens: Sequence[str], values: Array, scale: float) -> list[dict[str, Any]]:
+    """Return each token's text with its white space made visible, its part, and its color: -10, hurt, to 10, helped.
 
     Args:
         tokens: the texts.
         values: their parts; there may be more of them, of padding.
-        scale: the part that has the full colour.
+        scale: the part that has the full color.
     """
-    return [
-        {"text": visible(token), "title": signed(float(value)), "level": round(LEVELS * float(value) / (scale or 1))}
-        for token, value in zip(tokens, values, strict=False)
-    ]
+    colored = []
+    for token, value in zip(tokens, values.tolist(), strict=False):
+        level = round(LEVELS * value / (scale or 1))
+        colored.append({"text": show_whitespace(token), "title": signed(value), "level": level})
+    return colored
 
 
-def text(tokens: Sequence[str], values: Array, scale: float) -> dict[str, list[dict[str, Any]]]:
-    """Tokens "before", "in" and "after" the window that is shown: all of a short text, else the strongest stretch."""
-    found, size, start, end = coloured(tokens, values, scale), len(tokens), 0, len(tokens)
+def fold_text(tokens: Sequence[str], values: Array, scale: float) -> dict[str, list[dict[str, Any]]]:
+    """Return tokens "before", "in" and "after" the window that is shown.
+
+    It holds all of a short text, and the strongest stretch of a long one.
+    """
+    colored, size = color_tokens(tokens, values, scale), len(tokens)
+    start, end = 0, size
     if size > WINDOW + 2 * EDGE:
+        # sums[i + WINDOW] - sums[i] is the strength of the window that begins at i.
         sums = np.concatenate([[0.0], np.abs(values[:size]).cumsum()])
         start = int((sums[WINDOW:] - sums[:-WINDOW]).argmax())
-        end = start + WINDOW if start + WINDOW + EDGE < size else size
-        start = start if start > EDGE else 0
-    return {"before": found[:start], "in": found[start:end], "after": found[end:]}
+        end = start + WINDOW
+        # A short rest is not worth folding away.
+        if size - end <= EDGE:
+            end = size
+        if start <= EDGE:
+            start = 0
+    return {"before": colored[:start], "in": colored[start:end], "after": colored[end:]}
 
 
-def visible(token: str) -> str:
-    """A token's text with marks for line ends, tabs, and spaces that would not be seen."""
+def show_whitespace(token: str) -> str:
+    """Return a token's text with marks for line ends, tabs, and spaces that would not be seen."""
     if not token:
         return "▫"  # a part of a character
     shown = token.replace("\r", "␍").replace("\n", "↵\n").replace("\t", "⇥")
-    return shown.replace(" ", "␣") if not token.strip(" ") else shown
+    is_blank = not token.strip(" ")
+    return shown.replace(" ", "␣") if is_blank else shown
 
 
-def layers(blocks: Mapping[str, Array]) -> tuple[list[str], list[str], Array]:
-    """Sums of blocks by layer, its number in their names, and by attention, MLP and the rest.
+def sum_layers(blocks: Mapping[str, Array]) -> tuple[list[str], list[str], Array]:
+    """Sum blocks by layer, whose number is in their names, and by attention, MLP and the rest.
 
     Args:
         blocks: name to (n,).
@@ -154,43 +169,68 @@ def layers(blocks: Mapping[str, Array]) -> tuple[list[str], list[str], Array]:
     sums: dict[str, dict[str, Array]] = {}
     for name, values in blocks.items():
         number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-        norm = re.search(NORM, name.lower())
-        kind = next((k for k, mark in KINDS.items() if not norm and re.search(mark, name.lower())), "other")
-        of = sums.setdefault(number[1] if number else name, {})
-        of[kind] = of.get(kind, 0) + values
-    kinds = [kind for kind in (*KINDS, "other") if any(kind in of for of in sums.values())]
+        layer = sums.setdefault(number[1] if number else name, {})
+        kind = _kind_of(name)
+        layer[kind] = layer.get(kind, 0) + values
+
+    kinds = [kind for kind in (*KINDS, "other") if any(kind in layer for layer in sums.values())]
     zero = np.zeros_like(next(iter(blocks.values())))
-    return list(sums), kinds, np.array([[of.get(kind, zero) for kind in kinds] for of in sums.values()])
+    array = np.array([[layer.get(kind, zero) for kind in kinds] for layer in sums.values()])
+    return list(sums), kinds, array
 
 
-def bar(columns: Sequence[str], kinds: Sequence[str], values: Array, among: Array) -> dict[str, Any]:
-    """A column for each layer, in units of the picture: up where it helped, down where it hurt.
+def _kind_of(name: str) -> str:
+    """Return whether a block of parameters belongs to attention, an MLP or neither."""
+    name = name.lower()
+    # The norm after attention has attention in its name.
+    if re.search(NORM, name):
+        return "other"
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+
+
+def draw_bar(layers: Sequence[str], kinds: Sequence[str], values: Array, among: Array) -> dict[str, Any]:
+    """Return columns for each layer, in units of the picture: up where it helped, down where it hurt.
 
     Args:
-        columns, kinds: names, L and K.
+        layers, kinds: names, L and K.
         values: (L, K).
         among: those that share the scale, (L, K, n).
     """
-    high, low = max(float(among.max()), 0.0), max(-float(among.min()), 0.0)
-    unit, width = 40 / ((high + low) or 1), 10 / len(kinds)
-    zero = high * unit
-    rows = [
-        {
-            "x": 12 * at + width * k,
-            "y": zero - max(float(value), 0) * unit,
-            "width": width,
-            "height": abs(float(value)) * unit,
-            "sign": "positive" if value > 0 else "negative",
-            "kind": kind,
-            "title": f"{'layer ' if name.isdecimal() else ''}{name}, {kind}: {signed(float(value))}",
-        }
-        for at, (name, row) in enumerate(zip(columns, values, strict=True))
-        for k, (kind, value) in enumerate(zip(kinds, row, strict=True))
-    ]
-    numbered = [name for name in columns if name.isdecimal()]
+    highest, lowest = max(float(among.max()), 0.0), min(float(among.min()), 0.0)
+    unit = HEIGHT / ((highest - lowest) or 1)
+    zero, width = highest * unit, 10 / len(kinds)
+
+    rows = []
+    for i, (layer, row) in enumerate(zip(layers, values.tolist(), strict=True)):
+        name = f"layer {layer}" if layer.isdecimal() else layer
+        for k, (kind, value) in enumerate(zip(kinds, row, strict=True)):
+            rectangle = {
+                "x": 12 * i + width * k,
+                "y": zero - max(value, 0) * unit,
+                "width": width,
+                "height": abs(value) * unit,
+                "sign": "positive" if value > 0 else "negative",
+                "kind": kind,
+                "title": f"{name}, {kind}: {signed(value)}",
+            }
+            rows.append(rectangle)
+
+    numbered = [layer for layer in layers if layer.isdecimal()]
     ends = (numbered[0], numbered[-1]) if numbered else ("", "")
-    return {"width": 12 * len(columns) - 2, "zero": zero, "rows": rows, "ends": ends, "kinds": list(kinds)}
+    return {"width": 12 * len(layers) - 2, "zero": zero, "rows": rows, "ends": ends, "kinds": list(kinds)}
 
 
-def _largest(values: Sequence[Array]) -> float:
-    return max((float(np.abs(value).max(initial=0)) for value in values), default=0.0)
+def _check_shape(name: str, values: Tensor | None, wanted: tuple[int | None, ...]) -> None:
+    """Refuse parts of another shape; None stands for any number of tokens."""
+    if values is None:
+        return
+    shape = tuple(values.shape)
+    fits = len(shape) == len(wanted)
+    fits = fits and all(size in (None, actual) for size, actual in zip(wanted, shape, strict=True))
+    if not fits:
+        words = str(wanted).replace("None", "tokens")
+        raise expected(f"{name} of a split", f"of shape {words}", shape)
+
+
+def _largest(parts: Sequence[Array]) -> float:
+    return max((float(np.abs(part).max(initial=0)) for part in parts), default=0.0)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
-from wherefrom.tools.evaluate.arrays import Floats
+from wherefrom import Scores
+from wherefrom.tools.evaluate.arrays import Floats, float_array
 from wherefrom.tools.evaluate.tail import Tail, tail
 from wherefrom.tools.report.drawing import (
     DASHED,
@@ -22,14 +21,19 @@ from wherefrom.tools.report.drawing import (
     NEGATIVE,
     POINTS,
     POSITIVE,
-    logarithmic,
-    percent,
-    power,
-    svg,
-    thinned,
+    draw_svg,
+    format_percent,
+    format_powers,
+    place_ticks,
+    thin_out,
+    write_power,
 )
+from wherefrom.tools.report.section import Section
 
-MEASURES: list[tuple[str, Callable[[Tail], float], str]] = [
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MEASURES: list[tuple[str, Callable[[Tail], float], str]] = [  # name, value, and how it is written
     ("the strongest example holds", lambda t: float(t.covered[0]), ".1%"),
     ("the top 1% of the examples hold", lambda t: t.top, ".1%"),
     ("examples that hold half", lambda t: np.searchsorted(t.covered, 0.5) + 1, ",.0f"),
@@ -38,34 +42,67 @@ MEASURES: list[tuple[str, Callable[[Tail], float], str]] = [
     ("exponent of the tail, line", lambda t: t.slope, ".2f"),
     ("R² of the line", lambda t: t.r2, ".3f"),
 ]
+TOP = 1  # the measure by which queries are ordered, from the most even to the most concentrated
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The queries that have a positive score, from the most even to the most concentrated.
+class Spread(Section):
+    """How influence is spread over the training examples: a histogram of all scores, and each query's upper tail.
+
+    Args:
+        scores: (Q, N) scores of at least one query.
+    """
+
+    scores: Scores
+
+    template: ClassVar[str] = "spread.html"
+    anchor: ClassVar[str] = "spread"
+    link: ClassVar[str] = "Spread"
+
+    def content(self) -> dict[str, Any]:
+        """Measure the tails, and draw them and the histogram."""
+        queries, examples = self.scores.values.shape
+        total = self.scores.provenance.get("examples", examples)
+        changes = float_array(self.scores, "scores", (2,)) / total  # (Q, N), the predicted changes of f
+        tails = measure_tails(changes)
+        return {
+            "queries": queries,
+            "count": queries * examples,
+            "lines": LINES,
+            "histogram": draw_histogram(changes),
+            "tails": tails,
+            "tail_figure": None if tails is None else draw_tails(tails),
+            "covered_figure": None if tails is None else draw_covered(tails),
+        }
+
+
+@dataclass(frozen=True)
+class Tails:
+    """The tails of the queries that have a positive score, from the most even query to the most concentrated.
 
     Args:
         values: (measures, queries).
         drawn: at most so many of the queries as a figure shows.
-        middle: the median query by the share of the top 1%; it is one of those drawn.
+        median: the median query by the share of the top 1%; it is one of those drawn.
     """
 
     values: Floats
     drawn: list[Tail]
-    middle: Tail
+    median: Tail
 
     @property
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Each measure's median over the queries, and its range; dashes where it does not exist."""
-        found = []
-        for (name, _, form), row in zip(MEASURES, self.values, strict=True):
-            ends = [np.median(row), row.min(), row.max()]
-            found.append((name, ["–" if np.isnan(v) else format(v, form) for v in ends]))
-        return found
+        """Each measure's name, and its median, least and largest value; dashes where it does not exist."""
+        rows = []
+        for (name, _, form), values in zip(MEASURES, self.values, strict=True):
+            numbers = [np.median(values), values.min(), values.max()]
+            words = ["–" if np.isnan(number) else format(number, form) for number in numbers]
+            rows.append((name, words))
+        return rows
 
 
-def measure(scores: Floats) -> Spread | None:
-    """How each query's positive scores are spread; None if nothing helps any query.
+def measure_tails(scores: Floats) -> Tails | None:
+    """Measure how each query's positive scores are spread; None if nothing helps any query.
 
     Args:
         scores: (Q, N).
@@ -73,102 +110,122 @@ def measure(scores: Floats) -> Spread | None:
     helped = [row for row in scores if (row > 0).any()]
     if not helped:
         return None
-    values = np.array([[f(t) for _, f, _ in MEASURES] for t in map(tail, helped)])  # (queries, measures)
-    order = np.argsort(values[:, 1], kind="stable")
+
+    values = []
+    for row in helped:
+        tail_of_row = tail(row)
+        values.append([measure(tail_of_row) for _, measure, _ in MEASURES])
+    values = np.array(values)  # (queries, measures)
+
+    order = np.argsort(values[:, TOP], kind="stable")
     middle = len(order) // 2
-    drawn = np.union1d(thinned(np.arange(len(order)), LINES), middle)
-    tails = [tail(helped[q]) for q in order[drawn]]
-    return Spread(values.T, tails, tails[int(np.searchsorted(drawn, middle))])
+    places = np.union1d(thin_out(np.arange(len(order)), LINES), middle)
+    # Only the tails that are drawn are held: of many queries and examples all of them would not fit.
+    drawn = [tail(helped[query]) for query in order[places]]
+    return Tails(values.T, drawn, median=drawn[int(np.searchsorted(places, middle))])
 
 
-def tails(found: Spread) -> str:
-    """The share of examples with a larger score against the score, on logarithmic axes, with the fitted line."""
-    one = found.middle
-    total = one.sizes.sum()
+def draw_tails(tails: Tails) -> str:
+    """Draw the share of examples with a larger score against the score, on logarithmic axes, with the fitted line."""
+    median = tails.median
+    total = median.sizes.sum()
+    has_line = not np.isnan(median.slope)
+    slope = f"slope −{median.slope:.2f}" if has_line else "no tail to fit"
 
     def draw(axes: Axes) -> None:
-        _lines(axes, found, lambda t: (t.sizes / t.sizes.sum(), t.ranks))
-        if not np.isnan(one.slope):
-            ends = np.array([one.sizes[one.length], one.sizes[0]]) * [0.7, 1.4]
-            axes.plot(ends / total, one.line(ends), color=NEGATIVE, lw=1.6, ls=DASHED)
+        _draw_lines(axes, tails, lambda t: (t.sizes / t.sizes.sum(), t.ranks))
+        if has_line:
+            ends = np.array([median.sizes[median.length], median.sizes[0]]) * [0.7, 1.4]
+            axes.plot(ends / total, median.line(ends), color=NEGATIVE, lw=1.6, ls=DASHED)
             place: dict[str, Any] = {"ha": "right", "xytext": (-8, -4), "textcoords": "offset points"}
-            axes.annotate(slope, (ends[1] / total, one.line(ends)[1]), color=NEGATIVE, weight="bold", **place)
-        left = min(t.sizes[len(t.sizes) // 2] / t.sizes.sum() for t in found.drawn)
+            end = (ends[1] / total, median.line(ends)[1])
+            axes.annotate(slope, end, color=NEGATIVE, weight="bold", **place)
+
+        # The lower half of the scores, near zero, would take up most of a logarithmic axis.
+        left = min(t.sizes[len(t.sizes) // 2] / t.sizes.sum() for t in tails.drawn)
         axes.set(xscale="log", yscale="log", ylabel="share of examples above")
         axes.set(xlim=(left, None), xlabel="share of the query's positive influence")
-        logarithmic(axes.xaxis)
-        logarithmic(axes.yaxis)
+        format_powers(axes.xaxis)
+        format_powers(axes.yaxis)
         axes.grid()
 
-    slope = "no tail to fit" if np.isnan(one.slope) else f"slope −{one.slope:.2f}"
-    return svg(draw, f"Share of examples above a score against the score, both logarithmic; the median query: {slope}.")
+    axes_named = "Share of examples above a score against the score, both logarithmic"
+    return draw_svg(draw, f"{axes_named}; the median query: {slope}.")
 
 
-def covered(found: Spread) -> str:
-    """The cumulative influence c(k) against the number of examples k, largest first."""
-    n = found.middle.examples
+def draw_covered(tails: Tails) -> str:
+    """Draw the cumulative influence c(k) against the number of examples k, largest first."""
+    n = tails.median.examples
 
     def draw(axes: Axes) -> None:
-        _lines(axes, found, lambda t: (np.arange(len(t.sizes)) + 1, t.covered))
+        _draw_lines(axes, tails, lambda t: (np.arange(len(t.sizes)) + 1, t.covered))
         k = np.geomspace(1, n, POINTS)
         axes.plot(k, k / n, color=MUTED, lw=1.2, ls=DOTTED)
         axes.axvline(max(1, n / 100), color=MUTED, lw=1.2, ls=DASHED)
         axes.set(xscale="log", xlabel="examples, the strongest first", ylabel="influence they hold")
         axes.set(xlim=(1, max(2, n)), ylim=(0, 1.02))
-        logarithmic(axes.xaxis)
-        percent(axes.yaxis)
+        format_powers(axes.xaxis)
+        format_percent(axes.yaxis)
         axes.grid(axis="y")
 
-    said = f"in the median query the top 1% of the examples hold {found.middle.top:.0%}"
-    return svg(draw, f"Cumulative influence; {said}.")
+    share = f"in the median query the top 1% of the examples hold {tails.median.top:.0%}"
+    return draw_svg(draw, f"Cumulative influence; {share}.")
 
 
-def _lines(axes: Axes, found: Spread, points: Callable[[Tail], tuple[NDArray, NDArray]]) -> None:
-    """A thin line for each query, and a thick one for the median query, on top."""
-    for one in [*found.drawn, found.middle]:
-        x, y = points(one)
-        at = np.unique(np.geomspace(1, len(x), POINTS // 2).astype(int)) - 1
-        thick = one is found.middle
-        axes.plot(x[at], y[at], color=INK if thick else POSITIVE, lw=1.8 if thick else 0.7, alpha=1 if thick else 0.4)
+def _draw_lines(axes: Axes, tails: Tails, points: Callable[[Tail], tuple[NDArray, NDArray]]) -> None:
+    """Draw a thin line for each query, and a thick one for the median query, on top."""
+    for each in [*tails.drawn, tails.median]:
+        x, y = points(each)
+        places = np.unique(np.geomspace(1, len(x), POINTS // 2).astype(int)) - 1
+        is_median = each is tails.median
+        color, width, alpha = (INK, 1.8, 1) if is_median else (POSITIVE, 0.7, 0.4)
+        axes.plot(x[places], y[places], color=color, lw=width, alpha=alpha)
 
 
-def distribution(scores: Floats) -> str:
-    """A histogram of all predicted changes, linear near zero and logarithmic further out, harm and help apart."""
-    flat = np.sort(scores.ravel())
-    size = np.abs(flat)
-    positive = size[size > 0]
-    inner = 10.0 ** np.floor(np.log10(np.quantile(positive, 0.25))) if len(positive) else 1.0
+def draw_histogram(scores: Floats) -> str:
+    """Draw a histogram of all predicted changes, linear near zero and logarithmic further out, on both sides."""
+    ordered = np.sort(scores.ravel())
+    size = np.abs(ordered)
+    nonzero = size[size > 0]
+    # Both ends of the logarithmic part are powers of ten: the inner one is below three quarters of the sizes.
+    inner = 10.0 ** np.floor(np.log10(np.quantile(nonzero, 0.25))) if len(nonzero) else 1.0
     outer = 10.0 ** np.ceil(np.log10(max(float(size.max()), 10 * inner)))
     decades = round(np.log10(outer / inner))
 
-    def place(v: Any) -> Any:  # 0 at zero, 1 at the end of the linear part, one more per decade
-        return np.sign(v) * np.where(
-            np.abs(v) <= inner, np.abs(v) / inner, 1 + np.log10(np.maximum(np.abs(v), inner) / inner)
-        )
+    def place(value: Any) -> Any:
+        """Return where a change stands: 0 at zero, 1 at the end of the linear part, and one more per decade."""
+        size = np.abs(value)
+        logarithmic = 1 + np.log10(np.maximum(size, inner) / inner)
+        return np.sign(value) * np.where(size <= inner, size / inner, logarithmic)
+
+    def write_place(place: float) -> str:
+        if place == 0:
+            return "0"
+        sign = "+" if place > 0 else "−"
+        return sign + write_power(inner * 10 ** (abs(place) - 1))
 
     def draw(axes: Axes) -> None:
         edges = np.linspace(-decades - 1, decades + 1, 12 * (decades + 1) + 1)
-        counts, _ = np.histogram(place(flat), edges)
+        counts, _ = np.histogram(place(ordered), edges)
+        share = counts / len(ordered)
         middle, width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
-        share = counts / len(flat)
         for side, color in ((middle < 0, NEGATIVE), (middle >= 0, POSITIVE)):
             axes.bar(middle[side], share[side], width=0.86 * width, color=color)
-        reach = np.abs(place(flat[[0, -1]])).max() + 0.3
+
+        reach = np.abs(place(ordered[[0, -1]])).max() + 0.3
         axes.set(xlim=(-reach, reach), xlabel="predicted change of f on removal", ylabel="share of scores")
-        every = 1 + int(reach > 4.5)
+        # The names of more than nine ticks would run into each other.
+        every = 2 if reach > 4.5 else 1
         ticks = [k for k in range(1, decades + 2, every) if k <= reach]
-        axes.xaxis.set_major_locator(FixedLocator([-k for k in ticks[::-1]] + [0] + ticks))
-        axes.xaxis.set_major_formatter(
-            FuncFormatter(lambda v, _: "0" if v == 0 else ("+" if v > 0 else "−") + power(inner * 10 ** (abs(v) - 1)))
-        )
-        percent(axes.yaxis)
+        place_ticks(axes.xaxis, [-k for k in ticks[::-1]] + [0] + ticks, write_place)
+        format_percent(axes.yaxis)
+
         top = float(share.max()) * 1.25
         axes.set_ylim(0, top)
         axes.annotate("◀ f would fall: it hurt", (-0.95 * reach, 0.93 * top), color=NEGATIVE, weight="bold")
-        axes.annotate(
-            "f would rise: it helped ▶", (0.95 * reach, 0.93 * top), color=POSITIVE, weight="bold", ha="right"
-        )
+        right: dict[str, Any] = {"color": POSITIVE, "weight": "bold", "ha": "right"}
+        axes.annotate("f would rise: it helped ▶", (0.95 * reach, 0.93 * top), **right)
         axes.grid(axis="y")
 
-    share = float((flat < 0).mean())
-    return svg(draw, f"Histogram of {len(flat):,} predicted changes; {share:.0%} are negative.")
+    negative = float((ordered < 0).mean())
+    return draw_svg(draw, f"Histogram of {len(ordered):,} predicted changes; {negative:.0%} are negative.")

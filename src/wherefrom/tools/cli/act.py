@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import wherefrom
-from wherefrom.data.tables import Table
-from wherefrom.methods import Scores
+from wherefrom import Scores
 from wherefrom.tools import act
 from wherefrom.tools.cli.options import Attributed, Flat
 from wherefrom.tools.cli.results import say
 from wherefrom.tools.cli.run import Run
-from wherefrom.tools.report import Table as Rows
+from wherefrom.tools.report import Table
 
 MOST = 200  # rows in a report; the tables have all
+NOT_IN_REPORT = ("rank", "place", "distance", "shown")  # the order and the example itself say these
 
 
 def clean(
@@ -42,27 +42,32 @@ def clean(
     """
     run = Run("clean", options)
     trusted = run.target.trusted
-    by = rank_by or ("self-influence" if trusted is None else "harm")
-    if by == "harm":
-        scores = run.scores("trusted")
+    if rank_by is None:
+        rank_by = "self-influence" if trusted is None else "harm"
+
+    if rank_by == "harm":
+        scores = ranking = run.scores("trusted")
     else:
         scores = run.self_influence()
-    tries = relabel and isinstance(run.method, wherefrom.Influence)
-    found = act.clean(
-        scores.self_influence if by == "self-influence" else scores,
-        run.fits()[0] if tries else None,
-        trusted if tries else None,
+        ranking = scores.self_influence
+
+    # Another label is tried by its influence on the trusted examples.
+    tries_labels = relabel and run.kind.is_influence
+    cleaning = act.clean(
+        ranking,
+        run.fits()[0] if tries_labels else None,
+        trusted if tries_labels else None,
         share,
         count,
         int(labels_at) if labels_at.isdecimal() else labels_at,
         options.seed or 0,
     )
-    train = run.target.shown("train")
-    table = found.table(shown=train.captions)
-    say(str(found).partition("\n")[0])
+
+    table = cleaning.table(shown=run.target.shown("train").captions)
+    say(str(cleaning).partition("\n")[0])
     run.table("clean", table, hidden=("distance", "reason"))
-    _report(run, scores, "trusted", "train", table, "What to drop or relabel", found.rule)
-    run.finish(rank_by=by, share=share, count=count, relabel=relabel, labels_at=labels_at)
+    _write_report(run, scores, "trusted", "train", table, "What to drop or relabel", cleaning.rule)
+    run.finish(rank_by=rank_by, share=share, count=count, relabel=relabel, labels_at=labels_at)
 
 
 def select(
@@ -86,27 +91,40 @@ def select(
         count: how many to choose.
     """
     run = Run("select", options)
-    pool = "train" if run.target.candidates is None else "candidates"
     if by == "cleanest":
-        scores, pool = run.self_influence(), "train"
-        found = act.cleanest(scores.self_influence, share, count, options.seed or 0)
+        pool = "train"
+        scores = run.self_influence()
+        selection = act.cleanest(scores.self_influence, share, count, options.seed or 0)
+        summary = f"{len(selection.examples)} of {selection.examples_in_all} examples by {by}"
     else:
+        pool = "train" if run.target.candidates is None else "candidates"
         scores = run.scores(candidates=run.target.candidates)
-        found = act.select(scores, share, count, by, seed=options.seed or 0)
-    table = found.table(shown=run.target.shown(pool).captions)
-    said = str(found) if by != "cleanest" else f"{len(found.examples)} of {found.examples_in_all} examples by {by}"
-    say(said)
+        selection = act.select(scores, share, count, by, seed=options.seed or 0)
+        summary = str(selection)
+
+    table = selection.table(shown=run.target.shown(pool).captions)
+    say(summary)
     run.table("select", table)
-    _report(run, scores, "queries", pool, table, "Chosen examples", said)
+    _write_report(run, scores, "queries", pool, table, "Chosen examples", summary)
     run.finish(by=by, share=share, count=count)
 
 
-def _report(run: Run, scores: Scores, asked: str, pool: str, table: Table, heading: str, lead: str) -> None:
-    """The report, with the first rows of the table."""
-    train = run.target.shown(pool)
-    first = {name: cells[:MOST] for name, cells in table.items()}
-    shown = {name: cells for name, cells in first.items() if name not in ("rank", "place", "distance", "shown")}
-    rows = Rows(shown, [train[int(number or 0)] for number in first["example"]], lead)
+def _write_report(
+    run: Run, scores: Scores, asked: str, pool: str, table: Mapping[str, Sequence[Any]], heading: str, lead: str
+) -> None:
+    """Write a report on the first rows of a table.
+
+    Args:
+        run: the command.
+        scores: what the table was made from.
+        asked, pool: the fields of the target with the queries and with the examples that were ranked.
+        table: with the numbers of the examples in a column.
+        heading, lead: of the section with the table.
+    """
+    examples = run.target.shown(pool)
     queries = run.target.shown(asked) if len(scores.values) else []
-    content = {"title": heading, "tables": {heading: rows}, "show": []}
-    run.report(scores, train_examples=train, query_examples=queries, **content)
+    first = {name: cells[:MOST] for name, cells in table.items()}
+    columns = {name: cells for name, cells in first.items() if name not in NOT_IN_REPORT}
+    ranked = [examples[int(number)] for number in first["example"]]
+    section = Table(heading, columns, ranked, lead)
+    run.report(scores, examples, queries, title=heading, sections=[section], show=[])
