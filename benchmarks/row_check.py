@@ -79,10 +79,10 @@ def measure(name: str) -> str:
 
     def rows(check: bool) -> None:
         nonlocal checked
-        problem.row_check = RowCheck(size) if check else _no_check()
+        problem.verification.row_check = RowCheck(size) if check else _no_check()
         for _, batch in problem.batches():
             problem.loss_gradients(batch)
-        checked = problem.row_check.checked or checked
+        checked = problem.verification.row_check.checked or checked
 
     def plain() -> None:
         for _, batch in problem.batches():

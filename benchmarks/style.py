@@ -24,8 +24,8 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Names of functions that are participles without the ending -ed, or stand for one.
 PARTICIPLES = frozenset(
-    "apart built chosen cut drawn fit found given held kept known left lost made seen sent shown split swept taken told "
-    "thawed torn whole within written alone standing gone".split()
+    "apart built chosen drawn found given held kept known left lost made seen sent shown swept taken told thawed torn "
+    "whole within written alone standing gone".split()
 )
 # Words ending in -ed that are verbs or nouns.
 NOT_PARTICIPLES = frozenset("seed embed feed need speed shed proceed exceed".split())

@@ -30,9 +30,9 @@ from wherefrom import (
     RandProj,
     RandSelect,
     Solver,
-    layers,
 )
 from wherefrom.curvature import Need
+from wherefrom.persample import layers
 from wherefrom.persample.factored import Factored, Written
 from wherefrom.persample.gradients import Gradients
 from wherefrom.persample.layers import LinearKind, NormKind, kind_of

@@ -26,9 +26,9 @@ from wherefrom import (
     Problem,
     Regression,
     Task,
-    vectors,
 )
 from wherefrom.curvature.lanczos import Estimate, Spectrum
+from wherefrom.persample import vectors
 from wherefrom.solvers.neumann import corollary
 
 pytestmark = pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")

@@ -25,8 +25,8 @@ from wherefrom import (
     Neumann,
     Problem,
     UnsupportedError,
-    vectors,
 )
+from wherefrom.persample import vectors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 DIRECT = {  # the answer itself, to 1e-8

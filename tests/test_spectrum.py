@@ -9,7 +9,7 @@ from torch import nn
 
 from problems import TinyProblem, problem
 from wherefrom import GGN, Hessian, Problem, Regression, Spectrum, Task, spectrum
-from wherefrom.curvature import spectrum as module
+from wherefrom.curvature import lanczos as module
 from wherefrom.curvature.lanczos import Estimate, arnoldi, embedding, sketch
 from wherefrom.persample import vectors
 

@@ -87,10 +87,10 @@ def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
     lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
     for _, batch in lib.batches():
         lib.loss_gradients(batch)
-    first = lib.row_check.checked
+    first = lib.verification.row_check.checked
     assert 4 <= first <= 20  # one, and about eight of the others
     lib.loss_gradients((x[:7], y[:7]))
-    assert lib.row_check.checked == first + 1
+    assert lib.verification.row_check.checked == first + 1
 
 
 def test_small_data_are_checked_as_a_whole():
@@ -98,7 +98,7 @@ def test_small_data_are_checked_as_a_whole():
     lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
     for _, batch in lib.batches():
         lib.loss_gradients(batch)
-    assert lib.row_check.checked == 40
+    assert lib.verification.row_check.checked == 40
 
 
 # --- planted bugs ---

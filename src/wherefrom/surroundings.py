@@ -53,7 +53,7 @@ _users = _Default()
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Arithmetic as it is written: no autocast, no inference mode, gradients on, new tensors on the CPU.
+    """Do arithmetic as it is written: no autocast, no inference mode, gradients on, new tensors on the CPU.
 
     Also a decorator of functions, ``@undisturbed()``.
     """
@@ -86,7 +86,7 @@ def undisturb(cls: type, *names: str) -> None:
 
 @contextmanager
 def users_device() -> Iterator[None]:
-    """New tensors where the user wants them, for the time that the model and the task run."""
+    """Make new tensors where the user wants them, for the time that the model and the task run."""
     if _users.device is None:
         yield
         return
@@ -125,7 +125,7 @@ class Switch:
 
 @contextmanager
 def _without_fastpath() -> Iterator[None]:
-    """Transformer layers as they are written: their fast path calls no submodule, so that no hook would see it."""
+    """Run transformer layers as they are written: their fast path calls no submodule, so that no hook would see it."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -141,7 +141,7 @@ _eager = Switch(lambda: torch.compiler.set_stance("force_eager"))
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """What the user compiled runs as it was written: hooks are seen, and nothing is compiled for our passes."""
+    """Run what the user compiled as it was written: hooks are seen, and nothing is compiled for our passes."""
     if "torch._dynamo" not in sys.modules:  # then nothing was compiled, and importing it takes a second
         yield
         return
@@ -162,7 +162,7 @@ class _WrittenOut(TorchFunctionMode):
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """G v / |v|, the norm over all axes but one."""
+    """Compute g v / |v|, the norm over all axes but one."""
     axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
     size = v.square().sum(axes, keepdim=True).sqrt() if axes and dim != -1 else v.square().sum().sqrt()
     return v * (g / size)
@@ -170,7 +170,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """The model's operations in a form that has all derivatives."""
+    """Run the model's operations in a form that has all derivatives."""
     if any(_is_weight_norm(m) for m in model.modules()):
         with _WrittenOut():
             yield
@@ -253,7 +253,7 @@ class Snapshot:
         return [*replaced, *buffers], lost, weights
 
     def _replaced_buffers(self) -> list[str]:
-        """Buffers that another tensor has taken the place of."""
+        """Name the buffers that another tensor has taken the place of."""
         names = {id(kept.tensor): kept.name for kept in self.buffers}
         now = {id(b) for module, *_ in self.modules for b in module._buffers.values() if b is not None}
         return [name for i, name in names.items() if i not in now]
@@ -294,7 +294,7 @@ def _put_back(held: Iterable[_Kept]) -> tuple[list[str], list[str]]:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """A module's lists, sets and dicts (those of its parameters, buffers, children and hooks too), each with a copy."""
+    """List a module's lists, sets and dicts (of parameters, buffers, children and hooks too), each with a copy."""
     return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (list, set, dict))]
 
 
@@ -312,14 +312,14 @@ def _refill(container: Any, content: Any) -> None:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """The same object, or pairs of the same."""
+    """Whether two are the same object, or pairs of the same."""
     if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         return all(x is y for x, y in zip(a, b, strict=True))
     return a is b
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    """Bit by bit, so that NaN equals itself."""
+    """Whether two tensors are the same bit by bit, so that NaN equals itself."""
     if a.shape != b.shape:
         return False
     return torch.equal(a, b) or torch.equal(_bytes(a), _bytes(b))
@@ -331,7 +331,7 @@ def _bytes(t: Tensor) -> Tensor:
 
 @contextmanager
 def substituted(model: nn.Module, swaps: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """The model with other tensors in place of parameters, wherever these stand.
+    """Put other tensors in place of the model's parameters, wherever these stand.
 
     Unlike `torch.func.functional_call` it leaves the same parameters behind where modules are shared.
 

@@ -193,7 +193,7 @@ class Curvature(ABC):
         """
         problem = self.problem
         chosen = torch.linspace(0, len(problem.train) - 1, min(sample, len(problem.train))).long().unique()
-        slopes, total = problem.seeds_of("loss"), 0
+        slopes, total = problem.output_cotangents("loss"), 0
         with problem.observed() as model:
             for index in chosen.split(problem.train.batch_size):
                 batch = problem.batch(index)

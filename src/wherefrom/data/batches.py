@@ -29,11 +29,11 @@ class Source(Protocol):
     """What gives an example alone; see `wherefrom.data.examples.Examples`."""
 
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The examples of those numbers as a batch."""
+        """Collate the examples of those numbers into a batch."""
         ...
 
     def single(self, number: int, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The example of that number as a batch of one, collated by itself."""
+        """Collate the example of that number by itself, as a batch of one."""
         ...
 
 
@@ -57,19 +57,19 @@ _ORIGINS: Any = WeakTensorKeyDictionary()  # tensor of a batch -> Origin
 
 
 def mark(batch: Batch, origin: Origin) -> Batch:
-    """The batch itself, with a note of where it comes from."""
+    """Note where a batch comes from, and give it back."""
     for t in tensors(batch):
         _ORIGINS[t] = origin
     return batch
 
 
 def origin_of(batch: Batch) -> Origin | None:
-    """Where a batch comes from; None if it was not made by a data set, or has no tensors."""
+    """Find where a batch comes from; None if it was not made by a data set, or has no tensors."""
     return next((_ORIGINS[t] for t in tensors(batch) if t in _ORIGINS), None)
 
 
 def batch_length(batch: Batch) -> int:
-    """Number of examples in a batch: those that were asked for.
+    """Count the examples in a batch: those that were asked for.
 
     Of a batch that comes from no data set: the leading axis of its first tensor, or the length of its first list.
 
@@ -85,7 +85,7 @@ def batch_length(batch: Batch) -> int:
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
-    """Some examples of a batch, by their place in it, (m,), as a batch of m.
+    """Take some examples of a batch, by their place in it, (m,), as a batch of m.
 
     Where each leaf has a row for each example, these rows: then the padding is that of the batch. Where one has not
     (tokens laid end to end, the nodes of several graphs), the examples are collated anew.
@@ -102,7 +102,7 @@ def take(batch: Batch, index: Tensor) -> Batch:
 
 
 def take_rows(batch: Batch, index: Tensor) -> Batch | None:
-    """The same where each leaf has a row for each example; None where one has not."""
+    """Take the same where each leaf has a row for each example; None where one has not."""
     n, places, origin = batch_length(batch), index.tolist(), origin_of(batch)
     if places == list(range(n)):
         return batch
@@ -135,7 +135,7 @@ class _NotRows(Exception):
 
 
 def cut(batch: Batch, single: Batch | None, n: int, places: list[int]) -> Batch | None:
-    """The rows of some of the n examples of a batch, or None if a leaf has none.
+    """Cut the rows of some of the n examples out of a batch, or None if a leaf has none.
 
     Args:
         batch: of n examples.
@@ -189,7 +189,7 @@ def is_rows(batch: Batch, single: Batch, n: int) -> bool:
 
 
 def children(batch: Batch) -> dict[Any, Batch]:
-    """The parts of a tuple, list, dict or dataclass by place, name or field.
+    """Find the parts of a tuple, list, dict or dataclass by place, name or field.
 
     Raises:
         InputError: if the batch is anything else.
@@ -209,7 +209,7 @@ def children(batch: Batch) -> dict[Any, Batch]:
 
 
 def rebuild(batch: Batch, parts: Mapping[Any, Batch]) -> Batch:
-    """A batch like another, of other parts."""
+    """Build a batch like another, of other parts."""
     if isinstance(batch, Mapping):
         return dict(parts)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -220,7 +220,7 @@ def rebuild(batch: Batch, parts: Mapping[Any, Batch]) -> Batch:
 
 
 def leaves(batch: Batch) -> Iterator[Any]:
-    """All tensors and values in a nested batch, in order.
+    """Iterate over all tensors and values in a nested batch, in order.
 
     Raises:
         InputError: if there is something else in it.
@@ -233,12 +233,12 @@ def leaves(batch: Batch) -> Iterator[Any]:
 
 
 def tensors(batch: Batch) -> Iterator[Tensor]:
-    """All tensors in a nested batch, in order."""
+    """Iterate over all tensors in a nested batch, in order."""
     return (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def lists(batch: Batch) -> Iterator[list[Any]]:
-    """The lists of values in a nested batch."""
+    """Iterate over the lists of values in a nested batch."""
     if isinstance(batch, list) and all(isinstance(v, VALUES) for v in batch):
         yield batch
     elif not isinstance(batch, (Tensor, VALUES)):
@@ -247,7 +247,7 @@ def lists(batch: Batch) -> Iterator[list[Any]]:
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """The same nesting with ``f`` applied to each tensor; arrays become tensors, or lists if they hold texts."""
+    """Apply ``f`` to each tensor of the same nesting; arrays become tensors, or lists if they hold texts."""
     if isinstance(batch, Tensor):
         return f(batch)
     if isinstance(batch, VALUES):
@@ -258,17 +258,17 @@ def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 
 def content(leaf: Any) -> bytes | memoryview:
-    """What a leaf holds, for hashing."""
+    """Give what a leaf holds, for hashing."""
     return raw(leaf) if isinstance(leaf, Tensor) else f"{type(leaf).__name__} {leaf!r}|".encode("utf-8", "replace")
 
 
 def shapes(batch: Batch) -> str:
-    """The shapes and dtypes of a batch's tensors, of the first few by name of all, for an error."""
+    """List the shapes and dtypes of a batch's first few tensors, and how many more there are, for an error."""
     found = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
     more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
     return f"{found[:SHOWN]}{more}"
 
 
 def _others(batch: Batch) -> list[Any]:
-    """The leaves that are no tensors."""
+    """List the leaves that are no tensors."""
     return [leaf for leaf in leaves(batch) if not isinstance(leaf, Tensor)]

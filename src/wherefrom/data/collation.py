@@ -92,7 +92,7 @@ def check_order_of_rows(
 
 
 def _counts(batch: Batch, single: Batch) -> Iterator[int]:
-    """Lengths of what has one row where an example is collated alone."""
+    """Find the lengths of what has one row where an example is collated alone."""
     if isinstance(batch, Tensor) and isinstance(single, Tensor):
         if batch.ndim and single.ndim and len(single) == 1:
             yield len(batch)
@@ -106,7 +106,7 @@ def _counts(batch: Batch, single: Batch) -> Iterator[int]:
 
 
 def _containers(batch: Batch) -> Iterator[int]:
-    """Lengths of the tuples and lists of a batch, which may hold one thing for each example."""
+    """Find the lengths of the tuples and lists of a batch, which may hold one thing for each example."""
     if not isinstance(batch, (Tensor, *VALUES)):
         if isinstance(batch, (tuple, list)):
             yield len(batch)
@@ -115,7 +115,7 @@ def _containers(batch: Batch) -> Iterator[int]:
 
 
 def _rows(batch: Batch, single: Batch, n: int, path: Path = ()) -> Iterator[Path]:
-    """Where a batch has one row for each of its n examples."""
+    """Find where a batch has one row for each of its n examples."""
     if is_rows(batch, single, n):
         yield path
     elif not isinstance(batch, (Tensor, *VALUES)) and not isinstance(single, (Tensor, *VALUES)):
@@ -125,7 +125,7 @@ def _rows(batch: Batch, single: Batch, n: int, path: Path = ()) -> Iterator[Path
 
 
 def _at(batch: Batch, path: Path) -> Batch:
-    """What stands at a place; None if nothing does."""
+    """Find what stands at a place; None if nothing does."""
     for key in path:
         batch = children(batch).get(key)
     return batch

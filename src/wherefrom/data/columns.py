@@ -36,19 +36,19 @@ class Column:
         return len(self.values)
 
     def some(self, index: Tensor) -> Column:
-        """The entries of the examples of the given numbers, in that order."""
+        """Take the entries of the examples of the given numbers, in that order."""
         if isinstance(self.values, list):
             return Column([self.values[i] for i in index.tolist()])
         return Column(self.values[index.to(self.values.device)], self.free)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor | list[Any]:
-        """The same as a part of a batch; ``dtype`` is the model's."""
+        """Take the same as a part of a batch; ``dtype`` is the model's."""
         found = self.some(index).values
         return found.to(dtype) if self.free and isinstance(found, Tensor) else found
 
 
 def columns(data: Any, name: str) -> Any | None:
-    """The data as a tuple, list or dict of `Column`, or None if they are examples one by one.
+    """Read the data as a tuple, list or dict of `Column`, or None if they are examples one by one.
 
     Columns are a tensor, array or series alone, a data frame (a dict of its columns), a dict, a tuple of these and of
     lists, and a list of tensors or arrays of one length.
@@ -98,7 +98,7 @@ def is_frame(part: Any) -> bool:
 
 
 def _may_be_column(part: Any) -> bool:
-    """A tuple or a dict in a tuple is an example; a list is a column."""
+    """Whether a part of a tuple may be a column: a tuple or a dict in it is an example; a list is a column."""
     other = isinstance(part, (tuple, str, bytes))
     return is_array(part) or hasattr(part, "toarray") or (isinstance(part, Sequence) and not other)
 
@@ -128,7 +128,7 @@ def _column(part: Any, name: str) -> Column:
 
 
 def _stacked(values: list[Any], name: str) -> Tensor | np.ndarray:
-    """One tensor or array of a list of them, or of numbers and lists of numbers."""
+    """Make one tensor or array of a list of them, or of numbers and lists of numbers."""
     try:
         if values and all(isinstance(value, Tensor) for value in values):
             return torch.stack(values)
@@ -168,7 +168,7 @@ def _rounds_well(values: Tensor) -> bool:
 
 
 def _check_index(parts: tuple[Any, ...], name: str) -> None:
-    """Rows are paired by place; data frames and series that name their rows must name them alike."""
+    """Refuse data frames and series that name their rows unlike: rows are paired by place."""
     named = [part.index for part in parts if hasattr(part, "to_numpy") and hasattr(part, "index")]
     if any(len(index) == len(named[0]) and not index.equals(named[0]) for index in named[1:]):
         raise expected(

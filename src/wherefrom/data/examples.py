@@ -102,7 +102,7 @@ class Examples:
         return self._length
 
     def chosen(self, numbers: Any) -> Tensor:
-        """Numbers of examples as a tensor, (m,) int64 on the CPU.
+        """Check numbers of examples, and make a tensor of them, (m,) int64 on the CPU.
 
         Raises:
             InputError: if there are none, or they are not whole numbers from 0 to N - 1 in one list.
@@ -114,7 +114,7 @@ class Examples:
         return found.long()
 
     def subset(self, index: Tensor) -> Examples:
-        """Some of the examples, by number, in that order."""
+        """Take some of the examples, by number, in that order."""
         if self._columns is not None:
             found = copy.copy(self)
             found._columns = _map_columns(lambda column: column.some(index), self._columns)
@@ -126,7 +126,7 @@ class Examples:
 
     @undisturbed()
     def batch(self, index: Sequence[int] | Tensor, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The examples of the given numbers as one batch, on the device, narrower floats widened to ``dtype``.
+        """Collate the examples of the given numbers, on the device, with narrower floats widened to ``dtype``.
 
         The batch knows which examples it is of: see `batch_length` and `take` of `wherefrom.data.batches`.
 
@@ -137,13 +137,13 @@ class Examples:
         return self._placed(numbers, self._gather(numbers, device, dtype), device, dtype)
 
     def single(self, number: int, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The example of that number alone, collated by itself, as a batch of one."""
+        """Collate the example of that number by itself, as a batch of one."""
         return self.batch([number], device, dtype)
 
     def batches(
         self, device: torch.device, dtype: torch.dtype, accept: Callable[[Batch], bool] | None = None
     ) -> Iterator[tuple[range, Batch]]:
-        """All examples in order, as (numbers, batch) pairs.
+        """Iterate over all examples in order, as (numbers, batch) pairs.
 
         Args:
             device, dtype: as for `batch`.
@@ -159,7 +159,7 @@ class Examples:
             yield index, batch
 
     def fingerprint(self) -> str:
-        """A hash of all examples in order, whatever the batch size; reads the data once."""
+        """Hash all examples in order, whatever the batch size; this reads the data once."""
         digest = hashlib.blake2b(str(self._length).encode(), digest_size=16)
         whole = self._columns is not None
         for row in [self.data] if whole else (self._fetch([i], torch.float64) for i in range(self._length)):
@@ -172,7 +172,7 @@ class Examples:
     # how a batch is made ----------------------------------------------------------------------------------------------
 
     def _gather(self, numbers: list[int], device: torch.device, dtype: torch.dtype) -> Batch:  # noqa: ARG002
-        """A batch as it is collated, checked; its tensors may still be elsewhere."""
+        """Collate a batch and check it; its tensors may still be elsewhere."""
         batch = self._fetch(numbers, dtype)
         if self._columns is not None:
             return batch
@@ -188,7 +188,7 @@ class Examples:
         return mark(placed, Origin(self, tuple(numbers), device, dtype))
 
     def _fetch(self, numbers: Sequence[int], dtype: torch.dtype) -> Batch:
-        """Examples by number as the collate function returns them, arrays turned into tensors."""
+        """Collate examples by number, and turn arrays into tensors."""
         if self._columns is not None:
             index = torch.as_tensor(numbers)
             return _map_columns(lambda column: column.rows(index, dtype), self._columns)
@@ -206,7 +206,7 @@ class Examples:
             ) from error
 
     def _check(self, index: range, batch: Batch, accept: Callable[[Batch], bool] | None) -> None:
-        """First pass: finite values. Later passes: the same bytes."""
+        """Refuse values that are not finite, in the first pass, and other bytes than in it, in later ones."""
         key, checksum = (index.start, index.stop), 0
         for leaf in leaves(batch):
             checksum = zlib.crc32(content(leaf), checksum)
@@ -237,7 +237,7 @@ def _each(nest: Any) -> Iterator[Column]:
 
 
 def _map_columns(f: Callable[[Column], Any], nest: Any) -> Any:
-    """The same tuple, list or dict with ``f`` of each column."""
+    """Build the same tuple, list or dict with ``f`` of each column."""
     if isinstance(nest, dict):
         return {key: f(column) for key, column in nest.items()}
     if hasattr(nest, "_fields"):
@@ -246,12 +246,12 @@ def _map_columns(f: Callable[[Column], Any], nest: Any) -> Any:
 
 
 def _tokens(batch: Batch) -> int:
-    """How many tokens the example of a batch of one has: numbers in its longest row of int64."""
+    """Count the tokens of the example of a batch of one: numbers in its longest row of int64."""
     return max((t.numel() for t in tensors(batch) if t.dtype == torch.int64), default=0)
 
 
 def _first_not_finite(batch: Batch, n: int) -> int | None:
-    """The first example of a batch with NaN or infinity; 0 where it cannot be told which; None where all is finite."""
+    """Find the first example with NaN or infinity; 0 where it cannot be told which; None where all is finite."""
     for leaf in leaves(batch):
         if isinstance(leaf, float):
             leaf = torch.tensor(leaf)
@@ -265,7 +265,7 @@ def _first_not_finite(batch: Batch, n: int) -> int | None:
 
 
 def _place(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor on the device, as an object of its own: what the data set holds is not marked."""
+    """Put the tensor on the device, as an object of its own: what the data set holds is not marked."""
     wider = t.is_floating_point() and torch.finfo(t.dtype).bits < torch.finfo(dtype).bits
     placed = t.detach().to(device=device, dtype=dtype if wider else t.dtype)
     return placed.clone() if placed.is_inference() else placed  # autograd takes no tensors of inference mode

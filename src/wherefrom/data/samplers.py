@@ -72,7 +72,7 @@ def check_order(loader: DataLoader[Any], name: str) -> None:
 
 
 def _drawn(sampler: Iterable[Any], batched: bool, N: int) -> list[Any]:
-    """What a sampler gives in one epoch, N + 1 at most; random states are as they were afterwards."""
+    """Draw what a sampler gives in one epoch, N + 1 at most; random states are as they were afterwards."""
     with _undisturbed(getattr(sampler, "generator", None)):
         flat = (i for batch in sampler for i in batch) if batched else iter(sampler)
         return list(islice(flat, N + 1))

@@ -89,7 +89,7 @@ def completion_batch(
     prompt: Text | Conversation | Mapping[str, Any] | Sequence[Text | Conversation],
     completion: Text | Conversation | Sequence[Text | Conversation],
 ) -> dict[str, Tensor]:
-    """Queries: how likely is a completion after its prompt? Only the completion's tokens have labels.
+    """Make queries of how likely a completion is after its prompt: only the completion's tokens have labels.
 
     Prompt and completion become one text, as in training: with one start token, even if the prompt is a rendered chat
     template that has it, and with an end token only where the tokenizer ends the whole with one. That end token has no
@@ -118,7 +118,7 @@ def completion_batch(
 def _query(
     tokenizer: Tokenizer, number: int, prompt: Text | Conversation, completion: Text | Conversation
 ) -> dict[str, Tensor]:
-    """The token numbers of one query, and its labels: (S,)."""
+    """Make the token numbers of one query, and its labels: (S,)."""
     if is_conversation(completion):
         if not is_conversation(prompt):
             raise expected(f"prompt {number}", "messages, as the completion is", "a text")
@@ -211,7 +211,7 @@ def training_example(tokenizer: Tokenizer, number: int, document: Any) -> dict[s
 
 
 def _listed(texts: Any) -> Sequence[Any]:
-    """Several texts or conversations; a single one, as text, numbers or messages, becomes a list of one."""
+    """Make a list of texts or conversations; a single one, as text, numbers or messages, becomes a list of one."""
     if isinstance(texts, Mapping):  # what a tokenizer or a chat template returns
         if "input_ids" not in texts:
             raise expected("a prompt that is a dict", "one with 'input_ids'", sorted(map(str, texts)))

@@ -47,11 +47,11 @@ class SequenceClassification(Labelled):
         self.problem_type = problem_type
 
     def name(self) -> str:
-        """The class, and the problem type where it was given."""
+        """Name the class, and the problem type where it was given."""
         return super().name() + (f"({self.problem_type})" if self.problem_type else "")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's logits on the `aligned` batch, (B, C), pooled at the last token whatever the padding.
+        """Compute the logits on the `aligned` batch, (B, C), pooled at the last token whatever the padding.
 
         Raises:
             InputError: if the model was trained with another problem type; see also `CausalLM.outputs`.
@@ -73,7 +73,7 @@ class SequenceClassification(Labelled):
             return logits(model, marked, ("labels", self._column(batch)))
 
     def labels(self, batch: Batch) -> Tensor:
-        """The class of each sequence, -100 for none: (B,).
+        """Find the class of each sequence, -100 for none: (B,).
 
         Raises:
             InputError: if there are none, or they are no whole numbers.
@@ -83,7 +83,7 @@ class SequenceClassification(Labelled):
         )
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The loss of the problem type, a mean over outputs: (B,)."""
+        """Compute the loss of the problem type, a mean over outputs: (B,)."""
         problem = self._problem(outputs)
         if problem == "single_label_classification":
             return super().loss(outputs, batch)
@@ -93,7 +93,7 @@ class SequenceClassification(Labelled):
         return F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The negative margin, or the absolute error, a mean over outputs: (B,)."""
+        """Compute the negative margin, or the absolute error, a mean over outputs: (B,)."""
         problem = self._problem(outputs)
         if problem == "single_label_classification":
             return super().measurement(outputs, batch)
@@ -103,7 +103,7 @@ class SequenceClassification(Labelled):
         return ((1 - 2 * targets) * outputs).mean(1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """The `aligned` batch with labels drawn so that squared gradients have the loss's Hessian as their mean.
+        """Draw labels for the `aligned` batch so that squared gradients have the loss's Hessian as their mean.
 
         The mean over K outputs makes the loss 1/K of a log-likelihood, so deviations from the mean are sqrt(K) times
         those of the model's own distribution.
@@ -129,17 +129,17 @@ class SequenceClassification(Labelled):
 
     @staticmethod
     def _column(batch: Batch) -> str:
-        """Which column holds the labels: transformers' collators rename these others."""
+        """Find the column that holds the labels: transformers' collators rename these others."""
         return next((name for name in ("labels", "label", "label_ids") if name in batch), "labels")
 
     def _given(self, batch: Batch) -> Tensor:
-        """The labels as they are: they have no positions that would move with the padding."""
+        """Take the labels as they are: they have no positions that would move with the padding."""
         if self._column(batch) not in aligned(batch):
             raise expected("a batch", "one with 'labels'", sorted(batch))
         return batch[self._column(batch)]
 
     def _targets(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The labels in the shape of the outputs, (B, K), and their dtype."""
+        """Give the labels the shape of the outputs, (B, K), and their dtype."""
         given = self._given(batch)
         if given.numel() != outputs.numel() or len(given) != len(outputs):
             raise expected("labels", f"of the outputs' shape {tuple(outputs.shape)}", tuple(given.shape))

@@ -32,7 +32,7 @@ class Conv1DKind(LinearKind):
     transposed = True
 
     def matrix(self, layer: Any) -> tuple[int, int]:
-        """One group of all outputs."""
+        """See the weight as one group of all outputs."""
         return 1, layer.weight.shape[1]
 
 
@@ -55,38 +55,49 @@ class ExpertsKind:
         self.up, self.transposed = up, transposed
 
     def matrix(self, layer: Any) -> tuple[int, int]:
-        """A group for each expert."""
+        """See the weights as a group for each expert."""
         weight = getattr(layer, _names(layer)[0 if self.up else 1])
         return weight.shape[0], weight.shape[2 if self.transposed else 1]
 
     def rows(
         self, layer: Any, x: Tensor, g: Tensor, parts: Sequence[str], arguments: Arguments | None = None
     ) -> Scattered:
-        """An input and the cotangents of an output for each token and each expert that it is routed to."""
+        """Make an input and the cotangents of an output for each token and each expert that it is routed to."""
         given = [*arguments[0], *arguments[1].values()][1:] if arguments else []
         if x.ndim != 2 or len(given) != 2 or len(given[0]) != len(x) or given[0].shape != given[1].shape:
             raise Unfactorable("", "is not called with tokens, the numbers of their experts, and weights")
-        index, weights = (t.detach() for t in given)
-        group, order = index.flatten().sort(stable=True)
+        index, weights = (t.detach() for t in given)  # (tokens, K) each
+
+        # Every token is routed to K experts: P = tokens * K pairs, sorted by expert, so that each expert runs once.
+        expert, order = index.flatten().sort(stable=True)  # (P,)
         token = order // index.shape[1]
+        sizes = expert.bincount(minlength=layer.num_experts).tolist()
+        # The output of a token is the weighted sum of its experts', so their cotangents are its own times the weights.
         g = g[:, token] * weights.flatten()[order].to(g.dtype).unsqueeze(1)  # (R, P, O), at the outputs of D
-        sizes = group.bincount(minlength=layer.num_experts).tolist()
-        a, s = [], []
-        for e, (xe, ge) in enumerate(zip(x[token].split(sizes), g.split(sizes, 1), strict=True)):
-            inner, pull = self._inner(layer, e, xe)
-            a.append(xe if self.up else inner)
-            s.append(pull(ge) if self.up else ge)
-        return Scattered(columns(torch.cat(a), parts), torch.cat(s, 1), group, token, layer.num_experts, len(index))
+
+        inputs, cotangents = [], []
+        for e, (own_x, own_g) in enumerate(zip(x[token].split(sizes), g.split(sizes, 1), strict=True)):
+            activations, pull_back = self._inner(layer, e, own_x)
+            if self.up:
+                inputs.append(own_x)
+                cotangents.append(pull_back(own_g))
+            else:
+                inputs.append(activations)
+                cotangents.append(own_g)
+        return Scattered(
+            columns(torch.cat(inputs), parts), torch.cat(cotangents, 1), expert, token, layer.num_experts, len(index)
+        )
 
     def _inner(self, layer: Any, e: int, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """phi(U_e x), and from cotangents (R, P, O) at the outputs of D_e to those at the outputs of U_e."""
+        """Compute phi(U_e x), and a function from cotangents (R, P, O) at the outputs of D_e to those of U_e."""
         first, second = _names(layer)
-        up, down = (getattr(layer, name)[e].detach() for name in (first, second))
-        up, down = (up.mT, down.mT) if self.transposed else (up, down)
+        up, down = getattr(layer, first)[e].detach(), getattr(layer, second)[e].detach()
+        if self.transposed:  # kept as (I, O)
+            up, down = up.mT, down.mT
         bias = getattr(layer, f"{first}_bias")[e].detach() if layer.has_bias else None
         phi = layer._apply_gate if layer.has_gate else layer.act_fn
-        inner, back = vjp(phi, F.linear(x, up, bias))[:2]
-        return inner, lambda g: vmap(back)(g @ down)[0]
+        activations, pull_back = vjp(phi, F.linear(x, up, bias))[:2]
+        return activations, lambda g: vmap(pull_back)(g @ down)[0]
 
 
 def _names(layer: Any) -> tuple[str, str]:
@@ -94,7 +105,7 @@ def _names(layer: Any) -> tuple[str, str]:
 
 
 def _experts(layer: Any, part: str) -> ExpertsKind | None:
-    """The entry of a layer of experts, known by what transformers gives to all of them."""
+    """Find the rule of a layer of experts, known by what transformers gives to all of them."""
     marks = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
     if not all(hasattr(layer, mark) for mark in marks) or getattr(layer, "has_post_expert_norm", False):
         return None

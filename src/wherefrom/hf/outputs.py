@@ -19,12 +19,12 @@ BESIDE = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length", "
 
 
 def base_of(model: nn.Module) -> Any:
-    """The model of transformers inside adapters of peft, or the model itself."""
+    """Take the model of transformers out of adapters of peft, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
 
 
 def logits(model: nn.Module, batch: Mapping[str, Any], meant: Collection[str] = ("labels",)) -> Tensor:
-    """The logits on everything in a batch but what is meant for the loss.
+    """Compute the logits on everything in a batch but what is meant for the loss.
 
     No cache is kept. Experts and attention run in plain torch operations, since flash attention and grouped products of
     matrices lack derivatives, and outputs are not made to require gradients, as checkpointing wants in training.
@@ -64,7 +64,7 @@ def logits(model: nn.Module, batch: Mapping[str, Any], meant: Collection[str] = 
 
 
 def inputs_of(model: nn.Module) -> frozenset[str] | None:
-    """The names that a model's ``forward`` takes; None where it takes all and no module inside says which.
+    """Find the names that a model's ``forward`` takes; None where it takes all and no module inside says which.
 
     Models of transformers take any further name too and pass it by, so a column that should weigh or mask the loss
     would change nothing, in silence.

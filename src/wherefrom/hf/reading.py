@@ -48,7 +48,7 @@ def check_once(model: nn.Module, what: str, batch: Batch, forward: Forward, chec
             _checked.setdefault(model, set()).add(what)
 
 
-def causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_is_causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Change the later half of the longest sequence; the logits on the earlier half must stay.
 
     Returns:
@@ -73,7 +73,7 @@ def causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     return True
 
 
-def apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_documents_stay_apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Change the first document of a packed row; the logits on the others must stay.
 
     Returns:
@@ -98,7 +98,7 @@ def apart(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     return True
 
 
-def unpadded(model: nn.Module, batch: Batch, forward: Forward) -> bool:
+def check_padding_changes_nothing(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     """Cut the padding off the shortest sequence; its logits must stay.
 
     Returns:
@@ -125,7 +125,7 @@ def unpadded(model: nn.Module, batch: Batch, forward: Forward) -> bool:
 
 
 def _lengths(batch: Batch) -> Tensor:
-    """How many tokens of each sequence are no padding, (B,)."""
+    """Count the tokens of each sequence that are no padding, (B,)."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return batch["input_ids"].new_full((len(batch["input_ids"]),), batch["input_ids"].shape[1])
@@ -134,7 +134,7 @@ def _lengths(batch: Batch) -> Tensor:
 
 
 def _row(batch: Batch, i: int) -> dict[str, Any]:
-    """One example of a batch, as a batch."""
+    """Take one example of a batch, as a batch."""
     count = len(batch["input_ids"])
     each = {name for name, t in batch.items() if isinstance(t, Tensor) and t.ndim and len(t) == count}
     return {name: t[i : i + 1] if name in each else t for name, t in batch.items()}

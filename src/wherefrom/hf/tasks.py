@@ -30,7 +30,7 @@ class Labelled(Task):
         self._plain = Classification(IGNORE)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's logits on the `aligned` batch: (B, C) or (B, S, C).
+        """Compute the model's logits on the `aligned` batch: (B, C) or (B, S, C).
 
         Raises:
             InputError: if the batch has columns that neither the model nor the loss takes.
@@ -40,14 +40,16 @@ class Labelled(Task):
         _refuse_packing(batch)
         found = self._logits(model, batch)
         if "input_ids" in batch:
-            reading.check_once(model, "unpadded", batch, lambda some: self._logits(model, some), reading.unpadded)
+            reading.check_once(
+                model, "unpadded", batch, lambda some: self._logits(model, some), reading.check_padding_changes_nothing
+            )
         return found
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return logits(model, batch)
 
     def labels(self, batch: Batch) -> Tensor:
-        """The label of each vector of logits, -100 for none: (B,) or (B, S).
+        """Find the label of each vector of logits, -100 for none: (B,) or (B, S).
 
         Raises:
             InputError: if there are none, or they are no whole numbers.
@@ -58,19 +60,19 @@ class Labelled(Task):
         return whole_numbers(batch["labels"])
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over an example's labelled positions: (B,)."""
+        """Compute the cross-entropy in nats, summed over an example's labelled positions: (B,)."""
         return self._plain.loss(outputs, (None, self.labels(batch)))
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Negative margin of the right class, summed over labelled positions: (B,)."""
+        """Compute the negative margin of the right class, summed over labelled positions: (B,)."""
         return self._plain.measurement(outputs, (None, self.labels(batch)))
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """The `aligned` batch with each label drawn from softmax(outputs)."""
+        """Draw each label of the `aligned` batch from softmax(outputs)."""
         return aligned(batch) | {"labels": self._plain.resample(outputs, (None, self.labels(batch)), rng)[1]}
 
     def padding(self, batch: Batch) -> Tensor | None:
-        """(B, S): the attention mask of the `aligned` batch, or all of its tokens; None if it has neither."""
+        """Take the attention mask of the `aligned` batch, (B, S), or all of its tokens; None if it has neither."""
         batch = aligned(batch)
         return _real(batch) if batch.keys() & {"attention_mask", "input_ids"} else None
 
@@ -83,7 +85,7 @@ class TokenClassification(Labelled):
     """
 
     def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The negative margin of each token, at its position in the `aligned` batch; 0 without a label: (B, S)."""
+        """Compute each token's negative margin, at its position in the `aligned` batch; 0 without a label: (B, S)."""
         labels = self.labels(batch)
         return self._plain.measurement(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
 
@@ -105,7 +107,7 @@ class CausalLM(Labelled):
     """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's logits on the `aligned` batch: (B, S, C).
+        """Compute the model's logits on the `aligned` batch: (B, S, C).
 
         Raises:
             InputError: if the batch has columns that neither the model nor the loss takes, or packed documents under a
@@ -125,16 +127,16 @@ class CausalLM(Labelled):
         mask = batch.get("attention_mask")
         if "input_ids" in batch and (mask is None or mask.ndim == 2):
             forward = lambda some: self._logits(model, some)  # noqa: E731
-            reading.check_once(model, "causal", batch, forward, reading.causal)
+            reading.check_once(model, "causal", batch, forward, reading.check_is_causal)
             if mask is None and _is_packed(batch):
-                reading.check_once(model, "apart", batch, forward, reading.apart)
+                reading.check_once(model, "apart", batch, forward, reading.check_documents_stay_apart)
         return found
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return logits(model, batch, ("labels", *LOSS_MASKS))
 
     def labels(self, batch: Batch) -> Tensor:
-        """Labels at the positions that predict them: (B, S), the last without any."""
+        """Put labels at the positions that predict them: (B, S), the last without any."""
         batch = aligned(batch)
         own = whole_numbers(batch["labels"]) if "labels" in batch else _all_tokens(batch)
         for name in LOSS_MASKS:
@@ -145,11 +147,11 @@ class CausalLM(Labelled):
         return torch.cat([own[:, 1:], own.new_full((len(own), 1), IGNORE)], 1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats per labelled token: (B,)."""
+        """Compute the cross-entropy in nats per labelled token: (B,)."""
         return self.loss(outputs, batch) / (self.labels(batch) != IGNORE).sum(1).clamp(min=1)
 
     def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """What each labelled token adds to the measurement, (B, S).
+        """Compute what each labelled token adds to the measurement, (B, S).
 
         A part stands at the position of the token that is predicted, in the `aligned` batch; 0 where there is no label.
         """
@@ -158,18 +160,18 @@ class CausalLM(Labelled):
         return F.pad(losses[:, :-1], (1, 0)) / (labels != IGNORE).sum(1, keepdim=True).clamp(min=1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """The `aligned` batch with each labelled token drawn from the model; the tokens it reads stay."""
+        """Draw each labelled token of the `aligned` batch from the model; the tokens it reads stay."""
         drawn = super().resample(outputs, batch, rng)
         return drawn | {"labels": drawn["labels"].roll(1, 1)}  # the last position predicts nothing
 
     def padding(self, batch: Batch) -> Tensor:
-        """(B, S): real positions up to the last one that predicts a label; those after it have no gradient."""
+        """Tell which positions are real up to the last that predicts a label, (B, S); later ones have no gradient."""
         labelled = (self.labels(batch) != IGNORE).long()
         return _real(aligned(batch)) & (labelled.flip(1).cumsum(1).flip(1) > 0)
 
 
 def aligned(batch: Batch) -> Batch:
-    """The batch with every sequence moved to the left, so that its padding is on the right.
+    """Move every sequence of a batch to the left, so that its padding is on the right.
 
     Models number positions from the left, and some read the first token for the whole sequence. A mask of more axes,
     of sequences packed into one, stays as it is: all tokens count as real.
@@ -194,7 +196,7 @@ def aligned(batch: Batch) -> Batch:
 
 
 def _real(batch: Batch) -> Tensor:
-    """(B, S): True at real tokens."""
+    """Tell which tokens are real, (B, S) bool."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
@@ -202,7 +204,7 @@ def _real(batch: Batch) -> Tensor:
 
 
 def whole_numbers(labels: Tensor, advice: str = "Convert them with labels.long().") -> Tensor:
-    """Labels as int64.
+    """Give labels as int64.
 
     Raises:
         InputError: if they have fractions, which transformers would not take for classes either.
@@ -219,7 +221,7 @@ def _like(labels: Tensor, name: str, mask: Tensor) -> Tensor:
 
 
 def _all_tokens(batch: Batch) -> Tensor:
-    """A label for each real token but the first of each document, (B, S)."""
+    """Make a label for each real token but the first of each document, (B, S)."""
     if "input_ids" not in batch:
         raise expected("a batch", "one with 'labels' or 'input_ids'", sorted(batch))
     own = batch["input_ids"].where(_real(batch), IGNORE)

@@ -32,7 +32,7 @@ class Documents(NamedTuple):
 
 
 def documents(source: str | Path, split: str | None = None, column: str | None = None) -> Documents:
-    """The documents of a file or a data set.
+    """Read the documents of a file or a data set.
 
     A .txt file is taken apart at blank lines if it has any between its texts, else at line ends. The others have a
     document in each row: a .jsonl or .json list of texts or objects, a .csv, a .parquet, a folder that
@@ -148,7 +148,7 @@ def _dataset(source: str, split: str | None, column: str | None) -> Documents:
 
 
 def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], column: str | None) -> Documents:
-    """The documents of a column, or of the two with prompts and completions."""
+    """Read the documents of a column, or of the two with prompts and completions."""
     if column is None and "text" not in names:
         chats = [name for name in names if any(is_conversation(cell) for cell in get(name))]
         if "messages" in chats:
@@ -176,7 +176,7 @@ def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], 
 def _rows(
     origin: str, names: Sequence[str], get: Callable[[str], list[Any]], columns: tuple[str] | tuple[str, str]
 ) -> Documents:
-    """Conversations of one column, or prompts and completions of two, with what their chat template takes besides."""
+    """Read conversations of one column, or prompts and completions of two, with what their template takes besides."""
     keys = ("messages",) if len(columns) == 1 else columns
     more = [name for name in TEMPLATE if name in names]
     documents: list[Document] = []
@@ -233,7 +233,7 @@ class Pieces(Sequence[str]):
 
     @cached_property
     def found(self) -> list[str]:
-        """All pieces. A token is decoded after the one before it, since the first of a text may lose its space."""
+        """Decode all pieces. A token is decoded after the one before it, as the first of a text may lose its space."""
         found, start, done = [], 0, 0
         for end in range(1, len(self) + 1):
             before, text = self.text(start, done), self.text(start, end)
@@ -245,5 +245,5 @@ class Pieces(Sequence[str]):
         return found
 
     def text(self, start: int = 0, end: int | None = None) -> str:
-        """The text of some tokens."""
+        """Decode some tokens into a text."""
         return self.tokenizer.decode(self.tokens[start:end], clean_up_tokenization_spaces=False)

@@ -176,7 +176,7 @@ def chat_tokens(
 def _rendered(
     tokenizer: Any, messages: Conversation, options: Mapping[str, Any] | None, **how: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Token numbers (S,), and the assistant's among them, (S,) bool, if the template marks them itself."""
+    """Render token numbers (S,), and the assistant's among them, (S,) bool, if the template marks them itself."""
     if not hasattr(tokenizer, "apply_chat_template"):
         raise expected("tokenizer", "one of transformers with a chat template, since messages are given", tokenizer)
     options = {name: value for name, value in (options or {}).items() if value}
@@ -199,7 +199,7 @@ def _rendered(
 
 
 def _plain(tokenizer: Tokenizer, text: Text, add_special_tokens: bool = False) -> Tensor:
-    """A text's own token numbers, (S,); numbers come back as they are."""
+    """Tokenize a text without special tokens, (S,); numbers come back as they are."""
     if isinstance(text, str):
         if tokenizer is None:
             raise expected("tokenizer", "a tokenizer, since texts are given", None)

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from wherefrom.errors import InputError
 from wherefrom.methods.stream import Measurement, QueryGradients
 from wherefrom.model.observe import Select
 from wherefrom.model.problem import Problem
@@ -150,14 +149,3 @@ class FittedMethod(ABC):
     def query_directions(self, problem: Problem, queries: Any, measurement: Measurement | None) -> Directions:
         """Take the gradients of the measurements at a problem's weights, written out: Q directions."""
         return QueryGradients.of(problem, queries, measurement, self.method.batch_size).together().dense()
-
-
-def fitted(method: object, name: str) -> Any:
-    """Return what ``fit`` has set.
-
-    Raises:
-        InputError: before it did.
-    """
-    if not hasattr(method, name):
-        raise InputError(f"{type(method).__name__} must be fitted before it is used. Call fit first.")
-    return getattr(method, name)

@@ -83,8 +83,9 @@ class Influence:
         start = time.perf_counter()
         damping, solver = Damping.of(self.damping), self.resolve_solver()
         problem = self._read_problem(model, task, train)
-        curvature = self.curvature(problem)
         logger.info(problem.coverage())
+        problem.examine()  # what is wrong with the model is told here
+        curvature = self.curvature(problem)
         solver.check(curvature)
         inverse = solver.fit(curvature, damping)
         return FittedInfluence(self, inverse, time.perf_counter() - start)
@@ -101,6 +102,7 @@ class Influence:
         store.same(path, header.get("config", {}), self.configuration())
         store.same(path, header.get("fingerprint", {}), problem.fingerprint())
         store.check_finite(path, tensors)
+        problem.examine()
         damping = _check_damping(path, header.get("damping"), problem)
 
         on_device = {name: t.to(problem.device) for name, t in tensors.items()}

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,26 +24,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wherefrom.errors import expected, missing_extra
-from wherefrom.methods.base import fitted
 from wherefrom.scores import Scores, unsolved
 
 Text = str | Sequence[Hashable] | Tensor | NDArray
 Words = Sequence[Hashable]
-Self = TypeVar("Self", bound="Lexical")
+
+
+Compare = Callable[[list[Words]], NDArray[np.float64]]  # Q queries, split into words -> similarities (Q, N)
 
 
 class Lexical(ABC):
     """Scores by the words that queries and documents share; sparse, so that a hundred thousand documents fit."""
 
-    def fit(self: Self, texts: Sequence[Text]) -> Self:
+    def fit(self, texts: Sequence[Text]) -> FittedLexical:
         r"""Count the words of N documents.
 
         Args:
             texts: strings, whose words are the matches of ``\w+`` in lower case; or sequences of words or of token
                 numbers, of any length, without padding.
-
-        Returns:
-            Itself.
 
         Raises:
             InputError: if there are none, or one string in place of several.
@@ -51,12 +49,36 @@ class Lexical(ABC):
         """
         documents = _split_texts(texts, "texts")
         distinct = dict.fromkeys(chain(*documents))
-        self._vocabulary = {word: number for number, word in enumerate(distinct)}
-        self._n_documents = len(documents)
+        vocabulary = {word: number for number, word in enumerate(distinct)}
         # The packages refuse documents without any words. Nothing is like them, so that all scores are zero.
-        if self._vocabulary:
-            self._index(documents)
-        return self
+        compare = self.index(documents, vocabulary) if vocabulary else None
+        return FittedLexical(self, vocabulary, len(documents), compare)
+
+    @abstractmethod
+    def index(self, documents: list[Words], vocabulary: Mapping[Hashable, int]) -> Compare:
+        """Return what scores the documents for queries.
+
+        Args:
+            documents: split into words.
+            vocabulary: the number of each word of theirs.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLexical:
+    """Documents whose words are counted, ready for queries.
+
+    Args:
+        method: the settings.
+        vocabulary: the number of each word of the documents.
+        documents: how many there are.
+        compare: what scores them; None if they have no words.
+    """
+
+    method: Lexical
+    vocabulary: Mapping[Hashable, int]
+    documents: int
+    compare: Compare | None
 
     def score(self, queries: Sequence[Text]) -> Scores:
         """Compare Q queries with the N documents, (Q, N) float64; words of no document count nothing.
@@ -67,31 +89,23 @@ class Lexical(ABC):
         Raises:
             InputError: if the documents were words and the queries are numbers, or the other way round.
         """
-        vocabulary = fitted(self, "_vocabulary")
         split_queries = _split_texts(queries, "queries")
-        has_text = _forms(vocabulary)
+        has_text = _forms(self.vocabulary)
         if has_text and not _forms(chain(*split_queries)) <= has_text:
             raise expected("queries", "in the form of the documents", "words for token numbers or numbers for words")
 
-        similarities = np.zeros((len(split_queries), self._n_documents))
-        if vocabulary:
-            similarities = self._compare(split_queries)
-        return unsolved(torch.from_numpy(similarities), solver=repr(self), examples=self._n_documents)
-
-    @abstractmethod
-    def _index(self, documents: list[Words]) -> None:
-        """Prepare what `_compare` needs from the words of the documents; ``_vocabulary`` has them all."""
-
-    @abstractmethod
-    def _compare(self, queries: list[Words]) -> NDArray[np.float64]:
-        """Score the documents for each query, (Q, N)."""
+        similarities = np.zeros((len(split_queries), self.documents))
+        if self.compare is not None:
+            similarities = self.compare(split_queries)
+        return unsolved(torch.from_numpy(similarities), solver=repr(self.method), examples=self.documents)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TFIDF(Lexical):
     """Cosines of TF-IDF vectors, with smoothed document frequencies, by scikit-learn."""
 
-    def _index(self, documents: list[Words]) -> None:
+    def index(self, documents: list[Words], vocabulary: Mapping[Hashable, int]) -> Compare:
+        """Make vectors of the documents."""
         try:
             from sklearn.feature_extraction.text import TfidfVectorizer
         except ImportError as error:
@@ -100,14 +114,12 @@ class TFIDF(Lexical):
         # The rows are of length one by default, so that dot products are cosines. Without our vocabulary scikit-learn
         # would sort the words, which not all that may be words can be.
         analyzer: Any = _itself  # its annotations name text alone
-        self._vectorizer = TfidfVectorizer(analyzer=analyzer, vocabulary=self._vocabulary, lowercase=False)
-        self._documents = self._vectorizer.fit_transform(documents)  # sparse (N, V)
-
-    def _compare(self, queries: list[Words]) -> NDArray[np.float64]:
-        return (self._vectorizer.transform(queries) @ self._documents.T).toarray()
+        vectorizer = TfidfVectorizer(analyzer=analyzer, vocabulary=vocabulary, lowercase=False)
+        rows = vectorizer.fit_transform(documents)  # sparse (N, V)
+        return lambda queries: (vectorizer.transform(queries) @ rows.T).toarray()
 
 
-@dataclass
+@dataclass(frozen=True)
 class BM25(Lexical):
     """Okapi BM25, by bm25s.
 
@@ -119,29 +131,34 @@ class BM25(Lexical):
     k1: float = 1.5
     b: float = 0.75
 
-    def _index(self, documents: list[Words]) -> None:
+    def index(self, documents: list[Words], vocabulary: Mapping[Hashable, int]) -> Compare:
+        """Count the words of the documents."""
         try:
             import bm25s
         except ImportError as error:
             raise missing_extra("BM25", "bm25s", "eval") from error
 
+        def number_words(words: Words) -> list[int]:  # leaving out those of no document
+            return [vocabulary[word] for word in words if word in vocabulary]
+
         # bm25s takes strings for words; a word of ours may be anything hashable, so that it is given numbers.
-        vocabulary = {str(number): number for number in self._vocabulary.values()}
-        numbers = [self._number_words(words) for words in documents]
-        self._retriever = bm25s.BM25(method="lucene", k1=self.k1, b=self.b, dtype="float64")
-        self._retriever.index((numbers, vocabulary), create_empty_token=False, show_progress=False)
+        numbered = [number_words(words) for words in documents]
+        retriever = bm25s.BM25(method="lucene", k1=self.k1, b=self.b, dtype="float64")
+        retriever.index(
+            (numbered, {str(number): number for number in vocabulary.values()}),
+            create_empty_token=False,
+            show_progress=False,
+        )
 
-    def _compare(self, queries: list[Words]) -> NDArray[np.float64]:
-        similarities = np.zeros((len(queries), self._n_documents))
-        for row, words in zip(similarities, queries, strict=True):
-            numbers = self._number_words(words)
-            if numbers:  # bm25s takes no query without known words
-                row[:] = self._retriever.get_scores_from_ids(numbers)
-        return similarities
+        def compare(queries: list[Words]) -> NDArray[np.float64]:
+            similarities = np.zeros((len(queries), len(documents)))
+            for row, words in zip(similarities, queries, strict=True):
+                numbers = number_words(words)
+                if numbers:  # bm25s takes no query without known words
+                    row[:] = retriever.get_scores_from_ids(numbers)
+            return similarities
 
-    def _number_words(self, words: Words) -> list[int]:
-        """Replace words by their numbers, leaving out those of no document."""
-        return [self._vocabulary[word] for word in words if word in self._vocabulary]
+        return compare
 
 
 def _itself(words: Any) -> Any:

@@ -44,7 +44,7 @@ def by_token(problem: Problem, directions: Directions, examples: Indices) -> Ten
                 "cannot be split over them. Define it, or take by_block."
             )
         positions = real.shape[1]
-        rows = problem.gradients(batch, problem.seeds_of("loss"), positions)
+        rows = problem.gradients(batch, problem.output_cotangents("loss"), positions)
         scores = rows.dot(directions)[..., 0]  # (Q, m positions)
         parts.append(scores.unflatten(1, (-1, positions)))
     widest = max(part.shape[2] for part in parts)

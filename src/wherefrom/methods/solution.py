@@ -9,7 +9,6 @@ solved for and cut a piece of the queries at a time, so that they need not all f
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 import warnings
@@ -396,9 +395,7 @@ class RankCut:
         return {"rank": self.rank, **error, "energy": float(torch.cat(self._energies).mean())}
 
     def _fit_factors(self) -> dict[str, KroneckerBlock]:
-        few = copy.copy(self.problem)
-        few.train = self.sample
-        return kronecker.fit(few, "true")
+        return kronecker.fit(self.problem.with_train(self.sample), "true")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wherefrom.data.examples import Batch, Examples
-from wherefrom.model.capture import Seeds
+from wherefrom.model.capture import OutputCotangents
 from wherefrom.model.problem import Problem
 from wherefrom.persample import gradients
 from wherefrom.persample.directions import Directions
@@ -37,7 +37,7 @@ class QueryGradients:
 
     problem: Problem
     examples: Examples
-    cotangents: Seeds
+    cotangents: OutputCotangents
     size: int | None = None
     mean: bool = False
 
@@ -52,7 +52,7 @@ class QueryGradients:
     ) -> QueryGradients:
         """Read queries in the form of the training data; None takes the task's measurement."""
         examples = Examples(queries, "queries", batch_size)
-        return cls(problem, examples, problem.seeds_of("measurement", measurement), **options)
+        return cls(problem, examples, problem.output_cotangents("measurement", measurement), **options)
 
     def __len__(self) -> int:
         """Count the right-hand sides, Q."""
@@ -163,7 +163,7 @@ def _score_by_slopes(problem: Problem, batch: Batch, directions: Directions) -> 
     common = Directions(
         directions.blocks, directions.forms, directions.bases
     )  # the p directions, before they are mixed
-    parts = [problem.slopes(batch, some.to_parameters()) for some in common.chunk(SLOPES)]
+    parts = [problem.slopes(batch, some) for some in common.chunk(SLOPES)]
     slopes = torch.cat(parts)  # (p, n)
     return slopes if directions.mix is None else directions.mix.to(slopes) @ slopes
 

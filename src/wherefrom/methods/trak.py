@@ -26,7 +26,7 @@ from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import DivergenceError, expected
 from wherefrom.methods.base import FittedMethod, GradientMethod
 from wherefrom.methods.stream import Measurement
-from wherefrom.model.capture import Seeds
+from wherefrom.model.capture import OutputCotangents
 from wherefrom.model.problem import Problem
 from wherefrom.model.task import Task
 from wherefrom.persample.directions import Directions
@@ -89,11 +89,7 @@ class TRAK(GradientMethod):
             raise expected("model", "a model, or several", "none")
 
         first = self.read_problem(models[0], task, train)
-        problems = [first]
-        for other in models[1:]:
-            problem = Problem(other, first.task, first.train, self.parameters, None, self.memory, self.progress)
-            problem.row_check = first.row_check
-            problems.append(problem)
+        problems = [first, *(first.with_model(other, self.parameters) for other in models[1:])]
         members = tuple(self._fit_member(problem, self.seed + m) for m, problem in enumerate(problems))
         return FittedTRAK(self, first, time.perf_counter() - start, members)
 
@@ -101,7 +97,7 @@ class TRAK(GradientMethod):
         weights: list[Tensor] = []
 
         def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            f, loss = (problem.seeds_of(what)(outputs, batch) for what in ("measurement", "loss"))
+            f, loss = (problem.output_cotangents(what)(outputs, batch) for what in ("measurement", "loss"))
             s, r = f[0].flatten(1), loss[0].flatten(1)
             own = torch.linalg.vecdot(s, s)
             weights.append(torch.where(own > 0, torch.linalg.vecdot(r, s) / own, 0.0))
@@ -132,7 +128,7 @@ class TRAK(GradientMethod):
         return phi
 
     def compute_features(
-        self, problem: Problem, examples: Examples, seeds: Seeds, seed: int, what: str | None = None
+        self, problem: Problem, examples: Examples, seeds: OutputCotangents, seed: int, what: str | None = None
     ) -> Tensor:
         """Compute phi of all examples, (n, k); gradients are held, factored, while half of the memory lasts."""
         held, numbers, features = [], 0, []
@@ -178,7 +174,7 @@ class FittedTRAK(FittedMethod):
         """Average over the models."""
         examples, products = Examples(queries, "queries", self.method.batch_size), []
         for member in self.members:
-            cotangents = member.problem.seeds_of("measurement", measurement)
+            cotangents = member.problem.output_cotangents("measurement", measurement)
             features = self.method.compute_features(member.problem, examples, cotangents, member.seed)
             products.append(features @ member.solved.T)
         weights = torch.stack([member.weights for member in self.members]).mean(0)

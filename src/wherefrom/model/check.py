@@ -7,24 +7,25 @@ For examples n of a batch, cotangents s_{n,r} of their outputs and random weight
 is found twice: from the rows as they are used, and by one backward pass of plain autograd through those examples alone.
 The two agree only if every row is right and belongs to its example. Their relative difference is the row error. The
 outputs are compared too: those of an example alone are those in its batch, or it has no gradient of its own.
+
+What happens where they differ is decided in `wherefrom.model.verification`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from wherefrom.data.examples import Batch, batch_length, take
+from wherefrom.data.examples import Batch, take
 from wherefrom.errors import InputError
-from wherefrom.model.capture import InjectCotangent, Traced, fit_to
-from wherefrom.persample.layers import Unfactorable
-from wherefrom.persample.layout import Layout, demoted
+from wherefrom.model.capture import Capture, InjectCotangent, crop_to_outputs
 
-Outputs = Callable[[Batch], Tensor]  # (n, ...) of a batch
-Parameters = Mapping[str, nn.Parameter]
+if TYPE_CHECKING:
+    from wherefrom.model.problem import Problem
 
 # Rounding stays well below, a wrong row is far above. Models of transformers compute norms and rotations in float32
 # in float64 too: their backward passes round each cotangent by itself, so sums of several agree to 1e-7 only.
@@ -37,9 +38,12 @@ FREE = 2**20  # parameters times examples up to which a check costs nothing to s
 ALONE = 16  # so many examples of a small model are given to it by themselves, others in groups
 
 
+# --- which rows are compared ----------------------------------------------------------------------------------------
+
+
 @dataclass
 class RowCheck:
-    """Which examples' rows are compared with autograd, and the largest difference so far.
+    """Draws the examples whose rows are compared with autograd, and keeps the largest difference so far.
 
     The first batch of every shape that the layers see is checked, a drawn share of the others, and every batch in which
     a layer does not see the examples on an axis of their own. A check takes a small part of the batch, so that all of
@@ -60,84 +64,121 @@ class RowCheck:
     _seen: set[tuple[object, ...]] = field(default_factory=set)
     _rng: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
-    def draw(self, traced: Traced, vmapped: bool = False, interesting: Tensor | None = None) -> list[Tensor]:
-        """Choose the examples of a batch whose rows are checked now, in groups that the model is given by themselves.
+    def draw(self, captured: Capture, uses_vmap: bool = False, first_users: Tensor | None = None) -> list[Tensor]:
+        """Draw the examples of a batch whose rows are checked now, in groups that the model is given by themselves.
 
         Args:
-            traced: the batch's rows.
-            vmapped: whether some of them come from vmap.
-            interesting: (n,) bool, examples that use a block which no example before used: a check is due.
+            captured: the batch's rows.
+            uses_vmap: whether some of them come from vmap.
+            first_users: (n,) bool, examples that use a block which no example before used: a check is due.
 
         Returns:
             Places in the batch, (m,) for each group; no group for no check. No group is the whole batch, so that what
             depends on the rest of it shows.
         """
-        n = len(traced.outputs)
-        new = traced.signature not in self._seen
-        self._seen.add(traced.signature)
+        n = len(captured.outputs)
+        is_new = captured.signature not in self._seen
+        self._seen.add(captured.signature)
+        # Drawn for every batch, needed or not, so that the draws after it are the same whatever this batch is.
         chance = float(torch.rand((), generator=self._rng, dtype=torch.float32, device="cpu"))
-        whole = self._is_free(n) or (vmapped and new)
-        if whole:
+
+        whole_batch = self._is_free(n) or (uses_vmap and is_new)
+        if whole_batch:
             count = n
-        elif interesting is not None or traced.merged:
+        elif first_users is not None or captured.has_guessed_owners:
             count = max(2, n // 16)
-        elif new and (len(self._seen) <= SHAPES or chance < BUDGET * min(n, 32)):
+        elif is_new and (len(self._seen) <= SHAPES or chance < BUDGET * min(n, 32)):
             count = max(1, n // 32)
-        elif not new and chance < SHARE:
+        elif not is_new and chance < SHARE:
             count = max(1, n // 64)
         else:
             return []
+
         # Without a cotangent every row of an example is 0, and comparing it would say nothing.
-        active = traced.cotangents.reshape(len(traced.cotangents), n, -1).any(2).any(0).cpu()
-        if interesting is not None and not whole:
-            active = active & interesting.cpu()
-        candidates = active.nonzero()[:, 0]
-        drawn = candidates[torch.randperm(len(candidates), generator=self._rng, device="cpu")[:count]]
+        candidates = captured.cotangents.reshape(len(captured.cotangents), n, -1).any(2).any(0).cpu()  # (n,) bool
+        if first_users is not None and not whole_batch:
+            candidates = candidates & first_users.cpu()
+        index = candidates.nonzero()[:, 0]
+        drawn = index[torch.randperm(len(index), generator=self._rng, device="cpu")[:count]]
+
         groups = (drawn,)
-        # A group may share what its outputs depend on; an example alone cannot.
         if self._is_free(n) and self.checked + len(drawn) <= ALONE:
+            # The examples of a group may share what their outputs depend on; an example alone cannot.
             groups = drawn.split(1)
         elif len(drawn) == n:
             groups = drawn.tensor_split(2)
         return [group for group in groups if len(group)]
 
     def draw_some(self, n: int) -> Tensor:
-        """Choose places of a batch of n for another comparison: all where the model is small, else one, (m,)."""
+        """Draw places of a batch of n for another comparison: all where the model is small, else one, (m,)."""
         order = torch.randperm(n, generator=self._rng, device="cpu")
         return order if self._is_free(n) else order[:1]
+
+    def draw_weights(self, m: int, R: int) -> Tensor:
+        """Draw random signs of different sizes, (m, R): rows that are exchanged must show too."""
+        signs = torch.randint(0, 2, (m, R), generator=self._rng, device="cpu") * 2 - 1
+        return signs * (0.5 + torch.rand(m, R, generator=self._rng, dtype=torch.float32, device="cpu"))
+
+    def record(self, errors: Mapping[str, float], m: int) -> None:
+        """Keep the largest of the errors of m examples."""
+        self.error = max(self.error, *errors.values())
+        self.checked += m
 
     def _is_free(self, n: int) -> bool:
         """Whether checking n more examples costs nothing to speak of."""
         return self.size * (self.checked + n) < FREE
 
-    def weights(self, m: int, R: int) -> Tensor:
-        """Draw random signs of different sizes, (m, R): rows that are exchanged must show too."""
-        signs = torch.randint(0, 2, (m, R), generator=self._rng, device="cpu") * 2 - 1
-        return signs * (0.5 + torch.rand(m, R, generator=self._rng, dtype=torch.float32, device="cpu"))
 
-    def note(self, errors: Mapping[str, float], m: int) -> None:
-        """Keep the largest of the errors of m examples."""
-        self.error = max(self.error, *errors.values())
-        self.checked += m
+# --- the comparison -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some examples of a batch, with what they were in the whole of it.
+
+    Args:
+        batch: the m examples by themselves.
+        outputs: theirs in the whole batch, (m, ...).
+        cotangents: at these outputs, (R, m, ...).
+        weights: of their rows in the sum, (m, R).
+    """
+
+    batch: Batch
+    outputs: Tensor
+    cotangents: Tensor
+    weights: Tensor
+
+
+def cut_groups(
+    batch: Batch, outputs: Tensor, cotangents: Tensor, groups: Sequence[Tensor], weights: Tensor
+) -> list[Group]:
+    """Cut groups of examples out of a batch.
+
+    Args:
+        batch: n examples.
+        outputs: of the model, (n, ...).
+        cotangents: at the outputs, (R, n, ...).
+        groups: places of m of the examples, those of each group.
+        weights: of their rows, (m, R), in the order of the groups.
+    """
+    cut = []
+    for group, own_weights in zip(groups, weights.split([len(group) for group in groups]), strict=True):
+        index = group.to(outputs.device)
+        cut.append(Group(take(batch, group), outputs[index], cotangents[:, index], own_weights))
+    return cut
 
 
 def row_errors(
-    traced: Traced,
-    batch: Batch,
-    groups: Sequence[Tensor],
-    weights: Tensor,
-    outputs: Outputs,
-    parameters: Parameters,
+    problem: Problem, captured: Capture, batch: Batch, groups: Sequence[Tensor], weights: Tensor
 ) -> dict[str, float]:
     """Compare the rows of some examples of a batch with autograd.
 
     Args:
-        traced: the rows of the batch's n examples.
+        problem: the model, within ``problem.observed()``.
+        captured: the rows of the batch's n examples.
         batch: the batch.
         groups: places of m of its examples, which the model is given a group at a time.
         weights: of their rows, (m, R).
-        outputs: of the model on a batch, the parameters requiring gradients.
-        parameters: the attributed ones, by name.
 
     Returns:
         The relative difference of each parameter's weighted sum.
@@ -145,170 +186,104 @@ def row_errors(
     Raises:
         InputError: if the examples' outputs depend on the rest of the batch, or are random.
     """
-    pieces = []
-    for group, own in zip(groups, weights.split([len(group) for group in groups]), strict=True):
-        place = group.to(traced.outputs.device)
-        pieces.append((take(batch, group), traced.outputs[place], traced.cotangents[:, place], own))
-    sums = _autograd_sums(pieces, outputs, parameters, batch)
-    return differences(_weighted_sums(traced, torch.cat(list(groups)).cpu(), weights), sums)
+    by_themselves = cut_groups(batch, captured.outputs, captured.cotangents, groups, weights)
+    wanted = autograd_sums(problem, by_themselves, batch)
+    return relative_differences(weighted_sums(captured, torch.cat(list(groups)).cpu(), weights), wanted)
 
 
-def examine(
-    layout: Layout,
-    batch: Batch,
-    outputs: Outputs,
-    loss: Callable[[Tensor, Batch], Tensor],
-    parameters: Parameters,
-    trace_rows: Callable[[Layout, Tensor], Traced],
-    dtype: torch.dtype,
-) -> tuple[Layout, frozenset[str]]:
-    """Try a layout on a few examples, each of which autograd is given alone, with two cotangents at once.
-
-    Args:
-        layout: the blocks as planned.
-        batch: a few examples.
-        outputs: of the model on a batch, the parameters requiring gradients.
-        loss: of outputs; what is wrong with it is told when it is used in earnest.
-        parameters: the attributed ones, by name.
-        trace_rows: the rows of a layout for given cotangents.
-        dtype: of the model.
-
-    Returns:
-        The layout, blocks that differ from autograd moved to the slow path; and those parameters whose gradients are 0
-        on these examples, so that nothing is known of their rows yet.
-
-    Raises:
-        InputError: if an example's outputs depend on the others, or are random.
-        UnsupportedError: if rows differ from autograd on the slow path too.
-    """
-    n = batch_length(batch)
-    together = outputs(batch).detach()
-    cotangents = _random_cotangents(together, loss, batch)
-    weights = RowCheck(0).weights(n, len(cotangents))
-    each = torch.arange(n, device="cpu").split(1)
-    singles = [(take(batch, i), together[i], cotangents[:, i], weights[i]) for i in each]
-    sums = _autograd_sums(singles, outputs, parameters, batch)
-    unseen = frozenset(name for name, t in sums.items() if not t.any())
-
-    def wrong(layout: Layout) -> set[str]:
-        """Find the parameters of a layout whose rows differ from autograd."""
-        found = _weighted_sums(trace_rows(layout, cotangents), torch.arange(n, device="cpu"), weights)
-        # A layer whose weight is used without calling it has no rows, however small its gradient is here.
-        missed = {name for name, t in found.items() if not t.any() and sums[name].any()}
-        return missed | {name for name, error in differences(found, sums).items() if not error <= TOLERANCE[dtype]}
-
-    while True:
-        fast = layout.only(frozenset(b.name for b in layout.blocks if layout.uses[b.name]))
-        try:
-            differing = wrong(fast)
-            break
-        except Unfactorable as error:
-            layout = _demote_users(layout, error.module)
-    layout = demoted(layout, differing)
-    slow = frozenset(b.name for b in layout.slow)
-    if slow and wrong(layout.only(slow)):
-        layout = replace(layout, looped=True)
-        if differing := wrong(layout.only(slow)):
-            raise Unfactorable(min(differing), "differs from autograd even by a backward pass for each example")
-    return layout, unseen
-
-
-def find_shared(watch: Callable[[Layout], tuple[Tensor, list[str]]], layout: Layout, plain: Tensor) -> Layout:
-    """Find the modules whose single row serves all examples: given a row for each, the outputs do not change.
-
-    A layer that got a single one of several examples, such as an expert, is told apart by that.
-
-    Args:
-        watch: the outputs on a few examples while a layout is observed, and the modules called with a single row.
-        layout: the blocks.
-        plain: the outputs (n, ...).
-    """
-    while True:
-        try:
-            candidates = watch(layout)[1]
-            break
-        except Unfactorable as error:
-            layout = _demote_users(layout, error.module)
-
-    def works(paths: frozenset[str]) -> bool:
-        try:
-            found = watch(replace(layout, shared=paths))[0]
-        except (RuntimeError, LookupError, ValueError, NotImplementedError):
-            return False
-        return found.shape == plain.shape and bool((found - plain).norm() <= 1e-5 * plain.norm())
-
-    shared = frozenset(candidates)
-    if shared and not works(shared):
-        shared = frozenset[str]()
-        for path in candidates:
-            if works(shared | {path}):
-                shared |= {path}
-    return replace(layout, shared=shared)
-
-
-def _demote_users(layout: Layout, module: str) -> Layout:
-    """Move the blocks that use a module to the slow path."""
-    using = layout.using(module)
-    return demoted(layout, {p for b in layout.blocks if b.name in using for p in b.shapes})
-
-
-def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative differences of sums of rows, by parameter; inf where something is not finite."""
+def relative_differences(sums: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative differences of sums of rows from what is wanted, by parameter; inf where something is not finite."""
     sizes = {name: float(t.norm()) for name, t in wanted.items()}
-    whole = sum(size**2 for size in sizes.values()) ** 0.5
+    size_of_all = sum(size**2 for size in sizes.values()) ** 0.5
     errors = {}
-    for name, t in found.items():
+    for name, t in sums.items():
         difference = float((t - wanted[name]).norm())
-        error = difference / max(sizes[name] + FLOOR * whole, 1e-300)
-        errors[name] = error if error == error else float("inf")
+        # A gradient that is almost 0 beside the others is rounding, however large its relative difference.
+        size = sizes[name] + FLOOR * size_of_all
+        error = difference / max(size, 1e-300)
+        is_nan = error != error
+        errors[name] = float("inf") if is_nan else error
     return errors
 
 
-def _weighted_sums(traced: Traced, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Weighted sums of the rows of some examples, by parameter; where positions have rows of their own, of them all."""
-    positions = len(traced.gradients) // len(traced.outputs)
-    places = (index.unsqueeze(1) * positions + torch.arange(positions, device="cpu")).flatten()
-    rows = traced.gradients[places.to(traced.outputs.device)]
-    each = weights.repeat_interleave(positions, 0).to(traced.outputs)  # (m S, R)
-    return {name: t[0] for name, t in rows.combine(each.unsqueeze(0)).to_parameters().items()}
+def weighted_sums(captured: Capture, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Sum the rows of some examples with weights, by parameter.
+
+    Args:
+        captured: rows of n examples, or of n S where positions have rows of their own, which are then summed over.
+        index: places of m examples, (m,) on the CPU.
+        weights: of their rows, (m, R).
+
+    Returns:
+        A tensor of each parameter's shape.
+    """
+    positions = len(captured.gradients) // len(captured.outputs)  # S, or 1
+    index = (index.unsqueeze(1) * positions + torch.arange(positions, device="cpu")).flatten()  # (m S,)
+    rows = captured.gradients[index.to(captured.outputs.device)]
+    row_weights = weights.repeat_interleave(positions, 0).to(captured.outputs)  # (m S, R)
+    return {name: t[0] for name, t in rows.combine(row_weights.unsqueeze(0)).to_parameters().items()}
 
 
-Piece = tuple[Batch, Tensor, Tensor, Tensor]  # m examples, their outputs in the whole batch, cotangents, weights (m, R)
+def autograd_sums(problem: Problem, groups: Iterable[Group], whole: Batch) -> dict[str, Tensor]:
+    """Sum the same gradients by plain autograd, by a forward and a backward pass for each group.
 
+    Args:
+        problem: the model, within ``problem.observed()``; its parameters require gradients afterwards.
+        groups: examples of a batch.
+        whole: the batch.
 
-def _autograd_sums(
-    pieces: Iterable[Piece], outputs: Outputs, parameters: Parameters, whole: Batch
-) -> dict[str, Tensor]:
-    """Weighted sums of gradients by plain autograd, a backward pass for each piece of the batch."""
+    Raises:
+        InputError: if the examples' outputs depend on the rest of the batch, or are random; if the model's backward
+            pass fails.
+    """
     sums: dict[str, Tensor] = {}
-    for few, together, cotangents, weights in pieces:
-        alone = _run_alone(few, outputs)
-        own = fit_to(cotangents, alone)  # (R, m, ...)
-        _compare_outputs(alone.detach(), together, own, outputs, whole)
-        if not alone.requires_grad:
+    for group in groups:
+        outputs = _run_group(problem, group.batch)  # (m, ...)
+        cotangents = crop_to_outputs(group.cotangents, outputs)  # (R, m, ...)
+        _compare_outputs(problem, group, outputs.detach(), cotangents, whole)
+        if not outputs.requires_grad:
             continue
-        signed = weights.T.to(own).reshape(*own.shape[:2], *[1] * (own.ndim - 2)) * own
-        pulled = InjectCotangent.apply(alone, signed.sum(0))
-        try:
-            grads = torch.autograd.grad(pulled, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        except RuntimeError as error:
-            raise InputError(
-                f"The model's backward pass must work with torch.autograd.grad, but it failed: {error} "
-                "Compute outputs out of place, and checkpoint with use_reentrant=False."
-            ) from error
-        for name, grad in zip(parameters, grads, strict=True):
+        # All rows of the group in one backward pass: their weighted sum is J^T of the weighted sum of cotangents.
+        weights = group.weights.T.to(cotangents)  # (R, m)
+        weights = weights.reshape(*weights.shape, *[1] * (cotangents.ndim - 2))
+        scalar = InjectCotangent.apply(outputs, (weights * cotangents).sum(0))
+        grads = _differentiate(problem, scalar)
+        for name, grad in zip(problem.parameters, grads, strict=True):
             sums[name] = sums[name] + grad if name in sums else grad
-    return sums or {name: torch.zeros_like(p) for name, p in parameters.items()}
+    return sums or {name: torch.zeros_like(p) for name, p in problem.parameters.items()}
 
 
-def _run_alone(few: Batch, outputs: Outputs) -> Tensor:
-    """The outputs of some examples of a batch that the model takes as a whole.
+def outputs_with_gradients(problem: Problem, batch: Batch) -> Tensor:
+    """Compute the outputs (n, ...), differentiable in the attributed parameters."""
+    for p in problem.parameters.values():
+        p.requires_grad_()
+    return problem.outputs(problem.model, batch)
+
+
+def _differentiate(problem: Problem, scalar: Tensor) -> tuple[Tensor, ...]:
+    """Differentiate by the attributed parameters; 0 for those without influence.
+
+    Raises:
+        InputError: if the model's backward pass fails.
+    """
+    parameters = list(problem.parameters.values())
+    try:
+        return torch.autograd.grad(scalar, parameters, allow_unused=True, materialize_grads=True)
+    except RuntimeError as error:
+        raise InputError(
+            f"The model's backward pass must work with torch.autograd.grad, but it failed: {error} "
+            "Compute outputs out of place, and checkpoint with use_reentrant=False."
+        ) from error
+
+
+def _run_group(problem: Problem, batch: Batch) -> Tensor:
+    """Run some examples of a batch that the model takes as a whole.
 
     Raises:
         InputError: if it does not take them by themselves.
     """
     try:
-        return outputs(few)
+        return outputs_with_gradients(problem, batch)
     except InputError as error:
         raise InputError(
             "An example's output must not depend on the other examples of its batch, but the model takes the batch and "
@@ -316,22 +291,31 @@ def _run_alone(few: Batch, outputs: Outputs) -> Tensor:
         ) from error
 
 
-def _compare_outputs(alone: Tensor, together: Tensor, cotangents: Tensor, outputs: Outputs, whole: Batch) -> None:
+def _compare_outputs(problem: Problem, group: Group, alone: Tensor, cotangents: Tensor, whole: Batch) -> None:
     """Refuse a model whose outputs for an example change with the rest of its batch, where they matter to the rows.
 
     What it puts out elsewhere, such as at padding, may depend on the batch.
 
+    Args:
+        problem: the model.
+        group: the examples, with their outputs in the whole batch.
+        alone: their outputs by themselves, (m, ...), perhaps shorter.
+        cotangents: at these outputs, (R, m, ...).
+        whole: the whole batch.
+
     Raises:
         InputError: telling a random forward pass from one that looks at the batch.
     """
-    together = together[(slice(None), *map(slice, alone.shape[1:]))]
-    matters = (cotangents != 0).any(0)
+    together = group.outputs[(slice(None), *map(slice, alone.shape[1:]))]
+    matters = (cotangents != 0).any(0)  # (m, ...)
     size = together[matters].norm()
     difference = (alone - together)[matters].norm()
-    tolerance = TOLERANCE[alone.dtype] if alone.dtype in TOLERANCE else TOLERANCE[torch.float32]
+    tolerance = TOLERANCE.get(alone.dtype, TOLERANCE[torch.float32])
     if difference <= tolerance * size:
         return
-    first, second = (outputs(whole).detach() for _ in range(2))
+
+    # Twice the same batch: outputs that differ now are random, and no matter of the rest of the batch.
+    first, second = (outputs_with_gradients(problem, whole).detach() for _ in range(2))
     if (first - second).norm() > tolerance * first.norm():
         raise InputError(
             "The model's forward pass must give the same outputs each time, but two passes over the same examples "
@@ -344,25 +328,3 @@ def _compare_outputs(alone: Tensor, together: Tensor, cotangents: Tensor, output
         "norm without running statistics, centring or control flow over the batch, a sort, or padding that the model "
         "does not mask."
     )
-
-
-def _random_cotangents(outputs: Tensor, loss: Callable[[Tensor, Batch], Tensor], batch: Batch) -> Tensor:
-    """Two random cotangents of each example's outputs, (2, n, ...); 0 where the loss has no slope.
-
-    What a model puts out at padding may depend on the batch.
-    """
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randn(2, *outputs.shape, generator=generator, dtype=torch.float64, device="cpu").to(outputs)
-    matters = _slope(loss, outputs, batch) != 0
-    some = matters.reshape(len(outputs), -1).any(1)  # an example without a slope is tried anyhow
-    some = some.view(-1, *[1] * (outputs.ndim - 1))
-    return random * (matters | ~some)
-
-
-def _slope(loss: Callable[[Tensor, Batch], Tensor], outputs: Tensor, batch: Batch) -> Tensor:
-    """The slope of the loss in the outputs; 0 where it has none."""
-    h = outputs.detach().clone().requires_grad_()
-    value = loss(h, batch)
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        return torch.zeros_like(outputs)
-    return torch.autograd.grad(value.sum(), h, allow_unused=True, materialize_grads=True)[0]

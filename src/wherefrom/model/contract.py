@@ -11,12 +11,12 @@ from torch import Tensor
 from wherefrom.data.batches import Batch, shapes, tensors
 from wherefrom.errors import AttributionError, InputError, expected
 
-ALONE = 1e-2  # of the largest: how much the loss of an example may differ between batches, for rounding
+ALONE = 1e-2  # how much an example's loss may differ between batches by rounding, as a share of the largest
 FAILURES = (RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 
 
 def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtype: torch.dtype) -> Any:
-    """The value of a task's method.
+    """Call a task's method.
 
     Args:
         what: who fails, such as "the model" or "task.loss".
@@ -39,8 +39,9 @@ def call(what: str, function: Callable[..., Any], first: Any, batch: Batch, dtyp
 
 
 def _remedy(what: str, error: Exception, batch: Batch, dtype: torch.dtype) -> str:
-    wide = any(t.dtype == torch.float64 for t in tensors(batch))
-    if dtype == torch.float32 and wide and "dtype" in str(error).replace("type", "dtype").lower():
+    """Say what may help, as far as the error and the batch tell."""
+    has_doubles = any(t.dtype == torch.float64 for t in tensors(batch))
+    if dtype == torch.float32 and has_doubles and "dtype" in str(error).replace("type", "dtype").lower():
         return (
             "The model is float32 and data are float64, as NumPy makes them: give them as x.float(), or "
             "x.astype('float32') in the data set or its collate_fn; or convert the model with model.double()."
@@ -88,6 +89,34 @@ def check_outputs(outputs: Any, n: int) -> None:
     if n == 1:
         do = "A squeeze() in the forward pass loses the axis of a batch of one example: use squeeze(-1), or flatten(1)."
     raise expected("task.outputs", wanted, tuple(outputs.shape), do)
+
+
+def check_values(value: Any, n: int, what: str) -> Tensor:
+    """Make sure that a task's method gave one finite number per example, and give it back.
+
+    Args:
+        value: what it returned.
+        n: examples in the batch.
+        what: which method, "loss" or "measurement".
+
+    Raises:
+        InputError: otherwise.
+    """
+    if not isinstance(value, Tensor) or value.shape != (n,):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise expected(
+            f"task.{what}",
+            f"one number per example, shape ({n},)",
+            got,
+            "Use reduction='none' and sum over each example's own tokens.",
+        )
+    if not value.isfinite().all():
+        bad = int((~value.isfinite()).nonzero()[0])
+        raise InputError(
+            f"task.{what} must be finite, got {value[bad].item()} for example {bad} of a batch. "
+            "Look for overflow in the loss (use logsumexp), or drop the example."
+        )
+    return value
 
 
 def check_slope(slope: Tensor, what: str, which: str = "derivative") -> None:
@@ -141,5 +170,6 @@ def is_finite(outputs: Tensor, loss: Callable[[Tensor], Tensor], parameters: Ite
     value = loss(outputs)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return False
-    found = torch.autograd.grad(value.sum(), [outputs, *parameters], allow_unused=True)
-    return all(bool(t.isfinite().all()) for t in (outputs, value, *found) if t is not None)
+    grads = torch.autograd.grad(value.sum(), [outputs, *parameters], allow_unused=True)
+    everything = [t for t in (outputs, value, *grads) if t is not None]
+    return all(bool(t.isfinite().all()) for t in everything)

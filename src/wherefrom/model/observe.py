@@ -37,7 +37,7 @@ _steady: WeakSet[nn.Module] = WeakSet()  # models whose passes were seen to leav
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode without parameter gradients; everything is put back afterwards, even after an error.
+    """Put the model into eval mode without parameter gradients; all is put back afterwards, even after an error.
 
     Autocast, inference mode and compilers are off meanwhile. Other threads that want the same model, or one that shares
     a module with it, wait.
@@ -95,18 +95,19 @@ def _report(model: nn.Module, changed: list[str], lost: list[str], weights: list
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join([*names[:5], *([f"and {len(names) - 5} more"] if len(names) > 5 else [])])
+    """List the first few names, and say how many more there are."""
+    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
+    return ", ".join([*names[:5], *more])
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the model's parameters and buffers, names and values."""
+    """Hash the model's parameters and buffers, names and values."""
     with undisturbed(), alone(model):
         return digest(model.state_dict())
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients, by name; when no other thread observes the model."""
+    """Find the parameters that require gradients, by name; when no other thread observes the model."""
     with alone(model):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -118,7 +119,7 @@ def in_training_with(model: nn.Module, kind: str) -> bool:
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """The model itself out of its wrappers, or a copy where its own tensors cannot be used.
+    """Take the model itself out of its wrappers, or a copy where its own tensors cannot be used.
 
     Copies: of a half-precision model in float32; of one that was made in inference mode; of one whose embeddings
     renormalise themselves (``max_norm``), with that done once.
@@ -133,6 +134,7 @@ def ready(model: nn.Module) -> nn.Module:
 
 
 def _ready(model: nn.Module) -> nn.Module:
+    """Do what `ready` does with a model that has no wrappers and that no other thread observes."""
     _refuse_scripts(model)
     _refuse_values(dict(model.named_parameters()))
     if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
@@ -195,7 +197,7 @@ def _refuse_scripts(model: nn.Module) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model as it was written: without the wrappers of `torch.compile` and of data parallelism.
+    """Take the model as it was written: without the wrappers of `torch.compile` and of data parallelism.
 
     Its parameters have the names of the plain model, and are the same objects. A module that holds wrapped ones is a
     copy of its outermost layer only: parameters and buffers are shared.
@@ -221,7 +223,7 @@ def _unwrapped(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
 
 
 def _wrapped_module(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None of any other module."""
+    """Find what a wrapper holds; None of any other module."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return module.module
     if type(module).__name__ == "OptimizedModule":  # of torch.compile, which is not imported for this
@@ -230,7 +232,7 @@ def _wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A module of the same type with the same attributes, parameters and buffers, and other children."""
+    """Make a module of the same type with the same attributes, parameters and buffers, and other children."""
     twin = type(module).__new__(type(module))
     vars(twin).update(vars(module))
     vars(twin)["_modules"] = dict(children)
@@ -238,7 +240,7 @@ def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) 
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict with the names of the plain model, where it is one of a compiled or data-parallel model."""
+    """Give a state_dict the names of the plain model, where it is one of a compiled or data-parallel model."""
     plain = {name.replace("_orig_mod.", ""): t for name, t in state.items()}
     if plain and all(name.startswith("module.") for name in plain):
         plain = {name.removeprefix("module."): t for name, t in plain.items()}
@@ -246,7 +248,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy that shares no memory.
+    """Copy a model so that no memory is shared.
 
     Attributes that autograd has computed, such as the weight of a pruned or old-style weight-normed layer, are copied
     as plain tensors: the layer computes them again in its next forward pass. `copy.deepcopy` refuses them.
@@ -262,7 +264,7 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _held(value: Any) -> Iterator[Tensor]:
-    """The tensors in an attribute of a module, also in dicts, lists and tuples; what else it holds is no concern."""
+    """Find the tensors in an attribute of a module, also in dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
@@ -271,7 +273,7 @@ def _held(value: Any) -> Iterator[Tensor]:
 
 
 def _leaf(t: Tensor) -> Tensor:
-    """A copy outside of autograd and of inference mode; a parameter stays one."""
+    """Copy a tensor outside of autograd and of inference mode; a parameter stays one."""
     fresh = t.detach().clone()
     return nn.Parameter(fresh, t.requires_grad) if isinstance(t, nn.Parameter) else fresh
 
@@ -293,11 +295,12 @@ def _bound_rows(model: nn.Module) -> None:
                 torch.embedding_renorm_(module.weight.detach(), every, *vars(module)[BOUND])
 
 
-def chosen(select: Select) -> Callable[[str], bool]:
-    """The selection as a predicate on parameter names."""
+def parameter_filter(select: Select) -> Callable[[str], bool]:
+    """Turn the selection into a predicate on parameter names."""
     if select is None:
         return lambda _: True
     if callable(select):
         return select
-    patterns = [re.compile(p) for p in ([select] if isinstance(select, str) else select)]
+    expressions = [select] if isinstance(select, str) else select
+    patterns = [re.compile(expression) for expression in expressions]
     return lambda name: any(p.search(name) for p in patterns)

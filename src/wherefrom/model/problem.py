@@ -1,50 +1,52 @@
-"""Problem: a model, its task and its training data, and the way to per-example gradients of the chosen parameters.
+"""Problem: a trained model, its task and its training data, and the way to the gradients of the chosen parameters.
 
-The model is observed by hooks only while a pass runs and comes back as it was. How each layer's gradient is factored is
-verified once against autograd on a few examples; what cannot be factored is computed the slow and exact way.
+The problem is a record that never changes. What runs the model is written elsewhere: `wherefrom.model.capture` turns
+one pass over a batch into per-sample gradients, `wherefrom.model.check` compares some of them with autograd, and
+`wherefrom.model.verification` decides what happens if they differ, and remembers it.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from wherefrom.data.batches import origin_of, take_rows
 from wherefrom.data.examples import Batch, Examples, batch_length, take
-from wherefrom.errors import AttributionWarning, InputError, expected
-from wherefrom.model import contract
-from wherefrom.model.capture import Seeds, Traced, trace, watch_layers
-from wherefrom.model.check import FLOOR, TOLERANCE, RowCheck, examine, find_shared, row_errors
+from wherefrom.errors import AttributionWarning, InputError
+from wherefrom.model import contract, verification
+from wherefrom.model.capture import OutputCotangents
+from wherefrom.model.check import FLOOR, TOLERANCE, RowCheck
 from wherefrom.model.observe import (
     Select,
-    chosen,
     copied,
     fingerprint,
     in_training_with,
     observed,
+    parameter_filter,
     plain_names,
     ready,
     trainable,
 )
 from wherefrom.model.task import Task, as_task
+from wherefrom.model.verification import Verification, list_names
 from wherefrom.persample.blocks import Block
 from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
-from wherefrom.persample.layers import Unfactorable
-from wherefrom.persample.layout import Layout, plan
-from wherefrom.persample.vectors import Vectors, norm
+from wherefrom.persample.layout import Layout
+from wherefrom.persample.vectors import Vectors
 from wherefrom.progress import track
 from wherefrom.store import COMPUTED
 from wherefrom.surroundings import jvp, math_attention, substituted, undisturbed
 
 
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Problem:
     """What is attributed: a trained model, its task, its training examples and the parameters that count.
 
@@ -60,9 +62,25 @@ class Problem:
             right-hand sides go together, never the result.
         progress: show progress bars; None shows them on a terminal.
 
+    Attributes:
+        parameters: the attributed parameters by name, in the model's order.
+        trainable: number of trainable parameters of the model, attributed or not.
+        verification: what is known about the per-sample gradients so far. It is the one part that changes.
+
     Raises:
         InputError: an untrainable, non-finite, half-converted or scattered model; a selection that matches nothing.
     """
+
+    model: nn.Module
+    task: Task
+    train: Examples
+    parameters: Mapping[str, nn.Parameter]
+    trainable: int
+    memory: float
+    progress: bool | None
+    device: torch.device
+    dtype: torch.dtype
+    verification: Verification
 
     def __init__(
         self,
@@ -74,92 +92,44 @@ class Problem:
         memory: float = 2**31,
         progress: bool | None = None,
     ):
-        self.task = as_task(task)
-        self.model = ready(model)
-        self.train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
-        self.memory, self.progress = memory, progress
-        trained = trainable(self.model)
-        keep = chosen(parameters)
-        self.parameters = {name: p for name, p in trained.items() if keep(name)}
-        self.trainable = sum(p.numel() for p in trained.values())
-        if not self.parameters:
+        task = as_task(task)
+        model = ready(model)
+        train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
+
+        trained = trainable(model)
+        is_chosen = parameter_filter(parameters)
+        chosen = {name: p for name, p in trained.items() if is_chosen(name)}
+        if not chosen:
             raise InputError(
                 f"parameters={parameters!r} selects none of the {len(trained)} trainable parameters "
                 f"({', '.join(list(trained)[:5])}, ...). Check the pattern, and that requires_grad is True."
             )
-        if in_training_with(self.model, "Dropout"):
+        if in_training_with(model, "Dropout"):
             warnings.warn(
                 "the model is in training mode with dropout: it is evaluated in eval mode.",
                 AttributionWarning,
                 stacklevel=2,
             )
-        first = next(iter(self.parameters.values()))
-        self.device, self.dtype = first.device, first.dtype
-        self.row_check = RowCheck(sum(p.numel() for p in self.parameters.values()))
-        self._layout: Layout | None = None
-        self._unseen: set[str] = set()  # blocks without a gradient so far
-        self._named: set[str] = set()  # those of them that a warning named
-        self._tried: dict[int, object] = {}  # losses and measurements that were held against those of rows alone
 
-    @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Parameter name to shape, in the model's order."""
-        return {name: p.shape for name, p in self.parameters.items()}
+        first = next(iter(chosen.values()))
+        # The fields of a frozen dataclass can be set only this way.
+        vars(self).update(
+            model=model,
+            task=task,
+            train=train,
+            parameters=chosen,
+            trainable=_count(trained),
+            memory=memory,
+            progress=progress,
+            device=first.device,
+            dtype=first.dtype,
+            verification=Verification(RowCheck(_count(chosen))),
+        )
 
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """The blocks of the layout."""
-        return self.layout.blocks
-
-    @property
-    def layout(self) -> Layout:
-        """How each parameter's gradient is found; it is tried on a few examples first."""
-        return self._layout or self.examine()
-
-    def examine(self) -> Layout:
-        """Try the model on a few examples, once: the layout, checked against autograd.
-
-        Raises:
-            InputError: if the model has no per-example gradients.
-        """
-        if self._layout is None:
-            self._layout = self._examined_layout()
-        return self._layout
-
-    def _examined_layout(self) -> Layout:
-        """Plan the layout and hold it against autograd; name what takes the slow path or has no gradient."""
-        batch = self.batch([i % len(self.train) for i in range(3)])
-        with self.observed() as model:
-            layout = plan(model, self.parameters)  # in eval mode: reading a weight may change a spectral norm's buffers
-            forward = self._forward(model)
-            plain = forward(batch).detach()
-            layout = find_shared(lambda some: watch_layers(forward, model, batch, some), layout, plain)
-            trace_rows = lambda some, cotangents: self._trace(model, batch, lambda *_: cotangents, some)  # noqa: E731
-            layout, unseen = examine(
-                layout, batch, self._with_gradients(model), self._loss, self.parameters, trace_rows, self.dtype
-            )
-            self._try_examples(model, batch, plain)
-        self._unseen = {b.name for b in layout.blocks if unseen.issuperset(b.shapes)}
-        if self._unseen == {b.name for b in layout.blocks}:
-            warnings.warn(
-                "none of the selected parameters acts on the loss of the first training examples. Unmerge adapters "
-                "that were merged into the weights.",
-                AttributionWarning,
-                stacklevel=2,
-            )
-        if layout.slow:
-            names = [p for b in layout.slow for p in b.shapes]
-            how = ", by a backward pass for each as vmap gives other numbers" if layout.looped else ""
-            warnings.warn(
-                f"{len(names)} parameters are not covered by a layer entry and take the exact slow path (one gradient "
-                f"per example{how}): {_some(names)}. Leave them out with parameters=..., or register a LayerKind.",
-                AttributionWarning,
-                stacklevel=2,
-            )
-        return layout
+    # --- other weights ------------------------------------------------------------------------------------------------
 
     def at(self, state: Mapping[str, Tensor]) -> Problem:
-        """The same problem with a copy of the model at other weights, such as a checkpoint's.
+        """Build the same problem with a copy of the model at other weights, such as a checkpoint's.
 
         Args:
             state: a ``state_dict`` of the model, of any float dtype.
@@ -172,42 +142,65 @@ class Problem:
             model.load_state_dict(plain_names(state))
         except (RuntimeError, KeyError) as error:
             raise InputError(f"The weights must be a state_dict of the model, got: {error}") from error
-        keep = set(self.parameters)
-        there = Problem(model, self.task, self.train, lambda n: n in keep, None, self.memory, self.progress)
-        there.row_check = self.row_check
-        return there
+        return self.with_model(model, set(self.parameters).__contains__)
 
-    def coverage(self) -> str:
-        """One sentence: the share of trainable parameters attributed, and what is left out."""
-        size = sum(p.numel() for p in self.parameters.values())
-        trained = trainable(self.model)
-        left = [name for name in trained if name not in self.parameters]
-        frozen = sum(1 for _ in self.model.parameters()) - len(trained)
-        text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
-        text += f"; left out by the selection: {_some(left)}" if left else ""
-        return text + (f"; {frozen} frozen parameters" if frozen else "")
+    def with_model(self, model: nn.Module, parameters: Select = None) -> Problem:
+        """Build the same problem for another model; the row errors of both are counted together.
 
-    # passes over data -------------------------------------------------------------------------------------------------
+        Args:
+            model: a model for the same task and the same data.
+            parameters: which of its trainable parameters to attribute, as for `Problem`.
+        """
+        other = Problem(model, self.task, self.train, parameters, None, self.memory, self.progress)
+        # The gradients of both go into the same scores, so one row error speaks for them.
+        other.verification.row_check = self.verification.row_check
+        return other
 
-    def batch(self, index: Sequence[int] | Tensor) -> Batch:
-        """Training examples by number."""
-        return self.train.batch(index, self.device, self.dtype)
+    def with_train(self, train: Examples) -> Problem:
+        """Build the same problem with other training examples; what is known about its gradients is shared."""
+        other = copy.copy(self)
+        vars(other).update(train=train)
+        return other
 
-    def batches(self, examples: Examples | None = None, what: str | None = None) -> Iterator[tuple[range, Batch]]:
-        """All training examples, or those given, in order; with a progress bar if ``what`` says what is done."""
-        examples = examples or self.train
-        batches = examples.batches(self.device, self.dtype, self._is_finite)
-        if what is None:
-            return batches
-        return track(batches, what, total=-(-len(examples) // examples.batch_size), enabled=self.progress)
+    # --- what it says about itself ------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Parameter name to shape, in the model's order."""
+        return {name: p.shape for name, p in self.parameters.items()}
+
+    @property
+    def layout(self) -> Layout:
+        """How each block's gradients are captured; `examine` finds it out."""
+        return self.examine()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of the layout."""
+        return self.examine().blocks
 
     @property
     def row_error(self) -> float | None:
         """The largest relative difference from autograd of the rows that were checked, here and `at` other weights."""
-        return self.row_check.error if self.row_check.checked else None
+        row_check = self.verification.row_check
+        return row_check.error if row_check.checked else None
+
+    def coverage(self) -> str:
+        """Say in one sentence which share of the trainable parameters is attributed, and what is left out."""
+        size = _count(self.parameters)
+        trained = trainable(self.model)
+        left_out = [name for name in trained if name not in self.parameters]
+        frozen = sum(1 for _ in self.model.parameters()) - len(trained)
+
+        text = f"attributing {size:,} of {self.trainable:,} trainable parameters ({size / self.trainable:.1%})"
+        if left_out:
+            text += f"; left out by the selection: {list_names(left_out)}"
+        if frozen:
+            text += f"; {frozen} frozen parameters"
+        return text
 
     def fingerprint(self) -> dict[str, Any]:
-        """Hashes of the model, the selection and the training data; the task's name and first losses."""
+        """Hash the model, the selection and the training data; with the task's name and first losses."""
         return {
             "task": self.task.name(),
             COMPUTED: self._first_losses(),
@@ -216,136 +209,34 @@ class Problem:
             "train": self.train.fingerprint(),
         }
 
-    def gradients(self, batch: Batch, seeds: Seeds, positions: int | None = None) -> Gradients:
-        """Rows J_n^T s_{n,r} for the cotangents that ``seeds`` makes of the outputs; ``positions`` as for `trace`."""
-        layout = self.layout
-        made: list[Tensor] = []
+    def _first_losses(self) -> list[float]:
+        """Compute the losses of the first examples: a task's name does not tell what its methods do."""
+        batch = self.batch(range(min(8, len(self.train))))
+        with self.observed() as model, torch.no_grad():
+            return self.task.loss(self.outputs(model, batch), batch).tolist()
 
-        def seeds_once(outputs: Tensor, batch: Batch) -> Tensor:  # what they draw or note must not be drawn twice
-            if not made:
-                made.append(seeds(outputs, batch))
-            return made[0]
+    # --- passes over data ---------------------------------------------------------------------------------------------
 
-        while True:
-            with self.observed() as model:
-                try:
-                    traced = self._trace(model, batch, seeds_once, layout, positions)
-                except Unfactorable as error:
-                    if positions:
-                        raise
-                    layout = self._fall_back(layout.using(error.module), error)
-                    continue
-                wrong = self._check_rows(model, traced, batch)
-            if not wrong:
-                return traced.gradients
-            worst = max(wrong, key=lambda name: wrong[name])
-            error = Unfactorable(worst, f"has rows that differ from autograd by {wrong[worst]:.1e} of their size")
-            layout = self._fall_back(frozenset(b.name for b in layout.blocks if wrong.keys() & b.shapes), error)
+    def batch(self, index: Sequence[int] | Tensor) -> Batch:
+        """Collate training examples by number."""
+        return self.train.batch(index, self.device, self.dtype)
 
-    def loss_gradients(self, batch: Batch) -> Gradients:
-        """Gradients of each example's training loss, R = 1."""
-        return self.gradients(batch, self.seeds_of("loss"))
+    def batches(self, examples: Examples | None = None, what: str | None = None) -> Iterator[tuple[range, Batch]]:
+        """Iterate over all training examples, or those given, in order.
 
-    def measurement_gradients(self, batch: Batch) -> Gradients:
-        """Gradients of each query's measurement, R = 1."""
-        return self.gradients(batch, self.seeds_of("measurement"))
+        Args:
+            examples: others than the training examples.
+            what: what is done with them, for a progress bar; None shows none.
 
-    def seeds_of(self, what: str, value_of: Callable[[Tensor, Batch], Tensor] | None = None) -> Seeds:
-        """The cotangent of the outputs that belongs to the task's loss or measurement, or to another function given."""
-        function = value_of or getattr(self.task, what)
-
-        def seeds(outputs: Tensor, batch: Batch) -> Tensor:
-            h = outputs.detach().requires_grad_()
-            with torch.enable_grad():
-                value = contract.call(f"task.{what}", function, h, batch, self.dtype)
-                value = self.per_example(value, batch, what)
-            self._try_alone(function, value.detach(), h.detach(), batch, what)
-            (s,) = torch.autograd.grad(value.sum(), h)
-            contract.check_slope(s, what)
-            return s.unsqueeze(0)
-
-        return seeds
-
-    def sampled_gradients(self, batch: Batch, rng: torch.Generator) -> Gradients:
-        """Loss gradients with labels drawn from the model, R = 1."""
-        loss = self.seeds_of("loss")
-        return self.gradients(batch, lambda h, b: loss(h, self.task.resample(h.detach(), b, rng)))
-
-    @undisturbed()
-    def slopes(self, batch: Batch, v: Vectors) -> Tensor:
-        """Derivatives of each example's training loss along Q directions, by forward mode, or by rows: (Q, n)."""
-        outputs, theta = self.functional(batch)
-
-        def along(w: Vectors) -> Tensor:
-            return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
-
-        with self.observed(), math_attention():
-            try:
-                found = vmap(along)(v)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # no forward mode: rows
-                return self.loss_gradients(batch).dot(Directions.from_parameters(self.blocks, v))[..., 0]
-        if self._agrees(found, batch, v):
-            return found
-        return self.loss_gradients(batch).dot(Directions.from_parameters(self.blocks, v))[..., 0]
-
-    def _agrees(self, slopes: Tensor, batch: Batch, v: Vectors) -> bool:
-        """Compare the slopes (Q, n) of drawn examples with their gradients, which are certified as all rows are.
-
-        Some operations have forward-mode derivatives that are wrong under vmap.
+        Yields:
+            The numbers of a batch's examples, and the batch.
         """
-        place = self.row_check.draw_some(slopes.shape[1])
-        rows = self.loss_gradients(take(batch, place))
-        wanted = rows.dot(Directions.from_parameters(self.blocks, v))[..., 0]  # (Q, m)
-        difference = (slopes[:, place.to(slopes.device)] - wanted).abs()
-        size = wanted.abs() + FLOOR * rows.square_norms().sqrt().T * norm(v).unsqueeze(1).to(wanted)
-        return bool((difference <= TOLERANCE[self.dtype] * size).all())
-
-    def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
-        """The value itself if it is one finite number per example.
-
-        Raises:
-            InputError: otherwise.
-        """
-        n = batch_length(batch)
-        if not isinstance(value, Tensor) or value.shape != (n,):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise expected(
-                f"task.{what}",
-                f"one number per example, shape ({n},)",
-                got,
-                "Use reduction='none' and sum over each example's own tokens.",
-            )
-        if not value.isfinite().all():
-            bad = int((~value.isfinite()).nonzero()[0])
-            raise InputError(
-                f"task.{what} must be finite, got {value[bad].item()} for example {bad} of a batch. "
-                "Look for overflow in the loss (use logsumexp), or drop the example."
-            )
-        return value
-
-    def _try_alone(
-        self, function: Callable[[Tensor, Batch], Tensor], value: Tensor, outputs: Tensor, batch: Batch, what: str
-    ) -> None:
-        """Hold the largest of a batch's losses or measurements against that of its rows alone, once for a function."""
-        key = getattr(function, "__func__", function)
-        if len(value) < 2 or id(key) in self._tried:
-            return
-        self._tried[id(key)] = key
-        i = value.abs().argmax().view(1)
-        if (rows := take_rows(batch, i)) is not None:
-            alone = contract.call(f"task.{what}", function, outputs[i], rows, self.dtype)
-            contract.check_alone(value[i], alone, len(value), what)
-
-    def _try_examples(self, model: nn.Module, batch: Batch, outputs: Tensor) -> None:
-        """Hold the losses of a few examples in a batch against those of each example collated by itself."""
-        together, origin = self._loss(outputs, batch), origin_of(batch)
-        if origin is None or not isinstance(together, Tensor) or together.shape != (len(outputs),):
-            return  # told where it is used
-        singles = (self.train.single(number, self.device, self.dtype) for number in origin.numbers)
-        alone = [self._loss(self.outputs(model, single).detach(), single).detach().flatten() for single in singles]
-        contract.check_alone(together.detach(), torch.cat(alone), len(together), "loss")
+        examples = examples or self.train
+        batches = examples.batches(self.device, self.dtype, self._is_finite)
+        if what is None:
+            return batches
+        total = -(-len(examples) // examples.batch_size)
+        return track(batches, what, total=total, enabled=self.progress)
 
     def _is_finite(self, batch: Batch) -> bool:
         """Whether outputs, losses and gradients are, as with missing labels that the loss leaves out."""
@@ -353,28 +244,45 @@ class Problem:
             for p in self.parameters.values():
                 p.requires_grad_()
             outputs = self.outputs(model, batch)
-            return contract.is_finite(outputs, lambda h: self._loss(h, batch), self.parameters.values())
-
-    def _first_losses(self) -> list[float]:
-        batch = self.batch(range(min(8, len(self.train))))
-        with self.observed() as model, torch.no_grad():
-            return self.task.loss(self.outputs(model, batch), batch).tolist()
-
-    def _loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return contract.call("task.loss", self.task.loss, outputs, batch, self.dtype)
+            return contract.is_finite(outputs, lambda h: self.loss(h, batch), self.parameters.values())
 
     def observed(self) -> AbstractContextManager[nn.Module]:
-        """The model in eval mode without parameter gradients; it is put back afterwards, even after an error."""
+        """Enter the model's eval mode without parameter gradients; it is put back afterwards, even after an error."""
         return observed(self.model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The task's outputs, with a clear error where the model rejects the batch."""
+        """Compute the task's outputs (n, ...) on a batch.
+
+        Raises:
+            InputError: if the model fails on the batch, or its outputs do not have the examples first.
+        """
         outputs = contract.call("the model", self.task.outputs, model, batch, self.dtype)
         contract.check_outputs(outputs, batch_length(batch))
         return outputs
 
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Compute the training loss of each example from the outputs, as the task returns it; see `per_example`.
+
+        Raises:
+            InputError: if the task fails on the batch.
+        """
+        return contract.call("task.loss", self.task.loss, outputs, batch, self.dtype)
+
+    def per_example(self, value: Tensor, batch: Batch, what: str) -> Tensor:
+        """Give back the value itself if it is one finite number per example.
+
+        Args:
+            value: what a method of the task returned.
+            batch: n examples.
+            what: the name of the method, "loss" or "measurement".
+
+        Raises:
+            InputError: otherwise.
+        """
+        return contract.check_values(value, batch_length(batch), what)
+
     def functional(self, batch: Batch) -> tuple[Callable[[Vectors], Tensor], dict[str, Tensor]]:
-        """The outputs on a batch as a function of the selected parameters, and the parameters' values."""
+        """Make the outputs on a batch a function of the selected parameters; with the parameters' values."""
 
         def outputs(parameters: Vectors) -> Tensor:
             swaps = [(self.parameters[name], value) for name, value in parameters.items()]
@@ -383,98 +291,116 @@ class Problem:
 
         return outputs, {name: p.detach() for name, p in self.parameters.items()}
 
-    def _check_rows(self, model: nn.Module, traced: Traced, batch: Batch) -> dict[str, float]:
-        """Compare some of a batch's rows with autograd, if a check is due: relative errors of parameters that differ.
+    # --- per-sample gradients -----------------------------------------------------------------------------------------
+
+    def examine(self) -> Layout:
+        """Find out how each block's gradients are captured, by trying it on a few examples: once, then remembered.
 
         Raises:
-            InputError: if there is no per-example gradient.
+            InputError: if the model has no per-sample gradients.
+            UnsupportedError: if they differ from autograd in every way that they can be captured.
         """
-        used, first_users = self._first_users(traced)
-        vmapped = bool(self.layout.slow) and not self.layout.looped
-        groups = self.row_check.draw(traced, vmapped, first_users)
-        if not groups:
-            return {}
-        count = sum(map(len, groups))
-        weights = self.row_check.weights(count, len(traced.cotangents))
-        errors = row_errors(traced, batch, groups, weights, self._with_gradients(model), self.parameters)
-        wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE[self.dtype]}
-        if not wrong:
-            self.row_check.note(errors, count)
-            self._unseen -= used
-        return wrong
+        return verification.examine(self)
 
     def name_unseen(self) -> None:
-        """Say which parameters had no gradient on any example so far: to be called after a pass over all of them."""
-        named = [p for b in self.layout.blocks if b.name in self._unseen - self._named for p in b.shapes]
-        self._named |= self._unseen
-        if named:
-            warnings.warn(
-                f"{len(named)} parameters had no gradient on any training example, so that they add nothing to the "
-                f"scores: {_some(named)}. Look for what cuts them off (a detached or merged part, a kernel without a "
-                "backward pass), or leave them out with parameters=....",
-                AttributionWarning,
-                stacklevel=3,
-            )
+        """Warn of parameters that had no gradient on any example so far: to be called after a pass over all of them."""
+        verification.warn_of_silent_blocks(self)
 
-    def _first_users(self, traced: Traced) -> tuple[set[str], Tensor | None]:
-        """Blocks that had no gradient before this batch, and which of its examples (n,) use one; None for no such."""
-        users, used = None, set()
-        for name in self._unseen:
-            norms = traced.gradients.rows[name].square_norms()
-            if norms.any():
-                used.add(name)
-                mine = norms.reshape(len(traced.outputs), -1).any(1)
-                users = mine if users is None else users | mine
-        return used, users
+    def gradients(self, batch: Batch, output_cotangents: OutputCotangents, positions: int | None = None) -> Gradients:
+        """Compute the per-sample gradients J_n^T s_{n,r}, factored, and check some of them against autograd.
 
-    def _fall_back(self, names: frozenset[str], error: Unfactorable) -> Layout:
-        """Make the rows of some blocks one example at a time from now on, and say so.
+        Args:
+            batch: n examples.
+            output_cotangents: makes s (R, n, ...) of the outputs (n, ...).
+            positions: the length S of the sequences, for n S rows: see `wherefrom.model.capture.capture`.
 
-        Blocks keep their shape, so that what was made of earlier batches, which were right, goes together with it.
-
-        Raises:
-            UnsupportedError: if they are made so already.
+        Returns:
+            n examples (or n S) of R rows each.
         """
-        layout = self.layout
-        fast = {name for name in names if layout.uses[name]} - layout.alone
-        slow = any(not layout.uses[name] for name in names)
-        if fast:
-            layout = replace(layout, alone=layout.alone | fast)
-        elif slow and not layout.looped:
-            layout = replace(layout, looped=True)
-        else:
-            raise error
-        self._layout = layout
-        warnings.warn(
-            f"{_some(sorted(names))}: {error.why}. From here on these gradients are computed one example at a time, "
-            "which is exact and slow.",
-            AttributionWarning,
-            stacklevel=3,
-        )
-        return layout
+        return verification.compute_gradients(self, batch, output_cotangents, positions)
 
-    def _trace(
-        self, model: nn.Module, batch: Batch, seeds: Seeds, layout: Layout, positions: int | None = None
-    ) -> Traced:
-        for p in self.parameters.values():  # a check may have asked for gradients
-            p.requires_grad_(False)
-        return trace(self._forward(model), model, batch, seeds, layout, self.functional, positions)
+    def loss_gradients(self, batch: Batch) -> Gradients:
+        """Compute the gradient of each example's training loss, R = 1."""
+        return self.gradients(batch, self.output_cotangents("loss"))
 
-    def _forward(self, model: nn.Module) -> Callable[[Batch], Tensor]:
-        """The outputs of the model on a batch."""
-        return lambda batch: self.outputs(model, batch)
+    def measurement_gradients(self, batch: Batch) -> Gradients:
+        """Compute the gradient of each query's measurement, R = 1."""
+        return self.gradients(batch, self.output_cotangents("measurement"))
 
-    def _with_gradients(self, model: nn.Module) -> Callable[[Batch], Tensor]:
-        """The same, differentiable in the attributed parameters."""
+    def sampled_gradients(self, batch: Batch, rng: torch.Generator) -> Gradients:
+        """Compute gradients of the loss with labels drawn from the model, R = 1."""
+        loss_slope = self.output_cotangents("loss")
 
-        def outputs(batch: Batch) -> Tensor:
-            for p in self.parameters.values():
-                p.requires_grad_()
-            return self.outputs(model, batch)
+        def slope_of_drawn_labels(outputs: Tensor, batch: Batch) -> Tensor:
+            return loss_slope(outputs, self.task.resample(outputs.detach(), batch, rng))
 
-        return outputs
+        return self.gradients(batch, slope_of_drawn_labels)
+
+    def output_cotangents(
+        self, what: str, value_of: Callable[[Tensor, Batch], Tensor] | None = None
+    ) -> OutputCotangents:
+        """Make the derivative, by the outputs, of each example's loss or measurement.
+
+        Args:
+            what: "loss" or "measurement": the task's method, and its name in errors.
+            value_of: another function of (outputs, batch) in its place.
+
+        Returns:
+            A function of outputs (n, ...) and their batch that gives (1, n, ...).
+        """
+        function = value_of or getattr(self.task, what)
+
+        def slope(outputs: Tensor, batch: Batch) -> Tensor:
+            leaf = outputs.detach().requires_grad_()
+            with torch.enable_grad():
+                value = contract.call(f"task.{what}", function, leaf, batch, self.dtype)
+                value = self.per_example(value, batch, what)  # (n,)
+            verification.compare_largest_with_its_rows_alone(self, function, what, value.detach(), leaf.detach(), batch)
+            (cotangent,) = torch.autograd.grad(value.sum(), leaf)  # (n, ...)
+            contract.check_slope(cotangent, what)
+            return cotangent.unsqueeze(0)
+
+        return slope
+
+    @undisturbed()
+    def slopes(self, batch: Batch, directions: Directions) -> Tensor:
+        """Compute derivatives of each example's training loss along Q directions, by forward mode, or by rows: (Q, n).
+
+        Forward mode needs no gradient of its own for each example, which parameters on the slow path would have to be
+        given in full.
+        """
+        outputs, theta = self.functional(batch)
+        v = directions.to_parameters()
+
+        def along(w: Vectors) -> Tensor:
+            return jvp(lambda p: self.task.loss(outputs(p), batch), (theta,), (w,))[1]
+
+        with self.observed(), math_attention():
+            try:
+                slopes = vmap(along)(v)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):
+                # Some operation has no derivative in forward mode.
+                return self.loss_gradients(batch).dot(directions)[..., 0]
+        if self._agrees_with_rows(slopes, batch, directions):
+            return slopes
+        return self.loss_gradients(batch).dot(directions)[..., 0]
+
+    def _agrees_with_rows(self, slopes: Tensor, batch: Batch, directions: Directions) -> bool:
+        """Compare the slopes (Q, n) of drawn examples with their gradients, which are certified as all rows are.
+
+        Some operations have forward-mode derivatives that are wrong under vmap.
+        """
+        index = self.verification.row_check.draw_some(slopes.shape[1])  # (m,)
+        rows = self.loss_gradients(take(batch, index))
+        wanted = rows.dot(directions)[..., 0]  # (Q, m)
+        difference = (slopes[:, index.to(slopes.device)] - wanted).abs()
+        # A direction may be orthogonal to a gradient: their lengths give the rounding that is to be expected then.
+        lengths = rows.square_norms().sqrt().T * directions.norm().unsqueeze(1).to(wanted)
+        return bool((difference <= TOLERANCE[self.dtype] * (wanted.abs() + FLOOR * lengths)).all())
 
 
-def _some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join([*names[:6], *([f"and {len(names) - 6} more"] if len(names) > 6 else [])])
+def _count(parameters: Mapping[str, nn.Parameter]) -> int:
+    """How many numbers the parameters hold together."""
+    return sum(p.numel() for p in parameters.values())

@@ -23,19 +23,19 @@ class Task:
     """The user's contract. Batches are whatever the data set yields; B is their number of examples."""
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's outputs on a batch, differentiable in the parameters: (B, ..., C)."""
+        """Compute the model's outputs on a batch, differentiable in the parameters: (B, ..., C)."""
         raise NotImplementedError
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The training loss, one number per example, summed over its own tokens: (B,)."""
+        """Compute the training loss, one number per example, summed over its own tokens: (B,)."""
         raise NotImplementedError
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """f of each query, lower is better; the loss unless overridden: (B,)."""
+        """Compute f of each query, lower is better; the loss unless overridden: (B,)."""
         return self.loss(outputs, batch)
 
     def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The measurement split over the T tokens of each query, (B, T); its sum over T is `measurement`.
+        """Split the measurement over the T tokens of each query, (B, T); its sum over T is `measurement`.
 
         Raises:
             UnsupportedError: unless the task overrides it.
@@ -47,7 +47,7 @@ class Task:
         )
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """The same batch with labels drawn from the model's own distribution (for the true Fisher).
+        """Draw labels from the model's own distribution for the same batch (for the true Fisher).
 
         Raises:
             UnsupportedError: unless the task overrides it.
@@ -59,12 +59,12 @@ class Task:
         )
 
     def padding(self, batch: Batch) -> Tensor | None:
-        """(B, S) True where a position is real; None where all are."""
+        """Tell which positions are real, (B, S) bool; None where all are."""
         del batch
         return None
 
     def name(self) -> str:
-        """What the task is called in records; artefacts fitted under one name are refused under another."""
+        """Name the task in records; artefacts fitted under one name are refused under another."""
         return type(self).__name__
 
 
@@ -82,11 +82,11 @@ class Classification(Task):
         self.ignore_index = ignore_index
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Logits ``model(x)``."""
+        """Compute the logits ``model(x)``."""
         return model(batch[0])
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy in nats, summed over positions: (B,)."""
+        """Compute the cross-entropy in nats, summed over positions: (B,)."""
         labels = self._labels(outputs, batch)
         flat = F.cross_entropy(
             outputs.flatten(0, -2), labels.flatten(), reduction="none", ignore_index=self.ignore_index
@@ -94,7 +94,7 @@ class Classification(Task):
         return flat.view(len(labels), -1).sum(1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Negative margin, summed over positions: (B,)."""
+        """Compute the negative margin, summed over positions: (B,)."""
         labels = self._labels(outputs, batch)
         real = labels != self.ignore_index
         target = labels.where(real, 0).unsqueeze(-1)
@@ -103,20 +103,22 @@ class Classification(Task):
         return -margin.where(real, 0).view(len(labels), -1).sum(1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """Labels by inverse-CDF sampling from softmax(outputs); ignored positions stay ignored."""
+        """Draw labels from softmax(outputs) by the inverse of its CDF; ignored positions stay ignored."""
         labels = self._labels(outputs, batch)
         real = labels != self.ignore_index
-        at = real.flatten().nonzero()[:, 0]  # padding draws nothing
+        at = real.flatten().nonzero()[:, 0]  # padding draws nothing, so that its length changes no other draw
         u = torch.rand(len(at), generator=rng, dtype=torch.float64, device="cpu").to(labels.device)
-        flat, drawn = outputs.detach().flatten(0, -2), torch.full_like(labels, self.ignore_index).flatten()
-        step = max(1, CHUNK // flat.shape[1])
+        logits = outputs.detach().flatten(0, -2)  # (positions, C)
+        drawn = torch.full_like(labels, self.ignore_index).flatten()
+        step = max(1, CHUNK // logits.shape[1])  # a vocabulary is large: a few positions at a time
         for some, points in zip(at.split(step), u.split(step), strict=True):
-            cdf = flat[some].double().softmax(-1).cumsum(-1)
+            cdf = logits[some].double().softmax(-1).cumsum(-1)
+            # The sum of all probabilities differs from 1 by rounding; so the points are scaled to it.
             drawn[some] = (cdf < points.unsqueeze(-1) * cdf[:, -1:]).sum(-1)
         return (batch[0], drawn.view_as(labels), *batch[2:])
 
     def padding(self, batch: Batch) -> Tensor | None:
-        """Positions that have a label, where labels are per position."""
+        """Find the positions that have a label, where labels are per position."""
         labels = batch[1].long()  # as uint8, 156 would equal -100
         return (labels != self.ignore_index).flatten(1) if labels.ndim > 1 else None
 
@@ -147,40 +149,38 @@ class Regression(Task):
     """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Predictions ``model(x)``."""
+        """Compute the predictions ``model(x)``."""
         return model(batch[0])
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Squared error summed over outputs: (B,)."""
+        """Compute the squared error, summed over outputs: (B,)."""
         return self._error(outputs, batch).square().sum(1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Absolute error summed over outputs: (B,)."""
+        """Compute the absolute error, summed over outputs: (B,)."""
         return self._error(outputs, batch).abs().sum(1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
-        """Targets drawn from N(h, 1/2), the distribution whose negative log-likelihood is the squared error."""
+        """Draw targets from N(h, 1/2), the distribution whose negative log-likelihood is the squared error."""
         u = torch.rand(outputs.shape, generator=rng, dtype=torch.float64, device="cpu").clamp(1e-12, 1 - 1e-12)
         noise = torch.special.ndtri(u).to(outputs) * 0.5**0.5
         return (batch[0], (outputs.detach() + noise).view_as(batch[1]), *batch[2:])
 
     @staticmethod
     def _error(outputs: Tensor, batch: Batch) -> Tensor:
+        # torch subtracts no booleans.
         targets = batch[1].to(outputs.dtype) if batch[1].dtype == torch.bool else batch[1]
         if targets.numel() != outputs.numel() or len(targets) != len(outputs):
             raise InputError(
                 f"Regression expects one target per output, got outputs {tuple(outputs.shape)} and targets "
                 f"{tuple(targets.shape)}. Give targets of the outputs' shape."
             )
-        return (
-            outputs.flatten(1) - targets.reshape(outputs.shape).flatten(1)
-            if outputs.ndim > 1
-            else (outputs - targets.reshape(outputs.shape)).unsqueeze(1)
-        )
+        error = outputs - targets.reshape(outputs.shape)
+        return error.flatten(1) if error.ndim > 1 else error.unsqueeze(1)  # (B, K)
 
 
 def as_task(task: object) -> Task:
-    """A `Task` from the user's object: itself, or a duck-typed one with the defaults for what it lacks.
+    """Make a `Task` of the user's object: itself, or a duck-typed one with the defaults for what it lacks.
 
     Raises:
         InputError: if ``outputs`` or ``loss`` is missing.
@@ -208,5 +208,5 @@ class _Duck(Task):
         self.wrapped = task
 
     def name(self) -> str:
-        """The user's class."""
+        """Name the user's class."""
         return type(self.wrapped).__name__

@@ -1,4 +1,4 @@
-"""Which parameters form a block together, and which modules its rows come from."""
+"""Which parameters form a block together, and how the rows of each block are captured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from wherefrom.persample.layers import kind_of, register_loaded, transposed
 
 @dataclass(frozen=True)
 class Use:
-    """A block's rows come from these parameters of this module; None stands for the slow path."""
+    """A module whose calls give rows to a block, and which of the module's own parameters these are rows of.
+
+    Args:
+        module: the path of the module in the model.
+        parts: names of its parameters, in the order of the block's columns.
+    """
 
     module: str
     parts: tuple[str, ...]
@@ -22,81 +27,121 @@ class Use:
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks, and where the rows of each come from.
+    """The blocks, and how the rows of each are captured.
 
     Args:
         blocks: the blocks.
-        uses: block name to the modules that use it; none: the slow path.
-        alone: blocks whose rows are made one example at a time, as their layers do not see a batch example by example.
-        shared: modules that are called with one row for the whole batch, such as a table of positions.
-        looped: make the rows of the slow path by a backward pass for each, as vmap gives others than autograd.
+        uses: block name to the modules that use it. None of them: no layer rule covers the block, and it takes the
+            slow path.
+        one_by_one: blocks whose rows are captured one example at a time, as their layers do not see a batch example by
+            example.
+        broadcast: modules that are called with one row for the whole batch, such as a table of positions.
+        without_vmap: make the rows of the slow path by a backward pass for each, as vmap gives others than autograd.
     """
 
     blocks: tuple[Block, ...]
     uses: dict[str, tuple[Use, ...]]
-    alone: frozenset[str] = frozenset()
-    shared: frozenset[str] = frozenset()
-    looped: bool = False
+    one_by_one: frozenset[str] = frozenset()
+    broadcast: frozenset[str] = frozenset()
+    without_vmap: bool = False
 
     @property
     def slow(self) -> tuple[Block, ...]:
-        """The blocks that no layer entry covers."""
+        """The blocks that no layer rule covers."""
         return tuple(b for b in self.blocks if not self.uses[b.name])
 
-    def using(self, module: str) -> frozenset[str]:
-        """The names of the blocks that a module's calls give rows to."""
+    def blocks_using(self, module: str) -> frozenset[str]:
+        """Find the names of the blocks that a module's calls give rows to."""
         return frozenset(name for name, uses in self.uses.items() if any(use.module == module for use in uses))
 
-    def only(self, names: frozenset[str]) -> Layout:
-        """The layout of these blocks, from a batch that holds one example."""
+    def parameters_using(self, module: str) -> set[str]:
+        """Find the names of the parameters of those blocks."""
+        using = self.blocks_using(module)
+        return {parameter for b in self.blocks if b.name in using for parameter in b.shapes}
+
+    def restrict_to(self, names: frozenset[str]) -> Layout:
+        """Keep these blocks only, and capture them from a whole batch, which may be one of a single example."""
         blocks = tuple(b for b in self.blocks if b.name in names)
-        return replace(self, blocks=blocks, uses={b.name: self.uses[b.name] for b in blocks}, alone=frozenset())
+        return replace(self, blocks=blocks, uses={b.name: self.uses[b.name] for b in blocks}, one_by_one=frozenset())
 
 
-def plan(model: nn.Module, parameters: dict[str, nn.Parameter]) -> Layout:
-    """Assign each selected parameter to a block: of one layer, of several that share it, or of its own."""
+def plan(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Layout:
+    """Assign each parameter to a block: of one layer, of several that share it, or of its own.
+
+    Nothing is run. Whether the rules describe what the layers do is not known yet.
+
+    Args:
+        model: the model.
+        parameters: those to assign, by name.
+    """
     register_loaded()
-    names = {id(p): name for name, p in parameters.items()}
     modules = dict(model.named_modules())
-    claims: dict[str, list[tuple[str, str]]] = {name: [] for name in parameters}  # parameter -> (module, part)
+    claims = _find_claims(modules, parameters)
+
+    blocks: list[Block] = []
+    uses: dict[str, tuple[Use, ...]] = {}
+    assigned: set[str] = set()
+    for name in parameters:
+        if name in assigned:
+            continue
+        path, part = claims[name][0] if claims[name] else ("", "")
+        is_shared = len(claims[name]) > 1
+
+        # The bias of the same layer joins its weight, unless one of the two is shared with other layers.
+        parts = {name: part}
+        if len(claims[name]) == 1:
+            bias = "bias" if part == "weight" else f"{part}_bias"
+            for other, other_claims in claims.items():
+                if other_claims == [(path, bias)] and other not in assigned:
+                    parts[other] = bias
+
+        is_whole_layer = len(parts) > 1 and part == "weight"
+        shapes = {parameter: parameters[parameter].shape for parameter in parts}
+        block = block_of(path if is_whole_layer else name, modules[path], part, shapes)
+        blocks.append(block)
+        uses[block.name] = tuple(
+            Use(module, (module_part,) if is_shared else tuple(parts.values())) for module, module_part in claims[name]
+        )
+        assigned.update(parts)
+    return Layout(tuple(blocks), uses)
+
+
+def _find_claims(
+    modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, list[tuple[str, str]]]:
+    """Find the modules that hold each parameter and have a rule for it: (path, name of the parameter in the module).
+
+    A parameter that several modules share is one object with several claims.
+    """
+    names = {id(p): name for name, p in parameters.items()}
+    claims: dict[str, list[tuple[str, str]]] = {name: [] for name in parameters}
     for path, module in modules.items():
         for part, p in module._parameters.items():
             if p is not None and id(p) in names and kind_of(module, part) is not None:
                 claims[names[id(p)]].append((path, part))
-    blocks: list[Block] = []
-    uses: dict[str, tuple[Use, ...]] = {}
-    done: set[str] = set()
-    for name in parameters:
-        if name in done:
-            continue
-        path, part = claims[name][0] if claims[name] else ("", "")
-        parts = {name: part}
-        if len(claims[name]) == 1:  # the bias of the same layer joins, unless it is shared too
-            bias = "bias" if part == "weight" else f"{part}_bias"
-            parts |= {p: bias for p, c in claims.items() if c == [(path, bias)] and p not in done}
-        shapes = {p: parameters[p].shape for p in parts}
-        block = block_of(path if len(parts) > 1 and part == "weight" else name, modules[path], part, shapes)
-        blocks.append(block)
-        uses[block.name] = tuple(
-            Use(module, tuple(parts.values()) if len(claims[name]) == 1 else (q,)) for module, q in claims[name]
-        )
-        done.update(parts)
-    return Layout(tuple(blocks), uses)
+    return claims
 
 
 def block_of(name: str, layer: nn.Module, part: str, shapes: Mapping[str, torch.Size]) -> Block:
-    """The block of a layer's part, with its bias; loose numbers if no entry covers it."""
+    """Make the block of a layer's part, with its bias; loose numbers if no entry covers it."""
     kind = kind_of(layer, part) if part else None
     matrix = kind.matrix(layer) if kind else None
     return Block(name, dict(shapes), matrix, matrix is not None and transposed(kind))
 
 
-def demoted(layout: Layout, wrong: set[str]) -> Layout:
-    """The layout with the blocks of wrong parameters replaced by one slow block per parameter."""
-    blocks, uses = [], {}
-    for b in layout.blocks:
-        slow = bool(wrong & set(b.shapes))
-        for piece in [Block(p, {p: s}, None) for p, s in b.shapes.items()] if slow else [b]:
-            blocks.append(piece)
-            uses[piece.name] = () if slow else layout.uses[b.name]
+def fall_back_to_vmap(layout: Layout, wrong: set[str]) -> Layout:
+    """Replace the blocks of wrong parameters by one block per parameter on the slow path.
+
+    It is for layouts that no gradients were captured with: blocks change their shape.
+    """
+    blocks: list[Block] = []
+    uses: dict[str, tuple[Use, ...]] = {}
+    for block in layout.blocks:
+        if wrong & set(block.shapes):
+            for parameter, shape in block.shapes.items():
+                blocks.append(Block(parameter, {parameter: shape}, None))
+                uses[parameter] = ()
+        else:
+            blocks.append(block)
+            uses[block.name] = layout.uses[block.name]
     return replace(layout, blocks=tuple(blocks), uses=uses)

@@ -6,8 +6,8 @@ Examples are ranked by how suspicious they are, largest first:
     harm                -mean_q s(q, z) over trusted queries                               (HyperINF, section 4)
 
 Those beyond Tukey's (1977) outer fence are looked at unless a number is given: three interquartile ranges above the
-upper quartile. With an `Influence` three ways are weighed for each, by the predicted change of the mean f of trusted
-queries:
+upper quartile. With a `FittedInfluence` three ways are weighed for each, by the predicted change of the mean f of
+trusted queries:
 
     keep it: 0,         drop it: s(y) / N,         label it y': (s(y) - s(y')) / N         s(y) = mean_q s(q, (x, y))
 
@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from wherefrom import Influence
+from wherefrom import FittedInfluence
 from wherefrom.data.tables import Table, as_table, joined
 from wherefrom.errors import InputError, expected
 from wherefrom.tools.act.ranking import Numbers, rank_examples, resolve_count
@@ -55,7 +55,7 @@ class Proposal:
     Attributes:
         example: its number.
         action: "drop" or "relabel"; or "keep", where the trusted queries would miss it.
-        given: its label, where an `Influence` tells it.
+        given: its label, where a `FittedInfluence` tells it.
         label: the new one, to relabel.
         change: predicted change of the trusted queries' mean f (lower is better); None without any.
         reason: in words.
@@ -111,7 +111,7 @@ class Cleaning:
 
 def clean(
     scores: object,
-    influence: Influence | None = None,
+    influence: FittedInfluence | None = None,
     trusted: Any = None,
     share: float | None = None,
     count: int | None = None,
@@ -123,7 +123,7 @@ def clean(
     Args:
         scores: (N,) self-influence, such as ``influence.self_influence()``; or (Q, N) scores on trusted queries, such
             as ``influence.score(trusted)``. Tensors, arrays, or an object whose ``values`` is one.
-        influence: a fitted `Influence` of a classifier, to try other labels with. None: all are proposed to drop.
+        influence: a `FittedInfluence` of a classifier, to try other labels with. None: all are proposed to drop.
         trusted: queries whose labels are right, in the form of the training data, to try labels against. None: 100
             training examples, as many of each label, drawn from the less suspicious half of those that have it.
         share, count: how many to look at. Neither: those beyond the outer fence, if above zero.
@@ -181,7 +181,7 @@ def _refuse_shortlist(scores: object, n_columns: int) -> None:
     count = "" if n_examples is None else f"{n_examples:,} "
     raise InputError(
         f"Outlier detection needs the scores of all {count}training examples, but these scores cover a shortlist of "
-        f"{n_columns:,}. Score without candidates=, or rank the shortlist with top()."
+        f"{n_columns:,}. Score without examples=, or rank the shortlist with top()."
     )
 
 
@@ -194,7 +194,7 @@ def _measure_distances(values: Floats) -> tuple[Floats, float]:
 
 
 def _decide(
-    influence: Influence, trusted: Any, ranking: Numbers, size: int, place: int | str, seed: int
+    influence: FittedInfluence, trusted: Any, ranking: Numbers, size: int, place: int | str, seed: int
 ) -> tuple[list[Decision], str]:
     """Decide about the first in the ranking, and say what was trusted."""
     problem, n = influence.problem, len(ranking)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wherefrom import Influence, Problem
+from wherefrom import FittedInfluence, Problem
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import InputError
 from wherefrom.tools.act.ranking import Numbers
@@ -33,7 +33,7 @@ def read_labels(problem: Problem, place: int | str) -> Numbers:
 
 
 def try_labels(
-    influence: Influence, trusted: Any, suspects: Sequence[int], labels: Sequence[int], place: int | str
+    influence: FittedInfluence, trusted: Any, suspects: Sequence[int], labels: Sequence[int], place: int | str
 ) -> tuple[Floats, Floats]:
     """Compute s of every suspect with every label, and the model's loss on it, both (S, C).
 
@@ -41,7 +41,7 @@ def try_labels(
     """
     problem = influence.problem
     variants = _Relabelled(problem.train, suspects, labels, place)
-    s = influence.score(trusted, certify=False, candidates=variants).values.double().mean(0)  # (S C,)
+    s = influence.score(trusted, certify=False, examples=variants).values.double().mean(0)  # (S C,)
     losses = []
     with problem.observed() as model, torch.no_grad():
         for _, batch in problem.batches(variants):

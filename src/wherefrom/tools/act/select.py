@@ -83,7 +83,7 @@ def select(
 
     Args:
         scores: (Q, N) tensor or array, or an object whose ``values`` is one, of N examples on Q target queries;
-            positive: z helps. Data that was not trained on is scored by ``Influence.score(candidates=...)``.
+            positive: z helps. Data that was not trained on is scored by ``fitted.score(queries, examples=...)``.
         share: of the N examples, in (0, 1].
         count: how many, in place of a share.
         by: the rule, see above: "mean", "max", or "coverage" for a diverse set.

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from wherefrom import Scores
+from wherefrom import Certificate, Scores
 from wherefrom.data.tables import read_table
 from wherefrom.errors import ArtefactError, expected
 from wherefrom.tools import loading
@@ -174,7 +174,7 @@ def read_scores(path: str) -> Scores:
     except ArtefactError:
         values = torch.from_numpy(load_matrix(path))
         # Nothing is known of a solve, so there is nothing that did not converge.
-        return Scores(values, residual=None, converged=torch.ones(len(values), dtype=torch.bool))
+        return Scores(values, Certificate.of_nothing_solved(len(values)))
     for name in RECORDED:
         scores.provenance.pop(name, None)
     return scores

@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 import wherefrom
-from wherefrom import Scores
+from wherefrom import Scores, Solution
 from wherefrom.data.examples import Examples
 from wherefrom.errors import UnsupportedError, expected
 from wherefrom.tools import act
@@ -103,32 +103,61 @@ def compute_explanation(
         the scores of all queries; and the scores of the strongest examples of the shown ones, split over tokens and
         blocks of parameters, if the method has parts and the examples are shown as tokens.
     """
-    scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)
-
     train, asked = run.target.shown("train"), run.target.shown("queries")
     has_tokens = train[0].tokens is not None and asked[0].tokens is not None
-    if not run.kind.is_influence or not has_tokens:
+    has_parts = run.kind.is_influence and has_tokens
+    # The tokens' solutions sum to the queries', so that one solve serves all; where few of many queries have a card,
+    # only theirs are solved for token by token.
+    splits_queries = has_parts and len(show) == len(asked) and _has_token_measurements(run)
+    if splits_queries:
+        for fit in run.fits():
+            run.solve(fit, certify, by_token=True)
+
+    scores = run.scores(certify=certify) if candidates is None else run.shortlisted(candidates, certify)
+    if not has_parts:
         return scores, None
 
     strongest = scores.top(min(k, scores.values.shape[1]))
     index = torch.cat([strongest.proponents[show], strongest.opponents[show]]).unique().tolist()
-    queries = Examples(run.target.queries, "queries").batch(show, run.problem.device, run.problem.dtype)
+    solutions = [_solve_shown(run, fit, show, splits_queries) for fit in run.fits()]
 
-    def average(parts: Callable[[wherefrom.Influence], Tensor]) -> Tensor | None:
+    def average(part: Callable[[Solution], Tensor]) -> Tensor | None:
         """Return the mean over the models, as that of the scores is; None where the task has no such parts."""
         try:
-            return torch.stack([parts(fit) for fit in run.fits()]).mean(0)
+            return torch.stack([part(solution) for solution in solutions]).mean(0)
         except UnsupportedError as error:
             say(f"Not in the report: {error}")
             return None
 
-    of_each_model = [fit.by_block(queries, index) for fit in run.fits()]
+    of_each_model = [solution.by_block(index) for solution in solutions]
     blocks = {}
     for name in of_each_model[0]:
         blocks[name] = torch.stack([of_model[name] for of_model in of_each_model]).mean(0)
-    tokens = average(lambda fit: fit.by_token(queries, index))
-    query_tokens = average(lambda fit: fit.by_query_token(queries, index))
+    tokens = average(lambda solution: solution.by_token(index))
+    query_tokens = None
+    if all(solution.tokens is not None for solution in solutions):
+        query_tokens = average(lambda solution: solution.by_query_token(index))
     return scores, Split(show, index, tokens, query_tokens, blocks)
+
+
+def _has_token_measurements(run: Run) -> bool:
+    """Tell whether the task splits its measurement over tokens; if it does not, the report has no such part."""
+    queries = Examples(run.target.queries, "queries").batch([0], run.problem.device, run.problem.dtype)
+    try:
+        with run.problem.observed() as model, torch.no_grad():
+            run.problem.task.token_measurements(run.problem.outputs(model, queries), queries)
+    except UnsupportedError as error:
+        say(f"Not in the report: {error}")
+        return False
+    return True
+
+
+def _solve_shown(run: Run, fit: wherefrom.FittedInfluence, show: Sequence[int], is_split: bool) -> Solution:
+    """Return the solution for the queries that are shown: the one that the scores came out of, if it is of these."""
+    if is_split or len(show) == len(run.target.shown("queries")):
+        return run.solve(fit)
+    queries = Examples(run.target.queries, "queries").batch(show, run.problem.device, run.problem.dtype)
+    return fit.solve(queries, certify=False, by_token=_has_token_measurements(run))
 
 
 def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep: tuple[float, ...] = ()) -> None:
@@ -141,7 +170,7 @@ def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep
 
     Args:
         k: proponents and opponents of each query.
-        layers: also which layers the influence comes through, by one more solve.
+        layers: also which layers the influence comes through.
         sweep: also the scores at these multiples of the damping.
     """
     run = Run("report", options)
@@ -156,7 +185,7 @@ def report(options: Flat[Attributed], *, k: int = 5, layers: bool = False, sweep
     if layers:
         strongest = scores.top(min(k, scores.values.shape[1]))
         examples = strongest.proponents.flatten().unique().tolist()
-        contributions = run.fits()[0].by_block(run.target.queries, examples)
+        contributions = run.solve(run.fits()[0]).by_block(examples)
         sections.append(Layers(contributions, range(min(SHOWN, len(queries)))))
     if (run.folder / "self-influence.safetensors").exists():
         suspects = Suspects(train, run.self_influence().self_influence)
@@ -180,13 +209,13 @@ def sweep_dampings(run: Run, scores: Scores, factors: Sequence[float]) -> Dampin
     if any(not factor > 0 for factor in factors):
         raise expected("sweep", "positive multiples of the damping", list(factors))
     queries = run.target.given("queries")
-    dampings = run.fits()[0].inverse.shift  # one for each parameter
+    dampings = run.fits()[0].inverse.damping  # one for each block of parameters
     # The page names a damping of several values by the largest of them.
     largest = max(dampings.values())
 
     swept = {largest: scores}
     for factor in factors:
-        damping = wherefrom.Damping.by_parameter({name: factor * value for name, value in dampings.items()})
+        damping = wherefrom.Damping.by_block({name: factor * value for name, value in dampings.items()})
 
         def make(fit: Any, pieces: Path, damping: wherefrom.Damping = damping) -> Scores:
             return fit.at(damping).score(queries, folder=pieces)

@@ -28,7 +28,7 @@ def _is_solver(kind: type) -> bool:
 
 
 def _is_method(kind: type) -> bool:
-    return hasattr(kind, "fit") and hasattr(kind, "score")
+    return hasattr(kind, "fit") and not issubclass(kind, wherefrom.Solver) and not getattr(kind, "_is_protocol", False)
 
 
 SOLVERS: Names = {name: kind for name, kind in CLASSES.items() if _is_solver(kind)}
@@ -39,7 +39,7 @@ DAMPINGS: Names = {
     "relative": wherefrom.Damping.relative,
     "per_example": wherefrom.Damping.per_example,
     "from_training": wherefrom.Damping.from_training,
-    "by_parameter": wherefrom.Damping.by_parameter,
+    "by_block": wherefrom.Damping.by_block,
 }
 NAMES: Names = SOLVERS | CURVATURES | METHODS | DAMPINGS
 

@@ -47,8 +47,7 @@ class Kind:
     def fit(self, run: Run) -> list[Any]:
         """Fit the method to each of the models."""
         task, train = run.target.task, run.target.train
-        # Each model has a copy of the method, which holds its fit.
-        return [dataclasses.replace(run.method).fit(model, task, train) for model in run.models]
+        return [run.method.fit(model, task, train) for model in run.models]
 
     def score(self, run: Run, fit: Any, asked: str, candidates: Any, certify: bool, pieces: Path) -> Scores:  # noqa: ARG002
         """Score the training examples, or the candidates, on the queries.
@@ -76,7 +75,7 @@ class Kind:
         """
         if not hasattr(fit, "self_influence"):
             raise UnsupportedError(f"{self.name} has no self-influence. Take influence functions, or TracIn().")
-        return _scores_of_no_query(fit.self_influence(), {"solver": str(fit)})
+        return _scores_of_no_query(fit.self_influence(), {"solver": str(fit.method)})
 
     def require_influence(self, what: str) -> None:
         """Refuse what only influence functions can do.
@@ -99,7 +98,9 @@ class InfluenceKind(Kind):
 
     def score(self, run: Run, fit: Any, asked: str, candidates: Any, certify: bool, pieces: Path) -> Scores:
         """Score the training examples, or the candidates, on the queries."""
-        return fit.score(run.target.given(asked), certify=certify, candidates=candidates, folder=pieces)
+        if asked == "queries" and candidates is None:
+            return run.solve(fit, certify, pieces).score(folder=pieces)
+        return fit.score(run.target.given(asked), certify=certify, examples=candidates, folder=pieces)
 
     def self_influence(self, fit: Any, pieces: Path) -> Scores:
         """Return the self-influence of the training examples, as scores of no query."""
@@ -161,10 +162,5 @@ def kind_of(method: Any, name: str) -> Kind:
 
 
 def _scores_of_no_query(values: torch.Tensor, provenance: dict[str, Any]) -> Scores:
-    return Scores(
-        values=values.new_zeros(0, len(values)),
-        residual=None,
-        converged=torch.ones(0, dtype=torch.bool),
-        provenance=provenance,
-        self_values=values,
-    )
+    nothing = wherefrom.Certificate.of_nothing_solved(0)
+    return Scores(values.new_zeros(0, len(values)), nothing, provenance, values)

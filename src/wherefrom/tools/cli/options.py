@@ -11,9 +11,9 @@ import tyro
 
 import wherefrom
 from wherefrom.errors import expected
-from wherefrom.solvers.base import seeded
+from wherefrom.solvers.base import with_seed
 from wherefrom.tools import loading
-from wherefrom.tools.cli.expressions import NAMES, bind_arguments, read_expression
+from wherefrom.tools.cli.expressions import METHODS, NAMES, bind_arguments, read_expression
 from wherefrom.tools.cli.language import Language
 
 CURVATURES = {"ggn": wherefrom.GGN, "hessian": wherefrom.Hessian, "fisher": wherefrom.EmpiricalFisher}
@@ -127,9 +127,9 @@ class Attributed(Subject):
         arguments = {name: value for name, value in arguments.items() if value is not None}
         names = bind_arguments(NAMES, trajectory=None, **arguments)
         method = read_expression("method", self.method, "SOURCE(segments=3)", names)
-        if not (hasattr(method, "fit") and hasattr(method, "score")):
+        if type(method) not in METHODS.values():
             raise expected("method", "a method such as TracIn() or TRAK()", repr(self.method))
-        return method if self.seed is None else seeded(method, self.seed)
+        return method if self.seed is None else with_seed(method, self.seed)
 
     def _parse_influence(self) -> wherefrom.Influence:
         solver: Any = "auto"

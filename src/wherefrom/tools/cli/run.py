@@ -60,6 +60,7 @@ class Run(Results):
             self.models[0], self.target.task, self.target.train, self.options.parameters, options.batch_size
         )
         self._fits: list[Any] = []
+        self._solutions: dict[int, wherefrom.Solution] = {}  # of the queries, by the identity of a fit
 
         # These decide the exit code: a module of the user's that silences warnings does not silence them.
         warnings.filterwarnings("always", category=ConvergenceWarning)
@@ -76,7 +77,7 @@ class Run(Results):
             self._fits = self.kind.fit(self)
         return self._fits
 
-    def load_or_fit(self, model: nn.Module, name: str) -> wherefrom.Influence:
+    def load_or_fit(self, model: nn.Module, name: str) -> wherefrom.FittedInfluence:
         """Fit influence functions to a model and keep them in the folder, or take them from there.
 
         Args:
@@ -86,7 +87,7 @@ class Run(Results):
         Raises:
             ArtefactError: if those that are there were fitted to something else, by name of what differs.
         """
-        method: Any = dataclasses.replace(self.method)
+        method: wherefrom.Influence = self.method
         task, train = self.target.task, self.target.train
         path = self.folder / f"{name}.safetensors"
         if path.exists():
@@ -100,6 +101,23 @@ class Run(Results):
         for line in describe_fit(fit.provenance()):
             say(line)
         return fit
+
+    def solve(
+        self, fit: wherefrom.FittedInfluence, certify: bool = True, pieces: Path | None = None, by_token: bool = False
+    ) -> wherefrom.Solution:
+        """Solve for the queries with a fit, once: all that is asked of them comes out of the same solution.
+
+        Args:
+            fit: one of the fits.
+            certify: measure residuals.
+            pieces: a folder where solutions are kept until the scores are complete.
+            by_token: solve for each token of the queries.
+        """
+        if id(fit) not in self._solutions:
+            queries = self.target.given("queries")
+            folder = None if by_token else pieces
+            self._solutions[id(fit)] = fit.solve(queries, certify=certify, by_token=by_token, folder=folder)
+        return self._solutions[id(fit)]
 
     # --- scores -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +282,7 @@ def describe_fit(provenance: Mapping[str, Any]) -> list[str]:
     for name, value in provenance.get("chosen", {}).items():
         rows[f"chosen {name}"] = value
 
-    dampings = provenance.get("damping by parameter", {}).values()
+    dampings = provenance.get("damping by block", {}).values()
     if dampings:
         low, high = min(dampings), max(dampings)
         rows["lambda"] = f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, by parameter"

@@ -26,16 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from wherefrom import GGN, Auto, Damping, Inverse, Problem, Task, Vectors
+from wherefrom import GGN, Auto, Damping, Directions, Inverse, Problem, Task
 from wherefrom.curvature.ggn import rhs_at_once
-from wherefrom.curvature.plain import gradients
+from wherefrom.curvature.plain import gradients_at_points
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import ConvergenceWarning, expected
 from wherefrom.methods.stream import Measurement
 from wherefrom.model.observe import Select, copied, ready
 from wherefrom.persample import vectors
+from wherefrom.persample.vectors import Vectors
 from wherefrom.progress import track
-from wherefrom.solvers.base import positive
+from wherefrom.solvers.base import require_positive
 from wherefrom.surroundings import math_attention
 from wherefrom.tools.evaluate.arrays import int_array
 
@@ -56,7 +57,7 @@ class PBRF:
             values are made of; 1 at theta_s.
         converged: (m,) whether it met the tolerance.
         eps: (m,)
-        damping: lambda of each parameter, by name.
+        damping: lambda of each block of parameters, by name.
         steps: that the optimiser took.
     """
 
@@ -122,7 +123,7 @@ def pbrf(
     Raises:
         InputError: for unknown examples, or as `Problem` does.
     """
-    positive(eps=eps, tolerance=tolerance, steps=steps)
+    require_positive(eps=eps, tolerance=tolerance, steps=steps)
     twin = copied(ready(model)).double()
     problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
     members = _mark_members(examples, len(problem.train)).to(problem.device)  # (m, N)
@@ -147,7 +148,7 @@ def pbrf(
     converged = residual <= tolerance
     if not converged.all():
         warnings.warn(_describe_unconverged(residual, converged, tolerance), ConvergenceWarning, stacklevel=2)
-    return PBRF(values.T, change, residual, converged, each_eps, inverse.shift, steps_taken)
+    return PBRF(values.T, change, residual, converged, each_eps, dict(inverse.damping), steps_taken)
 
 
 def _describe_unconverged(residual: Tensor, converged: Tensor, tolerance: float) -> str:
@@ -188,7 +189,7 @@ def _sum_loss_gradients(problem: Problem, members: Tensor) -> Vectors:
     used = members.any(0).nonzero()[:, 0]
     for numbers in used.split(problem.train.batch_size):
         batch = problem.batch(numbers.cpu())
-        part = problem.loss_gradients(batch).combine(members[:, numbers].unsqueeze(-1))
+        part = problem.loss_gradients(batch).combine(members[:, numbers].unsqueeze(-1)).to_parameters()
         total = vectors.add_(total, part) if total else part
     return total
 
@@ -196,7 +197,7 @@ def _sum_loss_gradients(problem: Problem, members: Tensor) -> Vectors:
 def _choose_eps(inverse: Inverse, loss_gradients: Vectors) -> Tensor:
     """Choose the eps that moves the parameters by a finite difference's length, for each example, (m,)."""
     theta = {name: p.detach().unsqueeze(0) for name, p in inverse.curvature.problem.parameters.items()}
-    moved = vectors.norm(inverse.apply(loss_gradients))
+    moved = vectors.norm(_apply(inverse, loss_gradients))
     return (STEP_LENGTH * vectors.norm(theta).clamp(min=1) / moved).where(moved > 0, 1.0)
 
 
@@ -208,7 +209,7 @@ def _compute_gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vect
         moves: theta - theta_s, (M, ...).
         weights: eps of each training example at each point, (M, N).
     """
-    problem, total = inverse.curvature.problem, vectors.scale(moves, inverse.shift)
+    problem, total = inverse.curvature.problem, vectors.scale(moves, _damping_by_parameter(inverse))
     task, N = problem.task, len(problem.train)
     with problem.observed(), math_attention():
         for index, batch in problem.batches():
@@ -221,7 +222,7 @@ def _compute_gradient(inverse: Inverse, moves: Vectors, weights: Tensor) -> Vect
 
             together = rhs_at_once(problem, outputs, theta)
             pieces = zip(vectors.chunk(moves, together), weights[:, index].split(together), strict=True)
-            vectors.add_(total, vectors.concatenate([gradients(part, *piece) for piece in pieces]))
+            vectors.add_(total, vectors.concatenate([gradients_at_points(part, *piece) for piece in pieces]))
     return total
 
 
@@ -279,10 +280,19 @@ def _apply_lbfgs(inverse: Inverse, g: Vectors, pairs: list[tuple[Vectors, Vector
     for (s, y), r in zip(reversed(pairs), reversed(rho), strict=True):
         alpha.append(r * vectors.dot(s, g))
         g = vectors.add(g, y, -alpha[-1])
-    g = inverse.apply(g)
+    g = _apply(inverse, g)
     for (s, y), r, a in zip(pairs, rho, reversed(alpha), strict=True):
         g = vectors.add(g, s, a - r * vectors.dot(y, g))
     return vectors.scale(g, -1.0)
+
+
+def _apply(inverse: Inverse, v: Vectors) -> Vectors:
+    """Apply an inverse to parameter-shaped tensors, in which the objective is differentiated."""
+    return inverse.apply(Directions.from_parameters(inverse.curvature.problem.blocks, v)).to_parameters()
+
+
+def _damping_by_parameter(inverse: Inverse) -> dict[str, float]:
+    return {name: inverse.damping[b.name] for b in inverse.curvature.problem.blocks for name in b.shapes}
 
 
 def _measure(problem: Problem, moves: Vectors, queries: Examples, measurement: Measurement | None) -> Tensor:
