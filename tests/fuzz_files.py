@@ -96,7 +96,7 @@ def artefacts(folder: Path) -> dict[str, Kind]:
         wherefrom.Influence(solver, 0.1).fit(model, task, train).save(path)
 
         def load(at: Path, solver: Any = solver) -> Any:
-            return wherefrom.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.shift
+            return wherefrom.Influence(solver, 0.1).load(at / "fit", model, task, train).inverse.damping
 
         kinds[f"fit of {name}"] = Kind(path.read_bytes(), "fit", load, sealed=True)
 
