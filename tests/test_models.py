@@ -380,7 +380,7 @@ def test_slopes_need_no_forward_mode(name: str) -> None:
     }
     batch = problem.batch(range(6))
     directions = wherefrom.Directions.from_parameters(problem.blocks, v)
-    torch.testing.assert_close(problem.slopes(batch, v), problem.loss_gradients(batch).dot(directions)[..., 0])
+    torch.testing.assert_close(problem.slopes(batch, directions), problem.loss_gradients(batch).dot(directions)[..., 0])
 
 
 class SavedSlope(torch.autograd.Function):
@@ -1160,7 +1160,7 @@ def test_modes_of_torch_change_no_part_used_by_itself(mode: str) -> None:
         inverse = wherefrom.EKFAC().fit(curvature, 0.1)
         directions = curvature.product(b), inverse.solve(b)[0], inverse.apply(b)
         found = [t for v in directions for t in v.dense().tensors().values()]
-        return [*found, problem.slopes(problem.batch([0, 1, 2]), b.to_parameters())]
+        return [*found, problem.slopes(problem.batch([0, 1, 2]), b)]
 
     wanted = call()
     with MODES[mode]():
