@@ -118,7 +118,7 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
     )
     list(kept.gradients())
 
-    def fresh(how: str, v: dict[str, Any]) -> dict[str, Any]:
+    def fresh(how: str, v: wherefrom.Directions) -> wherefrom.Directions:
         return wherefrom.GGN(problem, how).product(v, index)  # type: ignore[arg-type]
 
     rows: dict[str, Callable[[], Any]] = {
@@ -127,14 +127,16 @@ def measure(model: str, batch: int, rounds: int, products: list[str]) -> dict[st
         "vmap 100": lambda: plain(right),
     }
     for q in RHS:
-        some = {name: t[:q].clone() for name, t in right.items()}
+        some = wherefrom.Directions.from_parameters(problem.blocks, {name: t[:q] for name, t in right.items()}).clone()
         for how in products:
             rows[f"{how} {q}"] = lambda how=how, some=some: fresh(how, some)
         rows[f"cached {q}"] = lambda some=some: kept.product(some)
     wanted = plain(right)
+    directions = wherefrom.Directions.from_parameters(problem.blocks, right)
+    images = [fresh(how, directions) for how in products] + [kept.product(directions)]
     error = max(
         float((found[name] - t).norm() / t.norm())
-        for found in [fresh(how, right) for how in products] + [kept.product(right)]
+        for found in (image.to_parameters() for image in images)
         for name, t in wanted.items()
     )
     seconds: dict[str, list[float]] = {name: [] for name in rows}

@@ -104,9 +104,9 @@ def ours(count: int, batch_size: int = 16, memory: float = MEMORY) -> dict[str, 
     )
     train, queries = ({"input_ids": t, "labels": t} for t in (sequences("valid", count), sequences("test", QUERIES)))
     with phase("fit"):
-        influence.fit(net, task, train)
+        fitted = influence.fit(net, task, train)
     with phase("scores"):
-        scores = influence.score(queries, measurement=task.loss, certify=False)
+        scores = fitted.score(queries, measurement=task.loss, certify=False)
     return {"scores": scores.values.numpy().astype(np.float32)}
 
 

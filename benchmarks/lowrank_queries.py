@@ -68,18 +68,21 @@ def quality(count: int, queries: int, kind: str) -> dict[str, Any]:
     """
     from scipy.stats import spearmanr
 
-    from wherefrom import Pairing
+    from wherefrom import Directions
     from wherefrom.persample import lowrank
 
     influence = fitted(count)
     inverse, problem = influence.inverse, influence.problem
-    full = inverse.pairing(influence.query_gradients(_queries(_setting(count), queries, kind)))
-    cut = [full.truncated(rank, inverse.factors)[0] for rank in RANKS]
-    plain = [Pairing({name: lowrank.truncated(v, rank)[0] for name, v in full.packed.items()}) for rank in RANKS]
+    full = influence.solve(_queries(_setting(count), queries, kind), certify=False).directions
+    cut = [full.truncate(rank, inverse.scoring_basis)[0] for rank in RANKS]
+    written = full.dense().tensors()
+    plain = [
+        Directions(full.blocks, {name: lowrank.truncate(v, rank)[0] for name, v in written.items()}) for rank in RANKS
+    ]
     scores = []
     for _, batch in problem.batches():
         g = problem.loss_gradients(batch)
-        scores.append(np.stack([pairing(g).numpy() for pairing in (full, *cut, *plain)]))
+        scores.append(np.stack([g.dot(directions)[..., 0].numpy() for directions in (full, *cut, *plain)]))
     exact, *others = np.concatenate(scores, 2)
     measures = {
         "spearman": lambda a, b: spearmanr(a, b).statistic,
@@ -95,19 +98,14 @@ def quality(count: int, queries: int, kind: str) -> dict[str, Any]:
 
 
 def cost(count: int, queries: int, rank: float | None) -> dict[str, Any]:
-    """What `Influence.score` does without a certificate. Phases ``solve`` (the queries' directions) and ``pass``."""
-    from wherefrom.methods.solution import directions, pieces
-    from wherefrom.methods.stream import streamed
-
+    """What scores take without a certificate. Phases ``solve`` (the queries' directions) and ``pass``."""
     influence = fitted(count)
     batch = _queries(_setting(count), queries, "sequences")
     with phase("solve"):
-        rows = pieces(influence.problem, batch, rank=rank)
-        pairing, _, report = directions(influence.inverse, rows, False, None, rank)
-        del rows
+        solution = influence.solve(batch, certify=False, rank=rank)
     with phase("pass"):
-        streamed(influence.problem, pairing)
-    return report
+        solution.score()
+    return solution.truncation or {}
 
 
 def _ranks(count: int, queries: int) -> None:

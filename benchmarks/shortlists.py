@@ -41,7 +41,7 @@ def recalls(cheap: wherefrom.Scores, exact: wherefrom.Scores) -> str:
     return " | ".join(f"{float(wherefrom.recall(own, exact, k).mean()):.2f}" for k in BEST for own in lists)
 
 
-def stored(influence: wherefrom.Influence, queries: Any, size: int) -> tuple[wherefrom.Scores, str]:
+def stored(influence: wherefrom.FittedInfluence, queries: Any, size: int) -> tuple[wherefrom.Scores, str]:
     """Scores by a store, and its costs as cells of a table."""
     with tempfile.TemporaryDirectory() as folder:
         store, build = timed(lambda: wherefrom.GradientStore.build(influence, folder, size))
@@ -62,8 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = prepared(Sizes(width=args.width, train=args.train))
     model, train, queries = setting.tuned(), setting.train, setting.queries
-    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(args.damping), parameters="mlp")
-    _, fit = timed(lambda: influence.fit(model, CausalLM(), train))
+    settings = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(args.damping), parameters="mlp")
+    influence, fit = timed(lambda: settings.fit(model, CausalLM(), train))
     exact, full = timed(lambda: influence.score(queries, certify=False))
     q, n = exact.values.shape
     print(f"{q} queries, {n} sequences of {setting.sizes.length} tokens, {influence.problem.coverage()}.")

@@ -47,7 +47,6 @@ def ladder(problem: str, method: str, rungs: Sequence[float], damping: float, ki
     import torch
 
     import wherefrom
-    from wherefrom.persample.gradients import pack
 
     p = problems.load(problem)
     task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
@@ -59,18 +58,18 @@ def ladder(problem: str, method: str, rungs: Sequence[float], damping: float, ki
     for rung in rungs:
         inverse = solver(method, rung).fit(curvature, amount)  # shares the factors of the fit above
         start = cpu_seconds()
-        solutions.append(inverse(b))
+        solutions.append(inverse.solve(b))
         spent.append(cpu_seconds() - start)
     scores = torch.empty(len(rungs), len(p.xq), len(p.x))
-    packed = [pack(fitted.blocks, s.x) for s in solutions]
     for index, batch in fitted.batches():
         g = fitted.loss_gradients(batch)
-        for k, x in enumerate(packed):
-            scores[k, :, index.start : index.stop] = g.dot(packed=x)[..., 0]
+        for k, (x, _) in enumerate(solutions):
+            scores[k, :, index.start : index.stop] = g.dot(x)[..., 0]
+    certificates = [certificate for _, certificate in solutions]
     return {
         "scores": scores.numpy(),
-        "residual": np.stack([s.residual.numpy() for s in solutions if s.residual is not None]),
-        "steps": np.array([s.steps for s in solutions]),
+        "residual": np.stack([c.residual.numpy() for c in certificates if c.residual is not None]),
+        "steps": np.array([c.steps for c in certificates]),
         "cpu_s": np.array(spent),
     }
 

@@ -89,10 +89,11 @@ def fixed(activation: str, subsets: int, seed: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {"accuracy": float((model(queries[0]).argmax(1) == queries[1]).double().mean())}
     for name, method in methods.items():
         with phase(f"fit {name}"):
-            method.fit(model, task, train)
+            fitted = method.fit(model, task, train)
         with phase(f"score {name}"):
-            found[f"scores {name}"] = method.score(queries).values.numpy()
-    replay = methods["Unrolled"]._replay
+            found[f"scores {name}"] = fitted.score(queries).values.numpy()
+        if name == "Unrolled":
+            replay = fitted.replay
     found["replay error"] = replay.error
     for share in SHARES:
         masks = random_subsets(n, subsets, 1 - share, seed=1)
@@ -110,11 +111,11 @@ def halves(seed: int) -> dict[str, Any]:
     train, queries = digits()
     model, trajectory = trained("relu", seed, train)
     with phase("all"):
-        scores = wherefrom.Unrolled(trajectory, dropped=0.5 if not seed else 0).fit(
+        fitted = wherefrom.Unrolled(trajectory, dropped=0.5 if not seed else 0).fit(
             model, wherefrom.Classification(), train
         )
-        values = scores.score(queries).values.numpy()
-    return {"scores": values, "smooth": scores._measured.get("metasmoothness")}
+        values = fitted.score(queries).values.numpy()
+    return {"scores": values, "smooth": fitted.measured.get("metasmoothness")}
 
 
 def cost(steps: int, segment: int | None, queries: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+import solving
 from wherefrom import (
     ASTRA,
     CG,
@@ -40,6 +41,7 @@ from wherefrom import (
     Arnoldi,
     AttributionError,
     DataInf,
+    Directions,
     Dual,
     EmpiricalFisher,
     Exact,
@@ -47,14 +49,14 @@ from wherefrom import (
     HyperINF,
     Identity,
     Influence,
+    Inverse,
     Neumann,
     Nystrom,
     RandProj,
     RandSelect,
     Task,
 )
-from wherefrom.model import check as verify
-from wherefrom.solvers.base import Inverse
+from wherefrom.model.check import TOLERANCE as ROW_TOLERANCE
 
 IGNORE = -100
 NO_AXES = True  # draw parameters of shape () too
@@ -1119,16 +1121,16 @@ def eigenbasis(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
     def apply(block: Any, v: Tensor) -> Tensor:
         f = inverse.factors[block.name]
         eye = torch.eye(block.size).double().view(-1, *block.sides)
-        Q = f.rotate(eye).flatten(1)
+        Q = f.to_eigenbasis(eye).flatten(1)
         assert (Q @ Q.T - torch.eye(block.size)).norm() < 1e-8, "the basis is not orthonormal"
-        squares = f.rotate(block.pack(grads)).square().mean(0)
+        squares = f.to_eigenbasis(block.pack(grads)).square().mean(0)
         if inverse.corrected:
             error = (squares - f.ekfac).norm() / (squares.norm() + 1e-15 * size)
             assert error < 1e-7, f"EKFAC's eigenvalues are off by {error:.1e}"
             values = squares
         else:
             values = f.kfac
-        return f.back(f.rotate(v) / (values + damping))
+        return f.from_eigenbasis(f.to_eigenbasis(v) / (values + damping))
 
     return blockwise(dense, inverse, apply)
 
@@ -1163,18 +1165,24 @@ def hyperinf(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
     return blockwise(dense, inverse, apply)
 
 
+def directions(dense: Dense, inverse: Any) -> Tensor:
+    """The directions that an inverse holds, in the order of the parameters: (p, D)."""
+    blocks = inverse.curvature.problem.blocks
+    return dense.flat(Directions.unflatten(blocks, inverse.vectors).to_parameters())
+
+
 def projected(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
-    V = dense.flat(inverse.directions)
-    return (V.T * inverse.weights.double()) @ V
+    V = directions(dense, inverse)
+    return V.T @ V
 
 
 def ritz(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
     """Each direction is an eigenvector to within its bound."""
-    V = dense.flat(inverse.directions)
+    V = directions(dense, inverse)
     off = (V @ C - inverse.values.unsqueeze(1) * V).norm(dim=1)
     size = C.norm()
     assert (off <= inverse.errors + 1e-6 * size).all(), "a Ritz pair is not one of the true matrix"
-    return projected(dense, C, damping, inverse)
+    return (V.T / (inverse.values + damping)) @ V
 
 
 def selected(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
@@ -1203,8 +1211,8 @@ def iterated(dense: Dense, C: Tensor, damping: float, inverse: Any) -> Tensor:
     solver, plan = inverse.solver, inverse.plan
     eye = torch.eye(dense.D).double()
     A = C + damping * eye
-    P = eye if inverse.plain else eigenbasis(dense, C, damping, inverse.preconditioner)
-    x = eye / damping if inverse.plain else P
+    P = eye if inverse.is_plain else eigenbasis(dense, C, damping, inverse.preconditioner)
+    x = eye / damping if inverse.is_plain else P
     m = torch.zeros_like(x)
     for k in range(plan.steps):
         m = solver.momentum * m + (eye - x @ A) @ P
@@ -1279,7 +1287,7 @@ def _score(case: Case, dense: Dense, C: Tensor, damping: float, name: str, solve
     curvature = CURVATURES[case.curvature]
     method = Influence(solver, damping, curvature, chosen, case.batch_size, progress=False)  # type: ignore[arg-type]
     fitted = method.fit(case.model, case.task, case.train)
-    scores = fitted.score(case.queries, certify=not fitted.inverse.approximate)
+    scores = fitted.score(case.queries, certify=not fitted.inverse.is_approximate)
     if case.random:
         return "an answer, though the model is random"
     found = scores.values.double()
@@ -1290,7 +1298,7 @@ def _score(case: Case, dense: Dense, C: Tensor, damping: float, name: str, solve
     if (
         name in ("neumann", "astra") and inverse.plan.batch
     ):  # minibatches are drawn: its own solutions, and their scores
-        reference = lambda *_: dense.flat(inverse.apply(dense.named(torch.eye(dense.D).double())))  # noqa: E731
+        reference = lambda *_: dense.flat(solving.apply(inverse, dense.named(torch.eye(dense.D).double())))  # noqa: E731
     try:
         M = reference(dense, C, damping, inverse)
     except AssertionError as error:
@@ -1298,7 +1306,7 @@ def _score(case: Case, dense: Dense, C: Tensor, damping: float, name: str, solve
     wanted = dense.asked @ M @ dense.gradients.T
     error = _error(found, wanted, dense.asked, dense.gradients, M)
     # A dependence on the batch that is smaller than what rows are certified to is seen in the row error alone.
-    if not error <= (10 * verify.TOLERANCE[case.dtype] if case.notes else TOLERANCE[case.dtype]):
+    if not error <= (10 * ROW_TOLERANCE[case.dtype] if case.notes else TOLERANCE[case.dtype]):
         wrong.append(f"scores off by {error:.1e}")
     if case.dtype == torch.float64 and name not in ("arnoldi", "projection"):
         x = dense.asked @ M

@@ -6,15 +6,13 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+from interrupting import stopped as stopped
 from wherefrom import store
-from wherefrom.model.problem import Problem
 from wherefrom.tools import loading
 from wherefrom.tools.cli import main as cli
 
@@ -127,19 +125,3 @@ def whole(folder: Path) -> list[str]:
                 kind = json.loads(file.metadata()["wherefrom"])["kind"]
             store.load(path, kind)
     return [path.relative_to(folder).as_posix() for path in found]
-
-
-@contextmanager
-def stopped(monkeypatch: pytest.MonkeyPatch, after: int) -> Iterator[list[object]]:
-    """The batches whose loss gradients are taken in the block; it is interrupted when there are so many."""
-    original, passes = Problem.loss_gradients, []
-
-    def counted(self, batch):
-        if len(passes) == after:
-            raise KeyboardInterrupt
-        passes.append(batch)
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Problem, "loss_gradients", counted)
-        yield passes

@@ -10,7 +10,20 @@ from torch.utils.data import DataLoader
 
 import wherefrom
 from problems import problem
-from wherefrom import BM25, CG, EKFAC, TFIDF, Exact, Influence, InputError, Scores, recall, rescored, shortlist
+from wherefrom import (
+    BM25,
+    CG,
+    EKFAC,
+    TFIDF,
+    Certificate,
+    Exact,
+    Influence,
+    InputError,
+    Scores,
+    recall,
+    rescored,
+    shortlist,
+)
 from wherefrom.data.examples import Examples
 from wherefrom.hf import CausalLM, pad
 
@@ -19,7 +32,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 def scores(values: list[list[float]]) -> Scores:
     found = torch.tensor(values, dtype=torch.float64)
-    return Scores(found, None, torch.ones(len(found), dtype=torch.bool))
+    return Scores(found, Certificate.of_nothing_solved(len(found)))
 
 
 CHEAP = scores([[5, 1, 3, 3, -9], [0, 0, 0, 2, 1], [1, 2, 3, 4, 5]])
@@ -100,9 +113,11 @@ def test_the_numbers_are_kept(tmp_path):
     for kept in (Scores.load(tmp_path / "scores"), found.relative(), wherefrom.ensemble([found, found])):
         assert kept.numbers is not None and kept.numbers.tolist() == [8, 2, 5]
     loaded = Scores.load(tmp_path / "scores")
-    for f in dataclasses.fields(Scores):
-        a, b = getattr(found, f.name), getattr(loaded, f.name)
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, f.name
+    for one, other in ((found, loaded), (found.certificate, loaded.certificate)):
+        for f in dataclasses.fields(one):
+            a, b = getattr(one, f.name), getattr(other, f.name)
+            same = torch.equal(a, b) if isinstance(a, torch.Tensor) else f.name == "certificate" or a == b
+            assert same, f.name
     with pytest.raises(InputError, match="of the same training examples"):
         wherefrom.ensemble([found, dataclasses.replace(found, numbers=torch.tensor([8, 2, 6]))])
     with pytest.raises(InputError, match="of the same training examples"):

@@ -24,7 +24,7 @@ from wherefrom import (
     RandProj,
     attribute,
 )
-from wherefrom.methods import certificate
+from wherefrom.methods import agreement as checks
 
 APPROXIMATE = [EKFAC(), KFAC(), DataInf(), Identity(), Arnoldi(rank=4, steps=10), Nystrom(rank=5), RandProj(16)]
 DAMPING = 0.05
@@ -33,14 +33,14 @@ DAMPING = 0.05
 @pytest.fixture(autouse=True)
 def _no_floor_of_time(monkeypatch):
     """What is checked must not depend on how busy the machine is."""
-    monkeypatch.setattr(certificate, "FLOOR", 1e6)
+    monkeypatch.setattr(checks, "FLOOR", 1e6)
 
 
 @pytest.mark.parametrize("solver", APPROXIMATE, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("name", ["mlp", "masked_sequence"])
 @pytest.mark.filterwarnings("ignore::wherefrom.errors.AttributionWarning")
 def test_agreement_is_that_with_the_dense_answer(name, solver, monkeypatch):
-    monkeypatch.setattr(certificate, "TOLERANCE", 1e-9)  # at the usual one the ranks of so few examples may move
+    monkeypatch.setattr(checks, "TOLERANCE", 1e-9)  # at the usual one the ranks of so few examples may move
     p = problem(name)
     found = attribute(p.model, p.task, p.train, p.queries, solver=solver, damping=DAMPING)
     exact = p.exact_scores(p.ggn(), DAMPING)
@@ -98,7 +98,7 @@ class Slow(nn.Module):
 
 
 def test_a_certificate_costs_no_more_than_the_fit_and_the_scores(monkeypatch):
-    monkeypatch.setattr(certificate, "FLOOR", 0.0)
+    monkeypatch.setattr(checks, "FLOOR", 0.0)
     torch.manual_seed(0)
     x, y = torch.randn(400, 16), torch.randint(2000, (400,))
     fitted = Influence(EKFAC(limit=256), 0.01, batch_size=32).fit(Slow(), Classification(), (x, y))

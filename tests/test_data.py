@@ -191,7 +191,7 @@ def test_a_collate_function_that_changes_the_number_of_rows(collate, role):
     said = "|".join(f"asked for {asked} examples and gave {rows} rows" for asked, rows in counts[collate])
 
     def act():
-        Influence(Identity(), DAMPING).fit(linear_data()[0], Named(), train).score(queries, candidates=candidates)
+        Influence(Identity(), DAMPING).fit(linear_data()[0], Named(), train).score(queries, examples=candidates)
 
     refused(f"{role}: a batch must have one row for each example, .*({said})", act)
 

@@ -42,7 +42,7 @@ def kinds(tmp_path_factory):
 
 
 NAMES = [f"fit of {name}" for name in fuzz_files.SOLVERS]
-NAMES += ["scores", "piece scores-solution.safetensors", "piece scores-00000000.safetensors", f"run {LOG}"]
+NAMES += ["scores", "piece solution-all.safetensors", "piece scores-00000000.safetensors", f"run {LOG}"]
 NAMES += ["run step-00000001.safetensors", "gradient store", "runs of retraining", "ground truth"]
 
 
@@ -79,7 +79,7 @@ def test_each_bit_of_a_header_and_of_the_end_is_covered(kinds, tmp_path):
                     kinds[name].read(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["shift", "examples", "name", "shape", "dtype", "padding"])
+@pytest.mark.parametrize("field", ["damping", "examples", "name", "shape", "dtype", "padding"])
 def test_a_header_that_was_changed_is_refused(tmp_path, field):
     """What a flipped bit may turn into something else that is valid: lambda, N, names, shapes, types, blanks."""
     model, task, train = fuzz_files.tiny()
@@ -91,9 +91,9 @@ def test_a_header_that_was_changed_is_refused(tmp_path, field):
         fitted.save(path)
     content = path.read_bytes()
     before, after = {
-        "shift": (b'\\"0.weight\\": 0.01', b'\\"0.weight\\": 0.11'),
+        "damping": (b'\\"0\\": 0.01', b'\\"0\\": 0.11'),
         "examples": (b'\\"examples\\": 7', b'\\"examples\\": 6'),
-        "name": (b'"0|kfac"', b'"0|kfad"'),
+        "name": (b'"factors|0|kfac"', b'"factors|0|kfad"'),
         "shape": (b'"shape":[1,2,4]', b'"shape":[1,4,2]'),
         "dtype": (b'"dtype":"F64"', b'"dtype":"I64"'),
         "padding": (b"} ", b"}\t") if b"} " in content else (b"}}", b"}}"),
@@ -123,7 +123,7 @@ def test_another_version_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["__version__", "torch"])
 def test_another_major_version_of_the_library_or_of_torch_is_named(tmp_path, monkeypatch, name):
-    scores = wherefrom.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool))
+    scores = wherefrom.Scores(torch.ones(1, 2), wherefrom.Certificate.of_nothing_solved(1))
     with monkeypatch.context() as patch:
         if name == "torch":
             patch.setattr(store.torch, "__version__", "7.1.0")
@@ -148,22 +148,23 @@ def forged(path, kind, change):
     store.save(path, kind, tensors, header)
 
 
+KFAC_0, RIGHT_2 = "factors|0|kfac", "factors|2|right|pieces|0"
 FITS = {
-    "negative damping": (lambda t, h: h["shift"].update({"0.weight": -0.1}), "positive finite dampings, got -0.1"),
-    "zero damping": (lambda t, h: h["shift"].update({"0.bias": 0}), "positive finite dampings, got 0 for 0.bias"),
-    "infinite damping": (lambda t, h: h["shift"].update({"0.bias": float("inf")}), "positive finite"),
-    "damping of NaN": (lambda t, h: h["shift"].update({"0.bias": float("nan")}), "positive finite"),
-    "no damping": (lambda t, h: h.pop("shift"), "a damping for each parameter"),
-    "one damping less": (lambda t, h: h["shift"].pop("2.bias"), "a damping for each parameter"),
-    "a damping in words": (lambda t, h: h["shift"].update({"0.bias": "0.1"}), "a damping for each parameter"),
-    "dampings in a list": (lambda t, h: h.update(shift=[0.1] * 4), "a damping for each parameter"),
+    "negative damping": (lambda t, h: h["damping"].update({"0": -0.1}), "positive finite dampings, got -0.1"),
+    "zero damping": (lambda t, h: h["damping"].update({"0": 0}), "positive finite dampings, got 0 for 0"),
+    "infinite damping": (lambda t, h: h["damping"].update({"0": float("inf")}), "positive finite"),
+    "damping of NaN": (lambda t, h: h["damping"].update({"0": float("nan")}), "positive finite"),
+    "no damping": (lambda t, h: h.pop("damping"), "a damping for each block"),
+    "one damping less": (lambda t, h: h["damping"].pop("2"), "a damping for each block"),
+    "a damping in words": (lambda t, h: h["damping"].update({"0": "0.1"}), "a damping for each block"),
+    "dampings in a list": (lambda t, h: h.update(damping=[0.1] * 2), "a damping for each block"),
     "no fingerprint": (lambda t, h: h.pop("fingerprint"), "made for another"),
-    "a number that is none": (lambda t, h: t["0|ekfac"].view(-1)[3].fill_(float("nan")), "finite numbers in 0|ekfac"),
-    "an infinite number": (lambda t, h: t["2|right|0"].view(-1)[0].fill_(float("inf")), "finite numbers in 2|right|0"),
-    "a missing tensor": (lambda t, h: t.pop("0|kfac"), "one with 0|kfac"),
+    "a number that is none": (lambda t, h: t[KFAC_0].view(-1)[3].fill_(float("nan")), f"finite numbers in {KFAC_0}"),
+    "an infinite number": (lambda t, h: t[RIGHT_2].view(-1)[0].fill_(float("inf")), f"finite numbers in {RIGHT_2}"),
+    "a missing tensor": (lambda t, h: t.pop(KFAC_0), f"one with the tensor {KFAC_0}"),
     "another tensor": (lambda t, h: t.update(extra=torch.ones(1)), "also extra"),
-    "another shape": (lambda t, h: t.update({"0|kfac": torch.ones(1, 4, 2).double()}), "0|kfac .*shape .1, 2, 4."),
-    "a basis of another size": (lambda t, h: t.update({"0|left|0": torch.eye(3)[None].double()}), "a basis of 2 dim"),
+    "another shape": (lambda t, h: t.update({KFAC_0: torch.ones(1, 4, 2).double()}), "0|kfac .*shape .1, 2, 4."),
+    "a basis of another size": (lambda t, h: t.update({RIGHT_2: torch.eye(9)[None].double()}), "a basis of . dim"),
 }  # fmt: skip
 
 
@@ -205,6 +206,9 @@ SCORES = {
     "no examples": (lambda t, h: h.update(examples=0), "a number of training examples"),
     "examples in words": (lambda t, h: h.update(examples="3"), "a number of training examples"),
     "examples without end": (lambda t, h: h.update(examples=10**30), "a number of training examples"),
+    "steps in words": (lambda t, h: h["certificate"].update(steps="3"), "the numbers of a certificate, got steps '3'"),
+    "an unknown number": (lambda t, h: h["certificate"].update(more=1), "the numbers of a certificate, got more 1"),
+    "a certificate in words": (lambda t, h: h.update(certificate="good"), "the numbers of a certificate"),
     "no values": (lambda t, h: t.pop("values"), "a matrix of scores"),
     "whole numbers": (lambda t, h: t.update(values=torch.ones(2, 3, dtype=torch.int64)), "a matrix of scores"),
     "an unknown tensor": (lambda t, h: t.update(more=torch.ones(1)), "also 'more'"),
@@ -214,7 +218,7 @@ SCORES = {
 @pytest.mark.parametrize("case", SCORES)
 def test_scores_that_make_no_sense_are_refused(tmp_path, case):
     path, (change, said) = tmp_path / "s", SCORES[case]
-    wherefrom.Scores(torch.ones(2, 3), None, torch.ones(2, dtype=torch.bool), provenance={"examples": 3}).save(path)
+    wherefrom.Scores(torch.ones(2, 3), wherefrom.Certificate.of_nothing_solved(2), {"examples": 3}).save(path)
     forged(path, "scores", change)
     with pytest.raises(ArtefactError, match=said):
         wherefrom.Scores.load(path)
@@ -271,22 +275,23 @@ def test_checkpoints_of_another_model_step_or_of_no_number_are_refused(tmp_path)
             Trajectory.load(tmp_path)
 
 
-@pytest.mark.parametrize("piece", ["scores-solution", "scores-00000000"])
+@pytest.mark.parametrize("piece", ["solution-all", "scores-00000000"])
 def test_pieces_that_make_no_sense_are_refused(tmp_path, piece):
     model, task, train = fuzz_files.tiny()
     fitted = wherefrom.Influence(wherefrom.CG(), 0.1).fit(model, task, train)
     fitted.score(train, folder=tmp_path)
     path = tmp_path / f"{piece}.safetensors"
     good = path.read_bytes()
-    tensors, _ = store.load(path, "scores")
+    kind = piece.split("-")[0]
+    tensors, _ = store.load(path, kind)
     for name, t in tensors.items():
         path.write_bytes(good)
-        forged(path, "scores", lambda found, _, name=name, t=t: found.update({name: t.new_ones(*t.shape, 3)}))
+        forged(path, kind, lambda found, _, name=name, t=t: found.update({name: t.new_ones(*t.shape, 3)}))
         with pytest.raises(ArtefactError, match=re.escape(piece)):
             fitted.score(train, folder=tmp_path)
     path.write_bytes(good)
-    one = next(name for name in tensors if name in ("values", "x|0.weight"))
-    forged(path, "scores", lambda found, _: found.update({one: found[one][:1]}))  # would be spread over all queries
+    one = next(name for name in tensors if name in ("values", "x|0"))
+    forged(path, kind, lambda found, _: found.update({one: found[one][:1]}))  # would be spread over all queries
     with pytest.raises(ArtefactError, match=f"{re.escape(one)} of shape"):
         fitted.score(train, folder=tmp_path)
 
@@ -509,7 +514,7 @@ def dead() -> int:
 
 
 WRITERS = {
-    "scores": lambda at: wherefrom.Scores(torch.ones(1, 2), None, torch.ones(1, dtype=torch.bool)).save(at / "s"),
+    "scores": lambda at: wherefrom.Scores(torch.ones(1, 2), wherefrom.Certificate.of_nothing_solved(1)).save(at / "s"),
     "table": lambda at: write_table(at / "t.csv", {"a": [1]}),
     "truth": lambda at: Truth(np.ones((1, 2), dtype=bool), np.ones((1, 1, 1))).save(at / "t.npz"),
     "configuration": lambda at: config.write(at / "c.toml", {"k": 1}, {}),
@@ -559,7 +564,7 @@ from wherefrom.tools.report import write_report
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 rng = np.random.default_rng(0)
-scores = wherefrom.Scores(torch.randn(9, 999), None, torch.ones(9, dtype=torch.bool))
+scores = wherefrom.Scores(torch.randn(9, 999), wherefrom.Certificate.of_nothing_solved(9))
 write = {
     "s": lambda: scores.save("s"),
     "t.npz": lambda: Truth(rng.random((99, 999)) < .5, rng.normal(size=(99, 9, 9))).save("t.npz"),

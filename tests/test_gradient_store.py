@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from problems import TinyProblem, problem
+from solving import solve
 from test_candidates import language
 from wherefrom import (
     CG,
@@ -22,6 +23,7 @@ from wherefrom import (
     DataInf,
     EmpiricalFisher,
     Exact,
+    FittedInfluence,
     GradientStore,
     Identity,
     Influence,
@@ -38,23 +40,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.Att
 NAMES = ["mlp", "tied_embedding", "masked_sequence", "cnn_groups", "norms", "odd_parameters"]
 
 
-def fitted(p: TinyProblem, solver=None, damping: float = 0.01, **options) -> Influence:
+def fitted(p: TinyProblem, solver=None, damping: float = 0.01, **options) -> FittedInfluence:
     return Influence(solver or EKFAC(), damping, **options).fit(p.model, p.task, p.train)
 
 
-def packed(influence: Influence, p: TinyProblem, flat: Tensor) -> dict[str, Tensor]:
+def packed(influence: FittedInfluence, p: TinyProblem, flat: Tensor) -> dict[str, Tensor]:
     """Block name to (n, G O I) of flat gradients (n, D)."""
     return {b.name: b.pack(p.unflatten(flat)).flatten(1) for b in influence.problem.blocks}
 
 
-def shares(influence: Influence) -> dict[str, Tensor]:
+def shares(influence: FittedInfluence) -> dict[str, Tensor]:
     """The expected squared coordinates of each block, flat: second moments over eigenvalues + damping."""
-    corrected = isinstance(influence.solver, EKFAC) and influence.solver.corrected
-    factors = influence.inverse.factors.items()
-    return {name: (f.ekfac / ((f.ekfac if corrected else f.kfac) + 0.01)).flatten() for name, f in factors}
+    inverse = influence.inverse
+    factors = inverse.factors.items()
+    return {name: (f.ekfac / ((f.ekfac if inverse.corrected else f.kfac) + 0.01)).flatten() for name, f in factors}
 
 
-def shrunk(influence: Influence, size: int) -> dict[str, Tensor]:
+def shrunk(influence: FittedInfluence, size: int) -> dict[str, Tensor]:
     """W^2 by non-negative least squares: the expected squared error |(1 - w) e|^2 + (w . e)^2 / k."""
     parts = shares(influence)
     e = torch.cat([*parts.values()]).numpy()
@@ -63,12 +65,12 @@ def shrunk(influence: Influence, size: int) -> dict[str, Tensor]:
     return dict(zip(parts, w.split([len(part) for part in parts.values()]), strict=True))
 
 
-def halves(influence: Influence, p: TinyProblem, flat: Tensor, size: int) -> dict[str, Tensor]:
+def halves(influence: FittedInfluence, p: TinyProblem, flat: Tensor, size: int) -> dict[str, Tensor]:
     """W (Lambda + damping)^-1/2 Q^T g, block by block, with the eigenbases written out as matrices."""
     found, kept = {}, shrunk(influence, size)
     for b in influence.problem.blocks:
         factors, (G, O, I) = influence.inverse.factors[b.name], b.sides
-        basis = factors.rotate(torch.eye(G * O * I).double().view(-1, G, O, I)).flatten(1)
+        basis = factors.to_eigenbasis(torch.eye(G * O * I).double().view(-1, G, O, I)).flatten(1)
         root = (kept[b.name] / (factors.ekfac.flatten() + 0.01)).sqrt()
         found[b.name] = packed(influence, p, flat)[b.name] @ basis * root
     return found
@@ -115,9 +117,9 @@ def test_the_root_is_half_of_the_inverse(solver):
 def test_coordinates_are_shrunk_to_the_least_expected_error(solver, size):
     p = problem("mlp")
     influence = fitted(p, solver)
-    kept = gradient_store._kept(influence.inverse, size)
+    kept = gradient_store._shrink(influence.inverse, size)
     for name, w in shrunk(influence, size).items():
-        found = kept[name].square() * influence.inverse.denominators(name).flatten()
+        found = kept[name].square() * influence.inverse.damped_eigenvalues(name).flatten()
         # w = 1 - tau / e is the difference of float32 numbers of size 1: an error of some eps, however small w is.
         torch.testing.assert_close(found, w, rtol=0, atol=8 * torch.finfo(torch.float32).eps)
         assert torch.equal(found == 0, w == 0)
@@ -148,7 +150,7 @@ def test_without_bias_and_with_the_variance_of_the_formula():
 def test_solvers_without_a_root_ask_with_their_solutions(tmp_path, solver):
     p = problem("mlp")
     influence = fitted(p, solver, 0.1, curvature=EmpiricalFisher)
-    x = influence.inverse(p.unflatten(p.measurement_gradients()), certify=False).x
+    x = solve(influence.inverse, p.unflatten(p.measurement_gradients()), certify=False).x
     store = GradientStore.build(influence, tmp_path, size=50, seed=1)
     S = torch.cat([dense(store.sketch, b.name) for b in influence.problem.blocks])
     flat = [torch.cat([*packed(influence, p, f).values()], 1) for f in (p.flatten(x), p.loss_gradients())]

@@ -109,8 +109,8 @@ def test_accurate_scores_equal_a_dense_solve(problem, labels):
         curvature += jacobian.T @ hessian.diag() @ jacobian / len(TEXTS)
     wanted = torch.stack(asked) @ torch.linalg.solve(curvature + damping * torch.eye(size, **DOUBLE),
                                                      torch.stack(rows).T)  # fmt: skip
-    fitted = wherefrom.Influence(wherefrom.Exact(), damping=damping, parameters=match, progress=False)
-    fitted.fit(m, task, loader(labels))
+    influence = wherefrom.Influence(wherefrom.Exact(), damping=damping, parameters=match, progress=False)
+    fitted = influence.fit(m, task, loader(labels))
     close(fitted.score(loader(labels)).values, wanted, 1e-8)
 
 

@@ -30,7 +30,7 @@ def check(model):
         warnings.simplefilter("error", wherefrom.AttributionWarning)  # of the slow path
         problem = wherefrom.Problem(model, Mine(), (x,), progress=False)
         assert not problem.layout.slow
-        rows = problem.loss_gradients((x,)).dense()
+        rows = problem.loss_gradients((x,)).dense().to_parameters()
     for name, p in problem.parameters.items():
         p.requires_grad_()
         for n in range(4):

@@ -18,6 +18,7 @@ peft = pytest.importorskip("peft")
 
 import wherefrom.model.task  # noqa: E402
 from problems import cross_entropy, negative_margin  # noqa: E402
+from solving import apply, product  # noqa: E402
 from wherefrom import EKFAC, GGN, KFAC, AttributionWarning, EmpiricalFisher, Problem  # noqa: E402
 from wherefrom.data.examples import Examples  # noqa: E402
 from wherefrom.errors import InputError  # noqa: E402
@@ -247,9 +248,9 @@ def test_gradients_equal_autograd_on_unpadded_examples(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AttributionWarning)
             p = c.problem(batch_size=size)
-            found = [p.loss_gradients(batch).dense() for _, batch in p.batches()]
+            found = [p.loss_gradients(batch).dense().to_parameters() for _, batch in p.batches()]
             same(vectors.concatenate(found), wanted, **TIGHT)
-            found = [p.measurement_gradients(batch).dense() for _, batch in p.batches()]
+            found = [p.measurement_gradients(batch).dense().to_parameters() for _, batch in p.batches()]
             same(vectors.concatenate(found), asked, **TIGHT)
     for name, t in wanted.items():  # softmax takes no notice of a bias on all keys
         assert t.abs().max() > 1e-6 or name.endswith("key.bias")
@@ -269,14 +270,14 @@ def test_which_parameters_take_the_slow_path(name):
 def test_padding_order_and_company_of_an_example_change_nothing(name):
     c = case(name)
     p = c.problem()
-    wanted = p.loss_gradients(c.train).dense()
+    wanted = p.loss_gradients(c.train).dense().to_parameters()
     order = torch.tensor([3, 0, 2, 4, 1])
     for left, right in ((0, 4), (3, 0), (2, 2)):
-        same(p.loss_gradients(padded(c.train, left, right)).dense(), wanted, **SAME)
-    shuffled = p.loss_gradients({k: t[order] for k, t in c.train.items()}).dense()
+        same(p.loss_gradients(padded(c.train, left, right)).dense().to_parameters(), wanted, **SAME)
+    shuffled = p.loss_gradients({k: t[order] for k, t in c.train.items()}).dense().to_parameters()
     same(shuffled, {k: t[order] for k, t in wanted.items()}, **SAME)
     for i in range(5):
-        same(p.loss_gradients(c.alone(i)).dense(), {k: t[i : i + 1] for k, t in wanted.items()}, **SAME)
+        same(p.loss_gradients(c.alone(i)).dense().to_parameters(), {k: t[i : i + 1] for k, t in wanted.items()}, **SAME)
 
 
 # --- curvature ---
@@ -290,9 +291,9 @@ def test_products_equal_those_of_a_dense_gauss_newton_matrix(name):
     p = c.problem(batch_size=3)
     v = directions(p, 2)
     wanted = c.ggn(v)
-    same(GGN(p, product="jvp").product(v), wanted, **TIGHT)
+    same(product(GGN(p, product="jvp"), v), wanted, **TIGHT)
     if name in ("mixtral", "gpt2+lora", "llama+dora", "roberta"):
-        same(GGN(p, product="rows").product(v), wanted, **TIGHT)
+        same(product(GGN(p, product="rows"), v), wanted, **TIGHT)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -312,9 +313,9 @@ def test_corrected_eigenvalues_sum_to_the_mean_squared_gradient(name):
 def test_kronecker_factors_do_not_see_padding(name, solver):
     c = case(name)
     v = directions(c.problem(), 2)
-    short = solver.fit(EmpiricalFisher(c.problem(batch_size=5)), 0.1).apply(v)
+    short = apply(solver.fit(EmpiricalFisher(c.problem(batch_size=5)), 0.1), v)
     c.train = padded(c.train, 1, 4)
-    same(solver.fit(EmpiricalFisher(c.problem(batch_size=2)), 0.1).apply(v), short, **TIGHT)
+    same(apply(solver.fit(EmpiricalFisher(c.problem(batch_size=2)), 0.1), v), short, **TIGHT)
 
 
 def test_the_kronecker_factors_of_an_expert_are_those_of_its_tokens():
@@ -455,7 +456,9 @@ def test_attention_and_checkpointing_change_nothing(name):
             hooks = str([m._forward_hooks for m in c.model.modules()])
             p = c.problem()
             v = directions(p, 1)
-            found = p.loss_gradients(c.train).dense() | {f"Gv {k}": t for k, t in GGN(p, "jvp").product(v).items()}
+            found = p.loss_gradients(c.train).dense().to_parameters() | {
+                f"Gv {k}": t for k, t in product(GGN(p, "jvp"), v).items()
+            }
             wanted = wanted or found
             same(found, wanted, rtol=1e-9, atol=1e-11)
             assert str([m._forward_hooks for m in c.model.modules()]) == hooks
@@ -464,10 +467,10 @@ def test_attention_and_checkpointing_change_nothing(name):
 @pytest.mark.parametrize("setting", ["_attn_implementation", "_experts_implementation"])
 def test_settings_without_all_derivatives_are_replaced_and_come_back(setting, monkeypatch):
     c = case("mixtral")
-    wanted = c.problem().loss_gradients(c.train).dense()
+    wanted = c.problem().loss_gradients(c.train).dense().to_parameters()
     setattr(c.model.config, setting, "flash_attention_2" if "attn" in setting else "grouped_mm")
     before = getattr(c.model.config, setting)
-    same(c.problem().loss_gradients(c.train).dense(), wanted, **TIGHT)
+    same(c.problem().loss_gradients(c.train).dense().to_parameters(), wanted, **TIGHT)
     assert getattr(c.model.config, setting) == before
 
 
@@ -477,9 +480,9 @@ def test_the_activation_of_gpt2_is_one_operation_while_the_library_looks():
     inside = []
     spelled[0].register_forward_hook(lambda module, *_: inside.append(module.forward))
     p = c.problem()
-    same(p.loss_gradients(c.train).dense(), c.gradients(c.loss), **TIGHT)
+    same(p.loss_gradients(c.train).dense().to_parameters(), c.gradients(c.loss), **TIGHT)
     v = directions(p, 1)
-    same(GGN(p, "jvp").product(v), GGN(p, "finite-difference").product(v), rtol=1e-4, atol=1e-6)
+    same(product(GGN(p, "jvp"), v), product(GGN(p, "finite-difference"), v), rtol=1e-4, atol=1e-6)
     assert inside and all(getattr(f, "func", None) is nn.functional.gelu for f in inside[:2])
     assert not any("forward" in vars(m) for m in spelled)
 
@@ -493,7 +496,7 @@ def test_bfloat16_models_are_converted_to_float32_exactly():
     c = Case(half, CausalLM(), sequences("next"))
     with pytest.warns(AttributionWarning, match="half precision"):
         p = c.problem()
-    found = p.loss_gradients(c.train).dense()
+    found = p.loss_gradients(c.train).dense().to_parameters()
     assert next(iter(found.values())).dtype == torch.float32 and half.dtype == torch.bfloat16
     c.model = half.double()
     for name, t in c.gradients(c.loss).items():
@@ -504,7 +507,7 @@ def test_float32_models_with_their_usual_kernels_are_as_good_as_float32_can_be()
     c = case("mixtral", intermediate_size=12)
     c.model.float()
     c.model.set_experts_implementation("grouped_mm")
-    found = c.problem().loss_gradients(c.train).dense()
+    found = c.problem().loss_gradients(c.train).dense().to_parameters()
     for name, t in c.gradients(c.loss).items():
         torch.testing.assert_close(found[name], t, rtol=1e-3, atol=1e-4 * float(t.abs().max()))
 
@@ -526,7 +529,7 @@ def test_parameters_are_chosen_by_pattern_and_their_share_is_told():
     assert f"attributing {size} of {whole:,} trainable parameters ({size / whole:.1%})" in p.coverage()
     assert "left out by the selection: model.embed_tokens.weight" in p.coverage() and "and 9 more" in p.coverage()
     wanted = c.gradients(c.loss)
-    same(p.loss_gradients(c.train).dense(), {name: wanted[name] for name in p.shapes}, **TIGHT)
+    same(p.loss_gradients(c.train).dense().to_parameters(), {name: wanted[name] for name in p.shapes}, **TIGHT)
     c = case("gpt2+lora")
     assert set(c.problem(parameters="lora_A").shapes) == {name for name in c.parameters if "lora_A" in name}
     assert set(c.problem().shapes) == {name for name in c.parameters if "lora" in name}

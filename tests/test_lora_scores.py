@@ -12,7 +12,7 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from wherefrom import Damping, DataInf, EmpiricalFisher, HyperINF, Influence  # noqa: E402
+from wherefrom import Damping, DataInf, EmpiricalFisher, FittedInfluence, HyperINF, Influence  # noqa: E402
 from wherefrom.hf import SequenceClassification, pad  # noqa: E402
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-12}
@@ -100,6 +100,11 @@ def hyperinf_fisher(g: Grads, v: Grads) -> Tensor:
     return hyperinf({k: t.flatten(1)[:, None] for k, t in g.items()}, {k: t.flatten(1)[:, None] for k, t in v.items()})
 
 
+def by_parameter(fitted: FittedInfluence) -> dict[str, float]:
+    """Lambda of each parameter: that of its block."""
+    return {name: fitted.inverse.damping[block.name] for block in fitted.problem.blocks for name in block.shapes}
+
+
 @pytest.mark.parametrize(
     ("solver", "formula"),
     [
@@ -120,14 +125,14 @@ def test_scores_on_adapters_are_the_published_ones(solver, formula, batch_size):
     if batch_size:
         given = torch.utils.data.DataLoader(train, batch_size, collate_fn=lambda some: pad(some, token=1))
     influence = Influence(solver, Damping.relative(0.1), EmpiricalFisher, "lora_", batch_size)
-    influence.fit(model, SequenceClassification(), given)
-    shift = influence.inverse.shift
+    fitted = influence.fit(model, SequenceClassification(), given)
+    damping = by_parameter(fitted)
     eps = dampings(g)
     assert max(eps.values()) > 1.5 * min(eps.values())  # else a shared damping would pass
     for name, value in eps.items():
-        assert shift[name] == pytest.approx(value, rel=1e-9)
+        assert damping[name] == pytest.approx(value, rel=1e-9)
     wanted = formula(g, v)
-    found = influence.score(pad(queries, token=1))
+    found = fitted.score(pad(queries, token=1))
     torch.testing.assert_close(found.values, wanted, **TIGHT)
-    mean = influence.score(pad(queries, token=1), mean=True)
+    mean = fitted.solve(pad(queries, token=1), mean=True).score()
     torch.testing.assert_close(mean.values, wanted.mean(0, keepdim=True), **TIGHT)

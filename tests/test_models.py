@@ -379,7 +379,8 @@ def test_slopes_need_no_forward_mode(name: str) -> None:
         for n, s in problem.shapes.items()
     }
     batch = problem.batch(range(6))
-    torch.testing.assert_close(problem.slopes(batch, v), problem.loss_gradients(batch).dot(v)[..., 0])
+    directions = wherefrom.Directions.from_parameters(problem.blocks, v)
+    torch.testing.assert_close(problem.slopes(batch, directions), problem.loss_gradients(batch).dot(directions)[..., 0])
 
 
 class SavedSlope(torch.autograd.Function):
@@ -822,12 +823,12 @@ def everything(model: nn.Module, task: Any, folder: Path) -> Iterator[Callable[[
     yield lambda: wherefrom.attribute(
         model, task, train, asked, solver=wherefrom.CG(steps=2), curvature=wide, **settings
     )
-    fitted = wherefrom.Influence(wherefrom.EKFAC(), damping=1.0, progress=False)
+    influence = wherefrom.Influence(wherefrom.EKFAC(), damping=1.0, progress=False)
 
     def calls() -> None:
-        fitted.fit(model, task, train).save(folder / "fit.wherefrom")
-        fitted.load(folder / "fit.wherefrom", model, task, train)
-        fitted.by_block(asked, [0, 1])
+        influence.fit(model, task, train).save(folder / "fit.wherefrom")
+        fitted = influence.load(folder / "fit.wherefrom", model, task, train)
+        fitted.solve(asked).by_block([0, 1])
         fitted.self_influence()
         wherefrom.similarity(fitted, asked)
         wherefrom.response_norms(fitted)
@@ -968,12 +969,12 @@ def test_max_norm_holds_at_other_weights_too(tmp_path: Path) -> None:
     run = trained(model, data(6), tmp_path / "run")
     problem = wherefrom.Problem(model, TASK, data())
     state = {**run.checkpoints[0].state, "embed.weight": 3 * run.checkpoints[0].state["embed.weight"]}
-    found = problem.at(state).loss_gradients(problem.batch(range(6))).dense()
+    found = problem.at(state).loss_gradients(problem.batch(range(6))).dense().to_parameters()
     plain.load_state_dict(state)
     with torch.no_grad():
         size = plain.embed.weight.norm(dim=1, keepdim=True)
         plain.embed.weight.mul_((0.8 / (size + 1e-7)).clamp(max=1))
-    wanted = wherefrom.Problem(plain, TASK, data()).loss_gradients(problem.batch(range(6))).dense()
+    wanted = wherefrom.Problem(plain, TASK, data()).loss_gradients(problem.batch(range(6))).dense().to_parameters()
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
@@ -1032,8 +1033,8 @@ def test_threads_on_models_that_share_a_part() -> None:
 
 
 def test_threads_on_one_fit() -> None:
-    fitted = wherefrom.Influence(wherefrom.CG(tolerance=1e-10), damping=1.0, progress=False)
-    fitted.fit(seeded(SharedModules), TASK, data())
+    influence = wherefrom.Influence(wherefrom.CG(tolerance=1e-10), damping=1.0, progress=False)
+    fitted = influence.fit(seeded(SharedModules), TASK, data())
     wanted = fitted.score(few(data())).values
     for found in together(*[lambda: fitted.score(few(data())).values] * 4):
         torch.testing.assert_close(found, wanted)
@@ -1132,7 +1133,7 @@ def test_modes_of_torch_change_no_method(mode: str, tmp_path: Path) -> None:
             )
         ]
         fitted = wherefrom.Influence(wherefrom.EKFAC(), damping=0.1).fit(model, TASK, train)
-        found += [fitted.by_block(few(train), [0, 1])["0"], wherefrom.similarity(fitted, few(train)).values]
+        found += [fitted.solve(few(train)).by_block([0, 1])["0"], wherefrom.similarity(fitted, few(train)).values]
         found.append(wherefrom.GradientStore.build(fitted, folder, size=64).score(few(train)).values)
         found.append(wherefrom.TracIn(run).fit(model, TASK, train).self_influence())
         hessian = wherefrom.attribute(
@@ -1157,7 +1158,8 @@ def test_modes_of_torch_change_no_part_used_by_itself(mode: str) -> None:
         curvature = wherefrom.GGN(problem)
         b = problem.loss_gradients(problem.batch([0, 1])).dense()
         inverse = wherefrom.EKFAC().fit(curvature, 0.1)
-        found = [*curvature.product(b).values(), *inverse(b).x.values(), *inverse.apply(b).values()]
+        directions = curvature.product(b), inverse.solve(b)[0], inverse.apply(b)
+        found = [t for v in directions for t in v.dense().tensors().values()]
         return [*found, problem.slopes(problem.batch([0, 1, 2]), b)]
 
     wanted = call()

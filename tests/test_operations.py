@@ -612,10 +612,10 @@ def test_rows_are_those_of_autograd(name, dtype):
     for R in (1, 3):
         generator = torch.Generator().manual_seed(R)
         cotangents = torch.randn(R, *outputs.shape, generator=generator, dtype=torch.float64).to(dtype)
-        found = lib.gradients((x,), lambda *_, c=cotangents: c).dense()
+        found = lib.gradients((x,), lambda *_, c=cotangents: c).dense().to_parameters()
         rows = {p: t.unflatten(0, (N, R)) for p, t in found.items()}
         assert difference(rows, loop(model, x, cotangents)) < TOLERANCE[dtype], R
-    found = {p: t.unsqueeze(1) for p, t in lib.loss_gradients((x,)).dense().items()}
+    found = {p: t.unsqueeze(1) for p, t in lib.loss_gradients((x,)).dense().to_parameters().items()}
     assert difference(found, loop(model, x, 2 * outputs.unsqueeze(0))) < TOLERANCE[dtype]
     assert lib.row_error < TOLERANCE[dtype]
 

@@ -22,7 +22,6 @@ from wherefrom.hf import (  # noqa: E402
     completion_batch,
     pad,
 )
-from wherefrom.methods import parts  # noqa: E402
 
 __all__ = ["double"]  # the fixture that keeps models in float64
 
@@ -38,10 +37,22 @@ INDEX = [3, 0, 4, 2]
 QUERIES = completion_batch(None, [[5, 6, 7], [8, 3]], [[9, 4], [10, 11, 12]])
 
 
-def fitted(c: Case, solver="identity", size=2, damping=0.05, **options) -> wherefrom.Influence:
+def fitted(c: Case, solver="identity", size=2, damping=0.05, **options) -> wherefrom.FittedInfluence:
     chosen = SOLVERS[solver] if isinstance(solver, str) else solver
     influence = wherefrom.Influence(chosen, damping, batch_size=size, progress=False, **options)
     return influence.fit(c.model, c.task, c.train)
+
+
+def by_token(influence: wherefrom.FittedInfluence, asked, index, measurement=None) -> Tensor:
+    return influence.solve(asked, measurement, certify=False).by_token(index)
+
+
+def by_block(influence: wherefrom.FittedInfluence, asked, index) -> dict[str, Tensor]:
+    return influence.solve(asked, certify=False).by_block(index)
+
+
+def by_query_token(influence: wherefrom.FittedInfluence, asked, index, parts=True) -> Tensor:
+    return influence.solve(asked, certify=False, by_token=parts).by_query_token(index)
 
 
 def queries(c: Case) -> dict[str, Tensor]:
@@ -122,8 +133,8 @@ def test_the_copies_are_used_one_at_each_position():
 def test_parts_equal_those_of_weights_copied_for_each_position(name, solver):
     c = case(name)
     influence = fitted(c, solver)
-    x = influence.inverse(influence.query_gradients(queries(c)).dense(), certify=False).x
-    found = influence.by_token(queries(c), INDEX)
+    x = influence.inverse.apply(influence.query_gradients(queries(c)).dense()).to_parameters()
+    found = by_token(influence, queries(c), INDEX)
     assert found.shape == (2, 4, 6) and (found != 0).sum() > 14
     for n, i in enumerate(INDEX):
         g = gradients_by_position(c, i)
@@ -140,8 +151,8 @@ def test_parts_sum_to_the_scores(name, solver):
     influence = fitted(c, solver, size=3)
     whole = influence.score(queries(c), certify=False).values[:, INDEX]
     close = {"rtol": 1e-10, "atol": 1e-10 * float(whole.abs().max())}
-    torch.testing.assert_close(influence.by_token(queries(c), INDEX).sum(2), whole, **close)
-    torch.testing.assert_close(sum(influence.by_block(queries(c), INDEX).values()), whole, **close)
+    torch.testing.assert_close(by_token(influence, queries(c), INDEX).sum(2), whole, **close)
+    torch.testing.assert_close(sum(by_block(influence, queries(c), INDEX).values()), whole, **close)
 
 
 @pytest.mark.parametrize("name", USUAL)
@@ -152,8 +163,8 @@ def test_parts_of_float32_models_sum_to_the_scores(name, solver):
     influence = fitted(c, solver)
     whole = influence.score(queries(c), certify=False).values[:, INDEX]
     assert whole.dtype == torch.float32
-    tokens, blocks = influence.by_token(queries(c), INDEX).sum(2), sum(influence.by_block(queries(c), INDEX).values())
-    for found in (tokens, blocks, influence.by_query_token(queries(c), INDEX).sum(1)):
+    tokens, blocks = by_token(influence, queries(c), INDEX).sum(2), sum(by_block(influence, queries(c), INDEX).values())
+    for found in (tokens, blocks, by_query_token(influence, queries(c), INDEX).sum(1)):
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
@@ -163,14 +174,14 @@ def test_padding_company_and_order_change_no_part(name):
     solver = wherefrom.EKFAC(labels="true")
     influence = fitted(c, solver, size=5, curvature=wherefrom.EmpiricalFisher)
     index = list(range(5))
-    wanted = influence.by_token(queries(c), index)
+    wanted = by_token(influence, queries(c), index)
     close = {"rtol": 1e-8, "atol": 1e-9 * float(wanted.abs().max())}
     order = [3, 0, 2, 4, 1]
-    torch.testing.assert_close(influence.by_token(queries(c), order), wanted[:, order], **close)
-    torch.testing.assert_close(influence.by_token(queries(c), [2]), wanted[:, [2]], **close)
+    torch.testing.assert_close(by_token(influence, queries(c), order), wanted[:, order], **close)
+    torch.testing.assert_close(by_token(influence, queries(c), [2]), wanted[:, [2]], **close)
     for left, right, size in ((3, 0, 2), (0, 4, 5), (2, 2, 1)):
         longer = Case(c.model, c.task, padded(c.train, left, right))
-        found = fitted(longer, solver, size, curvature=wherefrom.EmpiricalFisher).by_token(queries(c), index)
+        found = by_token(fitted(longer, solver, size, curvature=wherefrom.EmpiricalFisher), queries(c), index)
         torch.testing.assert_close(found[..., :6], wanted, **close)
         assert found.shape == (2, 5, 6 + left + right) and not found[..., 6:].any()
 
@@ -181,10 +192,10 @@ def test_sequences_of_different_lengths_are_as_long_as_the_longest_asked_for():
     lengths = [len(e["input_ids"]) for e in examples]
     loader = torch.utils.data.DataLoader(examples, batch_size=2, collate_fn=pad)
     ragged = fitted(Case(c.model, c.task, loader), size=None)
-    wanted = fitted(c).by_token(QUERIES, [0, 1, 3, 4])
+    wanted = by_token(fitted(c), QUERIES, [0, 1, 3, 4])
     longest = max(lengths[i] for i in (0, 1, 3, 4))
     for order in ([0, 1, 2, 3], [1, 2, 0, 3]):
-        found = ragged.by_token(QUERIES, [(0, 1, 3, 4)[i] for i in order])
+        found = by_token(ragged, QUERIES, [(0, 1, 3, 4)[i] for i in order])
         assert found.shape[2] == longest < 6
         torch.testing.assert_close(found, wanted[:, order, :longest], rtol=1e-9, atol=1e-11)
 
@@ -207,8 +218,8 @@ def test_a_table_of_positions_may_be_used_once_for_the_whole_batch():
     c = Case(Placed().double(), CausalLM(), case("gpt2").train)
     for chosen in (None, "norm"):
         influence = fitted(c, parameters=chosen)
-        x = influence.query_gradients(c.train).dense()
-        found = influence.by_token(c.train, [0, 2, 3])
+        x = influence.query_gradients(c.train).dense().to_parameters()
+        found = by_token(influence, c.train, [0, 2, 3])
         for n, i in enumerate([0, 2, 3]):
             S = int(c.train["attention_mask"][i].sum())
             batch = c.alone(i)
@@ -223,7 +234,7 @@ def test_another_measurement_is_split_too():
     c = case("gpt2")
     influence = fitted(c)
     whole = influence.score(QUERIES, c.task.loss).values[:, INDEX]
-    torch.testing.assert_close(influence.by_token(QUERIES, INDEX, c.task.loss).sum(2), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(by_token(influence, QUERIES, INDEX, c.task.loss).sum(2), whole, rtol=1e-9, atol=1e-9)
 
 
 class Convolved(nn.Module):
@@ -251,20 +262,20 @@ def convolved(padding) -> Case:
 def test_convolutions_are_split_where_they_see_the_positions_of_the_sequence():
     c = convolved(1)
     influence = fitted(c, parameters="mix")
-    x = influence.query_gradients(c.train).dense()["mix.weight"]
+    x = influence.query_gradients(c.train).dense().to_parameters()["mix.weight"]
     shift = torch.zeros(6, 6, 6, 3, dtype=torch.float64, requires_grad=True)  # a change of the kernel at each position
 
     def changed(module, args, out):
         patches = nn.functional.unfold(nn.functional.pad(args[0], (1, 1)).unsqueeze(2), (1, 3)).view(1, 6, 3, 6)
         return out + torch.einsum("nckt,tock->not", patches, shift)
 
-    found = influence.by_token(c.train, [0, 1, 2])
+    found = by_token(influence, c.train, [0, 1, 2])
     for i in range(3):
         batch = {k: t[i : i + 1] for k, t in c.train.items()}
         with c.model.mix.register_forward_hook(changed):
             loss = c.task.loss(c.task.outputs(c.model, batch), batch)
         (g,) = torch.autograd.grad(loss.sum(), shift)
-        bias = influence.query_gradients(c.train).dense()["mix.bias"]
+        bias = influence.query_gradients(c.train).dense().to_parameters()["mix.bias"]
         wanted = torch.einsum("qock,tock->qt", x, g)
         rest = found[:, i] - wanted
         torch.testing.assert_close(rest.sum(1), bias @ c.gradient(loss_of(c, batch))["mix.bias"], rtol=1e-8, atol=1e-10)
@@ -277,16 +288,16 @@ def loss_of(c: Case, batch) -> Tensor:
 def test_layers_with_other_positions_are_refused_by_name():
     influence = fitted(convolved(2))
     with pytest.raises(UnsupportedError, match="mix does not see the 6 positions of a sequence one by one"):
-        influence.by_token(QUERIES, [0])
-    assert fitted(convolved(2), parameters="head|table").by_token(QUERIES, [0]).shape == (2, 1, 6)
+        by_token(influence, QUERIES, [0])
+    assert by_token(fitted(convolved(2), parameters="head|table"), QUERIES, [0]).shape == (2, 1, 6)
 
 
 @pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 def test_parameters_without_positions_are_refused_by_name():
     c = case("gpt_oss")
     with pytest.raises(UnsupportedError, match=r"layers\.0\.self_attn\.sinks takes the slow path"):
-        fitted(c).by_token(QUERIES, [0])
-    assert fitted(c, parameters="experts").by_token(QUERIES, [0]).shape == (2, 1, 6)
+        by_token(fitted(c), QUERIES, [0])
+    assert by_token(fitted(c, parameters="experts"), QUERIES, [0]).shape == (2, 1, 6)
 
 
 def test_tasks_without_positions_are_refused():
@@ -294,23 +305,25 @@ def test_tasks_without_positions_are_refused():
     x, y = torch.randn(5, 4), torch.randint(3, (5,))
     influence = wherefrom.Influence(wherefrom.Identity()).fit(nn.Linear(4, 3), wherefrom.Classification(), (x, y))
     with pytest.raises(UnsupportedError, match="does not say which positions"):
-        influence.by_token((x, y), [0])
+        by_token(influence, (x, y), [0])
     with pytest.raises(UnsupportedError, match="token_measurements"):
-        influence.by_query_token((x, y), [0])
+        by_query_token(influence, (x, y), [0])
 
 
 @pytest.mark.parametrize("index", [[], [5], [-1], 3, [0.5], [[0, 1]]])
-def test_what_is_no_number_of_a_training_example_is_refused_before_anything_is_solved(index, monkeypatch):
+def test_what_is_no_number_of_a_training_example_is_refused_before_anything_is_computed(index, monkeypatch):
     influence = fitted(case("gpt2"))
-    monkeypatch.setattr(parts, "directions", None)
-    for ask in (influence.by_token, influence.by_block, influence.by_query_token):
+    solution = influence.solve(QUERIES, by_token=True)
+    monkeypatch.setattr(type(influence.inverse), "apply", None)
+    monkeypatch.setattr(type(influence.problem), "loss_gradients", None)
+    for ask in (solution.by_token, solution.by_block, solution.by_query_token):
         with pytest.raises(InputError, match=r"index must be numbers of train examples, 0\.\.4, got"):
-            ask(QUERIES, index)
+            ask(index)
 
 
 def test_parts_that_the_outputs_do_not_move_are_refused():
     with pytest.raises(InputError, match="the parts of a measurement must be computed from the outputs"):
-        fitted(case("gpt2")).by_query_token(QUERIES, [0], lambda outputs, _: torch.ones(outputs.shape[:2]))
+        by_query_token(fitted(case("gpt2")), QUERIES, [0], lambda outputs, _: torch.ones(outputs.shape[:2]))
 
 
 def test_a_head_as_wide_as_the_sequence_is_long_is_no_sequence():
@@ -326,7 +339,7 @@ def test_a_head_as_wide_as_the_sequence_is_long_is_no_sequence():
     train = {"input_ids": torch.randint(9, (4, 16)), "labels": torch.tensor([0, 2, 1, 1])}
     influence = wherefrom.Influence(wherefrom.Identity(), progress=False).fit(model, SequenceClassification(), train)
     with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
-        parts = influence.by_token(train, [0, 1, 2])
+        parts = by_token(influence, train, [0, 1, 2])
     wanted = influence.score(train).values[:, :3]
     torch.testing.assert_close(parts.sum(2), wanted, rtol=1e-10, atol=1e-12 * float(wanted.abs().max()))
 
@@ -337,16 +350,16 @@ def test_a_head_on_one_vector_of_each_sequence_stands_at_the_first_position(name
     c.train = {k: t[[0, 2, 4]] for k, t in c.train.items()}
     asked = {k: t[:2] for k, t in c.train.items()}
     with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
-        found = fitted(c, "ekfac").by_token(asked, [0, 1, 2])
+        found = by_token(fitted(c, "ekfac"), asked, [0, 1, 2])
     whole = fitted(c, "ekfac").score(asked, certify=False).values
     torch.testing.assert_close(found.sum(2), whole, rtol=1e-9, atol=1e-10 * float(whole.abs().max()))
     head = fitted(c, "ekfac", parameters="classifier")
     with pytest.warns(AttributionWarning, match="sees one vector of each sequence"):
-        parts = head.by_token(asked, [0, 1, 2])
+        parts = by_token(head, asked, [0, 1, 2])
     assert parts[..., 0].all() and not parts[..., 1:].any()
     with warnings.catch_warnings():
         warnings.simplefilter("error", AttributionWarning)
-        rest = fitted(c, parameters="lora" if "lora" in name else "layer").by_token(asked, [0, 1, 2])
+        rest = by_token(fitted(c, parameters="lora" if "lora" in name else "layer"), asked, [0, 1, 2])
     assert (rest != 0).sum() > 10
 
 
@@ -370,12 +383,12 @@ def test_a_norm_of_one_vector_has_one_part_and_a_norm_of_channels_is_refused():
     tokens = {k: t[2:].clone() for k, t in tokens.items()} | {"attention_mask": torch.ones(3, 6, dtype=torch.long)}
     c = Case(Pooled(False).double(), SequenceClassification(), tokens)
     with pytest.warns(AttributionWarning, match="norm sees one vector"):
-        parts = fitted(c, parameters="norm").by_token(tokens, [0, 2])
+        parts = by_token(fitted(c, parameters="norm"), tokens, [0, 2])
     torch.testing.assert_close(parts[..., 0], fitted(c, parameters="norm").score(tokens).values[:, [0, 2]])
     assert not parts[..., 1:].any()
     c = Case(Pooled(True).double(), SequenceClassification(), tokens)
     with pytest.raises(UnsupportedError, match="channels does not see the 6 positions"):
-        fitted(c, parameters="channels").by_token(tokens, [0])
+        by_token(fitted(c, parameters="channels"), tokens, [0])
 
 
 def test_sequences_without_a_mask_are_all_tokens():
@@ -383,8 +396,8 @@ def test_sequences_without_a_mask_are_all_tokens():
     bare = {k: t[[2, 2]] for k, t in c.train.items() if k != "attention_mask"}
     assert SequenceClassification().padding(bare).tolist() == [[True] * 6] * 2
     c.train = {k: t[[2, 2]] for k, t in c.train.items()}
-    wanted = fitted(c).by_token(c.train, [0])
-    torch.testing.assert_close(fitted(Case(c.model, c.task, bare)).by_token(bare, [0]), wanted)
+    wanted = by_token(fitted(c), c.train, [0])
+    torch.testing.assert_close(by_token(fitted(Case(c.model, c.task, bare)), bare, [0]), wanted)
 
 
 # --- tokens of queries ---
@@ -395,7 +408,7 @@ def test_sequences_without_a_mask_are_all_tokens():
 def test_each_token_of_a_query_is_solved_by_itself(name, solver, memory):
     c = case(name)
     influence, asked = fitted(c, solver, memory=2**31), queries(c)
-    found = fitted(c, solver, memory=memory).by_query_token(asked, INDEX)
+    found = by_query_token(fitted(c, solver, memory=memory), asked, INDEX)
     T = asked["input_ids"].shape[1]
     assert found.shape == (2, T, 4)
     close = {"rtol": 1e-7, "atol": 1e-9 * float(found.abs().max())}
@@ -416,7 +429,7 @@ def test_parts_of_a_measurement_stand_at_the_labelled_token():
     shifted = padded(QUERIES, 3, 0)
     again = c.task.token_measurements(c.task.outputs(c.model, shifted), shifted)
     torch.testing.assert_close(again[:, :5], parts, rtol=1e-10, atol=1e-12)
-    found = fitted(c).by_query_token(QUERIES, INDEX)
+    found = by_query_token(fitted(c), QUERIES, INDEX)
     assert torch.equal(found.any(2), QUERIES["labels"] != IGNORE)
 
 
@@ -432,11 +445,11 @@ def test_parts_of_ones_own_and_queries_without_labels():
     c = case("gpt2")
     influence = fitted(c)
     halves = lambda h, b: torch.stack([c.task.measurement(h, b) / 4, c.task.measurement(h, b) * 3 / 4], 1)  # noqa: E731
-    found, whole = influence.by_query_token(QUERIES, INDEX, halves), influence.score(QUERIES).values[:, INDEX]
+    found, whole = by_query_token(influence, QUERIES, INDEX, halves), influence.score(QUERIES).values[:, INDEX]
     torch.testing.assert_close(found, torch.stack([whole / 4, whole * 3 / 4], 1), rtol=1e-9, atol=1e-11)
     silent = QUERIES | {"labels": torch.full_like(QUERIES["labels"], IGNORE)}
-    assert not influence.by_query_token(silent, INDEX).any()
+    assert not by_query_token(influence, silent, INDEX).any()
     with pytest.raises(InputError, match=r"finite numbers of shape \(1, T\), got \(1,\)"):
-        influence.by_query_token(QUERIES, INDEX, c.task.measurement)
+        by_query_token(influence, QUERIES, INDEX, c.task.measurement)
     with pytest.raises(InputError, match="with NaN"):
-        influence.by_query_token(QUERIES, INDEX, lambda h, b: h[..., 0] * float("nan"))
+        by_query_token(influence, QUERIES, INDEX, lambda h, b: h[..., 0] * float("nan"))

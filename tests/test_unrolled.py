@@ -15,6 +15,7 @@ import wherefrom
 from problems import TinyProblem, problem
 from wherefrom.errors import AttributionWarning, DivergenceError, InputError, UnsupportedError
 from wherefrom.methods.optimisers import Adam, jacobian
+from wherefrom.methods.unrolled import FittedUnrolled
 from wherefrom.training.trajectory import Checkpoint, Trajectory
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-13}
@@ -96,7 +97,7 @@ class Run:
             columns.append((f[0] - 8 * f[1] + 8 * f[2] - f[3]) / (12 * h))
         return -self.p.n * torch.stack(columns, 1)
 
-    def method(self, **options: Any) -> wherefrom.Unrolled:
+    def method(self, **options: Any) -> FittedUnrolled:
         model, trajectory = self.train()
         return wherefrom.Unrolled(trajectory, **({"dropped": 0} | options)).fit(model, self.p.task, self.p.train)
 
@@ -224,7 +225,7 @@ def test_segments_and_memory_change_nothing(options):
     torch.testing.assert_close(
         run.method(**options).score(run.p.queries).values, usual.score(run.p.queries).values, **TIGHT
     )
-    assert len(usual._replay.states) == 4  # 11 steps by fours: 0, 4, 8 and 11
+    assert len(usual.replay.states) == 4  # 11 steps by fours: 0, 4, 8 and 11
 
 
 def test_the_right_hand_sides_of_a_product_are_cut(monkeypatch):
@@ -283,12 +284,12 @@ def test_what_is_measured_comes_with_the_scores(tmp_path):
     run = Run(problem("mlp"), "SGD", (HEAVY,))
     method = run.method(dropped=0.3)
     scores = method.score(run.p.queries)
-    expected = float(method._replay.metasmoothness(0.3).mean())
+    expected = float(method.replay.metasmoothness(0.3).mean())
     assert scores.provenance["measured"]["metasmoothness"] == pytest.approx(expected)
     assert f"metasmoothness {expected:.2g}" in str(scores)
     scores.save(tmp_path / "scores")
     assert wherefrom.Scores.load(tmp_path / "scores").provenance["measured"] == scores.provenance["measured"]
-    assert str(method) == "Unrolled(Trajectory(11 steps of SGD, 2 checkpoints), segment=None, dropped=0.3)"
+    assert str(method.method) == "Unrolled(Trajectory(11 steps of SGD, 2 checkpoints), segment=None, dropped=0.3)"
 
 
 def test_a_recorded_run_is_unrolled(tmp_path):
@@ -303,14 +304,14 @@ def test_a_recorded_run_is_unrolled(tmp_path):
         optimiser.step()
         schedule.step()
     method = wherefrom.Unrolled(recorder.close(), dropped=0).fit(p.model, p.task, p.train)
-    assert method._measured["replay error"] < 1e-13
+    assert method.measured["replay error"] < 1e-13
     assert method.score(p.queries).values.isfinite().all()
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-def fit(run: Run, trajectory: Trajectory, model: nn.Module | None = None, **options: Any) -> wherefrom.Unrolled:
+def fit(run: Run, trajectory: Trajectory, model: nn.Module | None = None, **options: Any) -> FittedUnrolled:
     return wherefrom.Unrolled(trajectory, dropped=0, **options).fit(model or run.p.model, run.p.task, run.p.train)
 
 
@@ -357,7 +358,7 @@ def test_a_run_that_is_not_reproduced_is_refused_or_warned_of():
     near = {n: t + 0.01 * (t - first[n]) for n, t in last.items()}
     with pytest.warns(AttributionWarning, match=r"got 9\.9e-03 of the way"):
         method = fit(run, run.recorded((first, near)))
-    assert method._measured["replay error"] == pytest.approx(0.01 / 1.01)
+    assert method.measured["replay error"] == pytest.approx(0.01 / 1.01)
 
 
 def test_a_loss_that_is_not_per_example_is_refused():

@@ -26,8 +26,9 @@ from wherefrom import (
     UnsupportedError,
     attribute,
 )
-from wherefrom.model import check as verify
+from wherefrom.model import check as row_check
 from wherefrom.persample import layers
+from wherefrom.persample.directions import Directions
 
 DAMPING = 0.05
 FLOAT64 = 1e-12
@@ -81,7 +82,7 @@ def test_the_row_error_of_a_right_model_is_rounding(name):
 
 
 def test_every_batch_shape_and_a_share_of_the_rest_is_checked(monkeypatch):
-    monkeypatch.setattr(verify, "FREE", 0)
+    monkeypatch.setattr(row_check, "FREE", 0)
     x, y = classes(4, n=2000)
     lib = Problem(nn.Linear(4, 3), Classification(), (x, y), batch_size=10)
     for _, batch in lib.batches():
@@ -389,7 +390,8 @@ def test_scores_by_forward_mode_derivatives_are_those_of_rows():
 
 def test_wrong_derivatives_in_forward_mode_are_found_out(monkeypatch):
     lib = Problem(Prototypes(2.0), Classification(), train := classes(4))
-    v = {name: torch.randn(3, *shape) for name, shape in lib.shapes.items()}
+    drawn = {name: torch.randn(3, *shape) for name, shape in lib.shapes.items()}
+    v = Directions.from_parameters(lib.blocks, drawn)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AttributionWarning)
         wanted = lib.loss_gradients(train).dot(v)[..., 0]

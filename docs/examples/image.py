@@ -33,9 +33,9 @@ def main(out: str = "image.html") -> tuple[float, float]:
     task, recipe = wherefrom.Classification(), SGDRecipe(lr=0.05, momentum=0.9, weight_decay=1e-3, epochs=20)
     model = train_small(build, task, train, recipe, seeds=0)[0]
 
-    influence = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1)).fit(model, task, train)
-    scores = influence.score(trusted, self_influence=True)
-    found = clean(scores.self_influence, influence, trusted, count=200)
+    fitted = wherefrom.Influence(wherefrom.EKFAC(), wherefrom.Damping.relative(0.1)).fit(model, task, train)
+    scores = fitted.score(trusted, self_influence=True)
+    found = clean(scores.self_influence, fitted, trusted, count=200)
 
     repaired, kept = y.clone(), torch.ones(1000, dtype=torch.bool)
     for proposal in found.proposals:

@@ -33,8 +33,8 @@ def main(out: str = "tabular.html") -> wherefrom.Scores:
     model = train_small(build, task, train, recipe, seeds=0)[0]
 
     damping = wherefrom.Damping.from_training(recipe.lr, recipe.steps(400), recipe.momentum)
-    influence = wherefrom.Influence(damping=damping, seed=0).fit(model, task, train)
-    scores = influence.score(queries, self_influence=True)
+    fitted = wherefrom.Influence(damping=damping, seed=0).fit(model, task, train)
+    scores = fitted.score(queries, self_influence=True)
 
     runs = partial(retrain_small, build, task, train, queries, repeats=2, recipe=recipe, seed=1, paired=True)
     removal = removal_curve(scores.values[:8], lambda masks: runs(masks)[..., :8], counts=[10, 20, 40])

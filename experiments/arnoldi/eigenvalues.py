@@ -24,7 +24,8 @@ from torch import Tensor
 import wherefrom
 from experiments.arnoldi import problems
 from wherefrom.curvature.lanczos import Krylov, arnoldi
-from wherefrom.solvers.exact import dense
+from wherefrom.persample.directions import Directions
+from wherefrom.solvers.spectral import write_matrix
 
 N = 200
 RANKS = (5, 10, 20, 30, 50, 75, 100, 150, 200)
@@ -48,7 +49,8 @@ def distance(exact: Tensor, estimated: Tensor, p: int) -> float:
 def krylov(curvature: wherefrom.Curvature, n: int) -> tuple[Krylov, float]:
     """The Arnoldi process from a Gaussian start, and its CPU seconds."""
     problem, rng, begun = curvature.problem, torch.Generator().manual_seed(0), time.process_time()
-    start = {name: torch.randn(1, *s, generator=rng, dtype=problem.dtype) for name, s in problem.shapes.items()}
+    drawn = {name: torch.randn(1, *s, generator=rng, dtype=problem.dtype) for name, s in problem.shapes.items()}
+    start = Directions.from_parameters(problem.blocks, drawn)
     return arnoldi(curvature.product, start, n), time.process_time() - begun
 
 
@@ -69,7 +71,7 @@ def measure(draws: int) -> dict[str, Any]:
     curvature = wherefrom.Hessian(case.problem())
     inverse, seconds = problems.exact(curvature, 0)
     plain = inverse.values
-    exact, directions = plain + problems.L2, inverse.directions
+    exact, vectors = plain + problems.L2, inverse.vectors
     found, spent = krylov(curvature, N)
     estimate = torch.linalg.eigvalsh(found.projected) + problems.L2
     projected: dict[str, dict[int, list[float]]] = {"gaussian": {}, "orthonormal": {}}
@@ -78,11 +80,11 @@ def measure(draws: int) -> dict[str, Any]:
             rng = torch.Generator().manual_seed(1000 * draw + p)
             g = torch.randn(p, len(exact), generator=rng, dtype=torch.float64)
             for kind, rows in (("gaussian", g / p**0.5), ("orthonormal", torch.linalg.qr(g.T).Q.T)):
-                turned = rows @ directions
+                turned = rows @ vectors.T
                 values = torch.linalg.eigvalsh((turned * exact) @ turned.T)
                 projected[kind].setdefault(p, []).append(distance(exact, values, p))
     gauss = wherefrom.GGN(case.problem())
-    fisher = torch.linalg.eigvalsh(dense(gauss))
+    fisher = torch.linalg.eigvalsh(write_matrix(gauss))
     second, again = krylov(gauss, N)
     largest = top(plain, TOP).abs()
     return {

@@ -18,7 +18,7 @@ from benchmarks.problems import folder
 from torch import Tensor, nn
 
 import wherefrom
-from wherefrom.solvers.exact import DenseInverse
+from wherefrom.solvers.spectral import SpectralInverse
 from wherefrom.tools.evaluate import flip_labels
 
 HERE = Path(__file__).resolve().parent
@@ -109,17 +109,18 @@ def train(x: Tensor, y: Tensor, seed: int) -> dict[str, object]:
     return {"state": model.state_dict(), "slope": slope, "evaluations": evaluations, "seconds": seconds}
 
 
-def exact(curvature: wherefrom.Hessian, seed: int) -> tuple[DenseInverse, float]:
+def exact(curvature: wherefrom.Hessian, seed: int) -> tuple[SpectralInverse, float]:
     """The dense inverse of H + L2 I, and the CPU seconds that forming and decomposing H took."""
-    file, solver = OUT / f"hessian-{seed}.pt", wherefrom.Exact(form="primal")
+    file, solver = OUT / f"eigenpairs-{seed}.pt", wherefrom.Exact(form="primal")
     if not file.exists():
         begun = time.process_time()
-        state = solver.fit(curvature, L2).state()
+        fitted = solver.fit(curvature, L2)
+        assert isinstance(fitted, SpectralInverse)
+        state = {"values": fitted.values, "vectors": fitted.vectors}
         torch.save({"state": state, "seconds": time.process_time() - begun}, file)
     kept = torch.load(file, weights_only=True)
-    inverse = solver.restore(curvature, wherefrom.Damping.of(L2).resolve(curvature), kept["state"])
-    assert isinstance(inverse, DenseInverse)
-    return inverse, kept["seconds"]
+    damping = wherefrom.Damping.of(L2).resolve(curvature)
+    return SpectralInverse(curvature, damping, **kept["state"]), kept["seconds"]
 
 
 def style() -> None:

@@ -45,7 +45,7 @@ FIXED = {
 def judged(inverse: Inverse, case: Case) -> dict[str, float]:
     """AUC, average precision and CPU seconds of the self-influence of all training images."""
     problem, begun = inverse.curvature.problem, time.process_time()
-    values = torch.cat([inverse.quadratic(problem.loss_gradients(batch))[0] for _, batch in problem.batches()])
+    values = torch.cat([inverse.self_influence(problem.loss_gradients(batch))[0] for _, batch in problem.batches()])
     seconds = time.process_time() - begun
     curve = mislabeled_curve(values, case.flipped, bootstrap=1)
     return {"auc": curve.auc, "ap": curve.average_precision, "score": seconds, "negative": int((values < 0).sum())}

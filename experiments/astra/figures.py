@@ -23,9 +23,9 @@ import torch
 import wherefrom
 from experiments.astra import setting
 from experiments.astra.setting import Setting, due
-from wherefrom.curvature.kronecker import KroneckerBlock
 from wherefrom.errors import DivergenceError
-from wherefrom.persample.vectors import Vectors
+from wherefrom.persample.directions import Directions
+from wherefrom.persample.eigenbasis import KroneckerBlock
 from wherefrom.solvers.neumann import ASTRA, Neumann
 
 HERE = Path(__file__).resolve().parent
@@ -47,13 +47,10 @@ def astra(step: float | None, seed: int) -> ASTRA:
 METHODS = {"SNI": sni, "ASTRA": astra}
 
 
-def projected(s: Setting, factors: dict[str, KroneckerBlock], x: Vectors, bin: int) -> Vectors:
+def projected(s: Setting, factors: dict[str, KroneckerBlock], x: Directions, bin: int) -> Directions:
     """X projected on the span of the EKFAC eigenvectors with eigenvalues above 10^-bin."""
-    out: Vectors = {}
-    for block in s.curvature.problem.blocks:
-        f = factors[block.name]
-        out |= block.unpack(f.back(f.rotate(block.pack(x)) * (f.ekfac > 10.0**-bin)))
-    return out
+    inside = x.to_eigenbasis(factors).multiply(lambda name: factors[name].ekfac > 10.0**-bin)
+    return inside.dense()
 
 
 def curve(s: Setting, method: str, step: float | None, seed: int, every: int, bins: bool = False) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import wherefrom
 from wherefrom.curvature.base import Curvature
-from wherefrom.persample import gradients, vectors
+from wherefrom.persample import gradients
+from wherefrom.persample.directions import Directions
 from wherefrom.persample.gradients import Gradients
-from wherefrom.persample.vectors import Vectors
 from wherefrom.tools.evaluate import linear_datamodeling_score
 
 
@@ -27,7 +27,7 @@ class Setting:
         curvature: its Gauss-Newton matrix, rows kept in memory.
         damping: lambda, absolute.
         queries: numbers of the queries in the problem, Q of them.
-        b: gradients of the queries' measurements, (Q, ...) per parameter.
+        b: gradients of the queries' measurements, Q directions.
         train: factored gradients of the N training losses.
     """
 
@@ -35,7 +35,7 @@ class Setting:
     curvature: Curvature
     damping: float
     queries: Tensor
-    b: Vectors
+    b: Directions
     train: Gradients
 
     @property
@@ -43,21 +43,20 @@ class Setting:
         """Number of training examples."""
         return len(self.problem.x)
 
-    def objective(self, x: Vectors) -> Tensor:
+    def objective(self, x: Directions) -> Tensor:
         """h(x) = x.(C + damping) x / 2 - x.b on all the data (ASTRA eq. 4), (Q,)."""
-        form = torch.zeros(vectors.count(x), dtype=torch.float64)
-        packed = gradients.pack(self.curvature.problem.blocks, x)
+        form = torch.zeros(len(x), dtype=torch.float64)
         for rows in self.curvature.gradients():
-            t = rows.dot(packed=packed)  # (Q, N, R)
+            t = rows.dot(x)  # (Q, N, R)
             form += (t.double().square() * rows.weights).sum((1, 2)) / self.N
-        return 0.5 * (form + self.damping * vectors.norm(x).square()) - vectors.dot(x, self.b)
+        return 0.5 * (form + self.damping * x.norm().square()) - x.dot(self.b)
 
-    def residual(self, x: Vectors) -> Tensor:
+    def residual(self, x: Directions) -> Tensor:
         """|b - (C + damping) x| / |b| on all the data, (Q,)."""
-        r = vectors.add(vectors.add(self.b, self.curvature.product(x), -1.0), x, -self.damping)
-        return vectors.norm(r) / vectors.norm(self.b)
+        r = self.b.axpy(-1.0, self.curvature.product(x)).axpy(-self.damping, x)
+        return r.norm() / self.b.norm()
 
-    def lds(self, x: Vectors) -> float:
+    def lds(self, x: Directions) -> float:
         """Linear datamodeling score of x.g over the training gradients g, mean over the queries."""
         scores = self.train.dot(x)[..., 0]  # (Q, N)
         masks, targets = self.problem.masks, self.problem.targets
@@ -79,10 +78,10 @@ def load(name: str, seed: int = 0, queries: int = 100, damping: float | None = N
     task = wherefrom.Classification() if p.kind == "classification" else wherefrom.Regression()
     damping = damping or p.damping
     influence = wherefrom.Influence(solver=wherefrom.Identity(), damping=damping, progress=False)
-    influence.fit(p.model(seed), task, (p.x, p.y))
+    fitted = influence.fit(p.model(seed), task, (p.x, p.y))
     index = torch.randperm(len(p.xq), generator=torch.Generator().manual_seed(0))[:queries].sort().values
-    problem, curvature = influence.problem, influence.inverse.curvature
-    b = influence.query_gradients((p.xq[index], p.yq[index])).dense()
+    problem, curvature = fitted.problem, fitted.inverse.curvature
+    b = fitted.query_gradients((p.xq[index], p.yq[index])).dense()
     for _ in curvature.gradients():  # rows are kept from here on: a minibatch is a choice of rows
         pass
     train = gradients.concatenate([problem.loss_gradients(batch) for _, batch in problem.batches()])

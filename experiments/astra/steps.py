@@ -27,8 +27,7 @@ import wherefrom
 from experiments.astra import setting
 from experiments.astra.setting import Setting
 from wherefrom.errors import DivergenceError
-from wherefrom.persample import vectors
-from wherefrom.persample.vectors import Vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.solvers.base import Inverse
 from wherefrom.solvers.neumann import ASTRA
 
@@ -44,20 +43,20 @@ HEADER = (
 def solve(s: Setting, solver: ASTRA) -> dict[str, Any]:
     """Residuals and LDS of the last iterate, and of the mean of the second half; ``diverged`` with nothing else."""
     inverse: Inverse = solver.fit(s.curvature, s.damping)
-    steps, mean, held, x = inverse.plan.steps, {}, 0, {}  # type: ignore[attr-defined]
+    steps, mean, held, x = inverse.plan.steps, s.b.zeros_like(), 0, s.b.zeros_like()  # type: ignore[attr-defined]
     start = time.process_time()
     try:
         for k, (x, _) in enumerate(inverse.iterates(s.b), 1):  # type: ignore[attr-defined]
             if 2 * k > steps:
                 held += 1
-                mean = vectors.clone(x) if held == 1 else vectors.add(vectors.scale(mean, 1 - 1 / held), x, 1 / held)
+                mean = x.clone() if held == 1 else mean.scale(1 - 1 / held).axpy(1 / held, x)
     except DivergenceError:
         return {"diverged": True}
     cpu = time.process_time() - start
     return {"diverged": False, "cpu_s": cpu, "last": measured(s, x), "mean": measured(s, mean)}
 
 
-def measured(s: Setting, x: Vectors) -> dict[str, float]:
+def measured(s: Setting, x: Directions) -> dict[str, float]:
     """Median and largest residual, LDS and mean objective; a residual above 10 is counted as divergence by `row`."""
     r = s.residual(x)
     return {
@@ -79,7 +78,7 @@ def spread(s: Setting) -> dict[str, float]:
     for rows in s.curvature.gradients():  # all in one piece
         for r in range(rows.weights.shape[1]):
             one = rows.pick(torch.arange(len(rows)), torch.full((len(rows),), r))
-            shares += P.quadratic(one)[0].double() * rows.weights[:, r]
+            shares += P.self_influence(one)[0].double() * rows.weights[:, r]
     d = float(shares.mean())
     return {
         "step": plan.step,
@@ -109,11 +108,11 @@ def solve_on_all(s: Setting, solver: ASTRA) -> dict[str, Any]:
     """`solve` with every product on all the data, in order."""
     inverse = solver.fit(s.curvature, s.damping)
     plan, x = inverse.plan, inverse.preconditioner.apply(s.b)  # type: ignore[attr-defined]
-    m = vectors.zeros_like(x)
+    m = x.zeros_like()
     for k in range(plan.steps):
-        m = vectors.scale(m, solver.momentum)
-        m = vectors.add_(m, inverse.preconditioner.apply(inverse.residual_vector(x, s.b)))  # type: ignore[attr-defined]
-        x = vectors.add_(x, m, plan.step * solver.decay ** (k // solver.decay_every))
+        step = inverse.preconditioner.apply(inverse.residual_vector(x, s.b))  # type: ignore[attr-defined]
+        m = m.scale(solver.momentum).add_(1.0, step)
+        x = x.add_(plan.step * solver.decay ** (k // solver.decay_every), m)
     return {"diverged": False, "last": measured(s, x), "mean": None}
 
 

@@ -71,7 +71,8 @@ def conjugate(s: Setting, solver: CG, inverse: Inverse) -> dict[str, Any]:
     """Each target of CG by itself, with what its residual really is."""
     curvature, reached = inverse.curvature, {}
     whole = replace(solver, tolerance=min(TARGETS), steps=400).fit(curvature, s.damping)  # factors are remembered
-    history = whole.solve(s.b)[1]  # (steps + 1, Q)
+    history = whole.iterate(s.b).history  # (steps + 1, Q)
+    assert history is not None
     for statistic in STATISTICS:
         for target in TARGETS:
             values = STATISTICS[statistic](history, dim=1).values

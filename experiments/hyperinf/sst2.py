@@ -62,7 +62,6 @@ METHODS: dict[str, Callable[[], wherefrom.Influence]] = {
 }
 JUDGED = ("HyperINF", "DataInf", "LiSSA, 10 steps", "EKFAC", "CG, empirical Fisher", "CG, Gauss-Newton", "gradient dot")
 SWEPT = ("HyperINF", "DataInf", "EKFAC", "CG, empirical Fisher")
-ONE = {"certify": False, "mean": True}  # the mean validation loss is one right-hand side
 
 
 @dataclass
@@ -105,27 +104,35 @@ def detection(kept: Kept) -> None:
     """Scores and CPU seconds of every method, and how well they find the flipped labels."""
     case, (model, trajectory) = kept.case, tuned(kept.case, kept.rank)
 
-    def judge(method: Any, **options: Any) -> dict[str, Any]:
+    def judge(method: Any) -> dict[str, Any]:
         begun = time.process_time()
-        scored = method.fit(model, TASK, case.train).score(case.validation, TASK.loss, **options)
-        values, seconds = scored.values.mean(0), time.process_time() - begun
+        fitted = method.fit(model, TASK, case.train)
+        values = scored(fitted, case).values.mean(0)
+        seconds = time.process_time() - begun
         slow = isinstance(method, wherefrom.Influence) and isinstance(method.solver, (wherefrom.Neumann, wherefrom.CG))
-        own = None if slow else _curve(-method.self_influence(), case)["auc"]  # slow: a solve for each example
+        own = None if slow else _curve(-fitted.self_influence(), case)["auc"]  # slow: a solve for each example
         return _curve(values, case) | {"seconds": seconds, "scores": values.tolist(), "self-influence": own}
 
     def sweep(method: wherefrom.Influence) -> list[float]:
-        method.fit(model, TASK, case.train)
-        each = [method.at(wherefrom.Damping.relative(f)) for f in FACTORS]
-        return [_curve(m.score(case.validation, TASK.loss, **ONE).values[0], case)["auc"] for m in each]
+        fitted = method.fit(model, TASK, case.train)
+        each = [fitted.at(wherefrom.Damping.relative(f)) for f in FACTORS]
+        return [_curve(scored(m, case).values[0], case)["auc"] for m in each]
 
     kept.once("base", lambda: setting.judged(case.base, case.test))
     kept.once("tuned", lambda: setting.judged(model, case.test))
     for name, make in METHODS.items():
         if "Fisher matrix" not in name or kept.rank == 8:  # its inverse takes (r d)³ operations
-            kept.once(f"detection|{name}", functools.partial(judge, make(), **ONE))
+            kept.once(f"detection|{name}", functools.partial(judge, make()))
         if name in SWEPT:
             kept.once(f"swept|{name}", functools.partial(sweep, make()))
     kept.once("detection|TracIn", functools.partial(judge, wherefrom.TracIn(trajectory, rates=False)))
+
+
+def scored(fitted: Any, case: Case) -> wherefrom.Scores:
+    """Scores of the mean validation loss, which is one right-hand side where something is solved; else of each."""
+    if isinstance(fitted, wherefrom.FittedInfluence):
+        return fitted.solve(case.validation, TASK.loss, certify=False, mean=True).score()
+    return fitted.score(case.validation, TASK.loss)
 
 
 def _curve(scores: Tensor, case: Case) -> dict[str, Any]:
@@ -171,9 +178,8 @@ def selection(kept: Kept) -> None:
         model = setting.tune(copy.deepcopy(warm).train(), case.train, _seed(case, 2), index, epochs)
         return setting.judged(model, case.test)
 
-    def scored(make: Callable[[], wherefrom.Influence]) -> list[float]:
-        method = make().fit(warm, TASK, case.train)
-        return method.score(case.validation, TASK.loss, **ONE).values[0].tolist()
+    def values_of(make: Callable[[], wherefrom.Influence]) -> list[float]:
+        return scored(make().fit(warm, TASK, case.train), case).values[0].tolist()
 
     def judge(chosen: Tensor) -> list[float]:
         """Loss and accuracy, and the shares that are flipped, that the warm model gets wrong, that are positive."""
@@ -190,7 +196,7 @@ def selection(kept: Kept) -> None:
         for name, pool in (("random", torch.arange(N)), ("random, true labels", (~case.flipped).nonzero().flatten())):
             kept.once(f"selection|{name}|{share}", functools.partial(by_chance, pool, round(share * N)))
         for name in JUDGED:
-            values = torch.tensor(kept.once(f"warm scores|{name}", functools.partial(scored, METHODS[name])))[None]
+            values = torch.tensor(kept.once(f"warm scores|{name}", functools.partial(values_of, METHODS[name])))[None]
             each = [(labels == y).nonzero().flatten() for y in (0, 1)]
             chosen = {name: torch.as_tensor(select(values, share).examples)}
             best = [i[torch.as_tensor(select(values[:, i], share).examples)] for i in each]

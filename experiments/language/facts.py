@@ -118,20 +118,21 @@ class Run:
             return torch.stack([task.measurement(task.outputs(self.model, batch), batch) for batch in batches])
 
     @cached_property
-    def ekfac(self) -> wherefrom.Influence:
+    def ekfac(self) -> wherefrom.FittedInfluence:
         """EKFAC of the MLP layers, fitted once."""
         influence, file = wherefrom.Influence(wherefrom.EKFAC(), RELATIVE, **MLP), self.folder / "fit.safetensors"
         if file.exists():
             return influence.load(file, self.model, CausalLM(), self.train)
-        influence.fit(self.model, CausalLM(), self.train).save(file)
-        return influence
+        fitted = influence.fit(self.model, CausalLM(), self.train)
+        fitted.save(file)
+        return fitted
 
     @cached_property
-    def plain(self) -> wherefrom.Influence:
+    def plain(self) -> wherefrom.FittedInfluence:
         """Gradient dot products."""
         return wherefrom.Influence(wherefrom.Identity(), 1.0, **MLP).fit(self.model, CausalLM(), self.train)
 
-    def score(self, influence: wherefrom.Influence) -> wherefrom.Scores:
+    def score(self, influence: wherefrom.FittedInfluence) -> wherefrom.Scores:
         """Scores of the queries, with self-influence."""
         return influence.score(self.queries, certify=False, self_influence=True)
 
@@ -158,8 +159,8 @@ class Run:
         """EKFAC scores of the stating sequences on the queries, by "token" (10, 30, T) and by block (10, 30), kept."""
         file, stated = self.folder / "parts.pt", self.planted.stated.flatten().tolist()
         if not file.exists():
-            found = self.ekfac.by_block(self.queries, stated)
-            torch.save(found | {"token": self.ekfac.by_token(self.queries, stated)}, file)
+            solution = self.ekfac.solve(self.queries, certify=False)
+            torch.save(solution.by_block(stated) | {"token": solution.by_token(stated)}, file)
         return torch.load(file, weights_only=True)
 
     def scores(self, name: str) -> wherefrom.Scores:

@@ -25,8 +25,8 @@ import wherefrom
 from experiments.language import setting
 from experiments.language.setting import CACHE, TUNING, Setting, Sizes, losses, prepared
 from wherefrom.hf import CausalLM
-from wherefrom.methods.stream import streamed
-from wherefrom.solvers.base import Pairing, Solver, relative
+from wherefrom.methods.stream import score_stream
+from wherefrom.solvers.base import Solver, relative_norm
 from wherefrom.tools.evaluate import linear_datamodeling_score, random_subsets, retrain
 from wherefrom.tools.evaluate.statistics import spearman
 
@@ -118,27 +118,28 @@ def methods(s: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
 
     def by_solver(solver: Solver, damping: wherefrom.Damping, every: int) -> dict[str, Any]:
         clock = Clock()
-        shift = wherefrom.Influence(wherefrom.Identity(), damping, **MLP).fit(model, CausalLM(), s.train).inverse.shift
+        plain = wherefrom.Influence(wherefrom.Identity(), damping, **MLP).fit(model, CausalLM(), s.train)
+        levels = dict(plain.inverse.damping)
         clock("damping")
-        known = wherefrom.Damping.by_parameter(shift)
+        known = wherefrom.Damping.by_block(levels)
         fitted = wherefrom.Influence(solver, known, **MLP).fit(model, CausalLM(), s.train)
         inverse, problem = fitted.inverse, fitted.problem
         clock("fit")
         b = fitted.query_gradients({"input_ids": s.queries["input_ids"][::every]}).dense()
-        solution = inverse(b, certify=False)
+        x, solution = inverse.solve(b, certify=False)
         clock("solve")
-        values = streamed(problem, Pairing.of(solution.x, problem.blocks))
+        values = score_stream(problem, x)
         clock("scores")
-        residual = relative(inverse.residual_vector(solution.x, b), b)
+        residual = relative_norm(inverse.residual_vector(x, b), b)
         clock("certificate")
-        more = {"steps": solution.steps, "history": solution.history, "lambda": shift, "every": every}
+        more = {"steps": solution.steps, "history": solution.history, "lambda": levels, "every": every}
         return {"values": values, "residual": residual, "spent": clock.spent, "report": inverse.report()} | more
 
     def by(method: Any, *fitted_on: Any, queries: Any) -> dict[str, Any]:
         clock = Clock()
-        method.fit(*fitted_on)
+        fitted = method.fit(*fitted_on)
         clock("fit")
-        values = method.score(queries).values
+        values = fitted.score(queries).values
         clock("scores")
         return {"values": values, "spent": clock.spent}
 

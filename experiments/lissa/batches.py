@@ -34,8 +34,8 @@ from experiments.lissa import problems
 from wherefrom.curvature import Curvature
 from wherefrom.curvature.lanczos import arnoldi
 from wherefrom.errors import DivergenceError
-from wherefrom.persample import gradients, vectors
-from wherefrom.persample.vectors import Vectors
+from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.solvers.neumann import Neumann, StochasticNeumann
 
 QUERIES = 20
@@ -53,11 +53,10 @@ def growth(values: Tensor, damping: float, step: float, batch: int, c: float) ->
     return float(torch.linalg.eigvalsh(torch.diag(stay) + noise)[-1])
 
 
-def scores(curvature: Curvature, x: Vectors) -> Tensor:
+def scores(curvature: Curvature, x: Directions) -> Tensor:
     """Influences of all training examples, (Q, N) float64."""
     problem = curvature.problem
-    packed = gradients.pack(problem.blocks, x)
-    parts = [problem.loss_gradients(batch).dot(packed=packed)[..., 0] for _, batch in problem.batches()]
+    parts = [problem.loss_gradients(batch).dot(x)[..., 0] for _, batch in problem.batches()]
     return torch.cat(parts, 1).double()
 
 
@@ -68,15 +67,15 @@ def correlation(found: Tensor, truth: Tensor) -> list[float]:
 
 
 def run(
-    inverse: StochasticNeumann, b: Vectors, at: list[int], star: Vectors
+    inverse: StochasticNeumann, b: Directions, at: list[int], star: Directions
 ) -> tuple[dict[int, Tensor], list[list[float]], int]:
     """Influences at some steps, the relative error at every step (K, Q), and the step at which it diverged, or 0."""
     found: dict[int, Tensor] = {}
     errors: list[list[float]] = []
-    size = vectors.norm(star)
+    size = star.norm()
     try:
         for k, (x, _) in enumerate(inverse.iterates(b), 1):
-            errors.append((vectors.norm(vectors.add(x, star, -1.0)) / size).tolist())
+            errors.append((x.axpy(-1.0, star).norm() / size).tolist())
             if k in at:
                 found[k] = scores(inverse.curvature, x)
     except DivergenceError:
@@ -88,18 +87,19 @@ def measure(name: str, kind: str, seeds: int, steps: int) -> dict[str, Any]:
     """All lines of one problem at one damping."""
     case = problems.load(name)
     influence = case.fit(Neumann(), wherefrom.Damping.per_example())
-    seen = influence.inverse.curvature.remember(("spectrum", 0), lambda: None)
+    seen = influence.inverse.curvature.cached(("spectrum", 0), lambda: None)
     if kind == "paper":
         influence = influence.at(seen.largest.value / RATIO)
     inverse = influence.inverse
     assert isinstance(inverse, StochasticNeumann)
-    curvature, plan, damping = inverse.curvature, inverse.plan, min(inverse.shift.values())
+    curvature, plan, damping = inverse.curvature, inverse.plan, min(inverse.damping.values())
     b = influence.query_gradients(tuple(t[:QUERIES] for t in case.queries)).dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        star = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b).x
+        star = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping).apply(b)
     truth = scores(curvature, star)
-    start = vectors.random_signs(curvature.problem.shapes, 1, torch.Generator().manual_seed(2), torch.float32)
+    signs = vectors.random_signs(curvature.problem.shapes, 1, torch.Generator().manual_seed(2), torch.float32)
+    start = Directions.from_parameters(curvature.problem.blocks, signs)
     values = arnoldi(curvature.product, start, EIGENVALUES).ritz()[0]
     at = sorted({round(steps ** (i / 29)) for i in range(30)} | {plan.steps} | set(range(100, steps + 1, 100)))
     lines: list[dict[str, Any]] = []

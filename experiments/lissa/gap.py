@@ -21,6 +21,7 @@ import torch
 import wherefrom
 from experiments.lissa import problems
 from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.solvers.identity import Identity
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -32,14 +33,16 @@ def measure(name: str) -> dict[str, Any]:
     case = problems.load(name)
     curvature = case.fit(Identity(), wherefrom.Damping.per_example()).inverse.curvature
     problem, begun = curvature.problem, time.process_time()
-    trace = sum(mean * problem.shapes[n].numel() for n, mean in curvature.mean_eigenvalues().items())
+    means = curvature.mean_eigenvalues()
+    trace = sum(means[block.name] * block.size for block in problem.blocks)
     rng = torch.Generator().manual_seed(0)
     gaps, errors = [], []
     for size in SIZES:
         draw, found = curvature.operator(rng, size), []
         for _ in range(PROBES // GROUP):
-            z = vectors.random_signs(problem.shapes, GROUP, rng, problem.dtype)
-            found.append(float(vectors.norm(vectors.add(draw(z), draw(z), -1.0)).square().mean()) / 2)
+            signs = vectors.random_signs(problem.shapes, GROUP, rng, problem.dtype)
+            z = Directions.from_parameters(problem.blocks, signs)
+            found.append(float(draw(z).axpy(-1.0, draw(z)).norm().square().mean()) / 2)
         gaps.append(float(np.mean(found)))
         errors.append(float(np.std(found, ddof=1) / len(found) ** 0.5))
     relative = np.array(errors) / gaps

@@ -21,7 +21,6 @@ import wherefrom
 from experiments.lissa import problems
 from wherefrom.curvature import GGN
 from wherefrom.curvature.lanczos import Estimate
-from wherefrom.persample import gradients, vectors
 from wherefrom.solvers.neumann import corollary
 
 TRIED = 100
@@ -44,9 +43,9 @@ def forms(curvature: GGN, heaviest: Tensor) -> Tensor:
     norms = sum(r.square_norms().double() for r in some.rows.values()) * some.weights  # (Q, R)
     written = some.dense()  # (Q R, ...)
     at = torch.arange(len(heaviest)) * norms.shape[1] + norms.argmax(1)
-    q = vectors.select(written, at)
-    q = vectors.scale(q, 1 / vectors.norm(q))
-    return (rows.dot(packed=gradients.pack(curvature.problem.blocks, q)).double().square() * rows.weights).sum(-1)
+    q = written[at]
+    q = q.scale(1 / q.norm())
+    return (rows.dot(q).double().square() * rows.weights).sum(-1)
 
 
 def growth(found: Tensor, damping: float, step: float, batch: int) -> float:
@@ -62,11 +61,11 @@ def main() -> None:
     for name in problems.NAMES:
         case = problems.load(name)
         influence = case.fit(wherefrom.Neumann(), wherefrom.Damping.per_example())
-        curvature, damping = influence.inverse.curvature, min(influence.inverse.shift.values())
+        curvature, damping = influence.inverse.curvature, min(influence.inverse.damping.values())
         assert isinstance(curvature, GGN)
         each = traces(curvature)
         found = forms(curvature, each.sort(descending=True).indices[:TRIED])
-        seen = curvature.remember(("spectrum", 0), lambda: None)
+        seen = curvature.cached(("spectrum", 0), lambda: None)
         worst = float(each.max() / each.mean())
         safe = vars(seen) | {"constant": Estimate(worst, 0.0)}
         own = corollary(seen, damping)

@@ -28,6 +28,7 @@ from experiments.lissa import problems
 from wherefrom.curvature import Curvature
 from wherefrom.curvature.lanczos import spectrum
 from wherefrom.persample import vectors
+from wherefrom.persample.directions import Directions
 from wherefrom.solvers.neumann import StochasticNeumann
 
 LIMIT = 2.0  # that measured over predicted must stay below
@@ -37,30 +38,31 @@ PROBES = 16
 def dimension(curvature: Curvature, damping: float) -> float:
     """Effective dimension tr C (C + damping)^-1 by random signs."""
     problem = curvature.problem
-    z = vectors.random_signs(problem.shapes, PROBES, torch.Generator().manual_seed(1), problem.dtype)
-    x = wherefrom.CG(tolerance=1e-3, block=True).fit(curvature, damping)(z, certify=False).x
-    return float((vectors.dot(z, z) - damping * vectors.dot(z, x)).mean())
+    signs = vectors.random_signs(problem.shapes, PROBES, torch.Generator().manual_seed(1), problem.dtype)
+    z = Directions.from_parameters(problem.blocks, signs)
+    x = wherefrom.CG(tolerance=1e-3, block=True).fit(curvature, damping).apply(z)
+    return float((z.dot(z) - damping * z.dot(x)).mean())
 
 
-def measure(influence: wherefrom.Influence, case: problems.Case) -> dict[str, Any]:
+def measure(influence: wherefrom.FittedInfluence, case: problems.Case) -> dict[str, Any]:
     """One row: the spectrum, the plan, and every query's predicted and measured error."""
     inverse = influence.inverse
     assert isinstance(inverse, StochasticNeumann)
-    curvature, plan, damping = inverse.curvature, inverse.plan, min(inverse.shift.values())
+    curvature, plan, damping = inverse.curvature, inverse.plan, min(inverse.damping.values())
     b = influence.query_gradients(case.queries).dense()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # float32 ends at a few 1e-6; the residual is in the table
-        reference = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping)(b)
+        star, reference = wherefrom.CG(tolerance=1e-6, block=True).fit(curvature, damping).solve(b)
     begun = time.process_time()
-    solution = inverse(b)
+    x, solution = inverse.solve(b)
     spent = time.process_time() - begun
     assert solution.predicted is not None and reference.residual is not None and solution.residual is not None
-    size = vectors.norm(reference.x)
-    error = vectors.norm(vectors.add(solution.x, reference.x, -1.0)) / size
+    size = star.norm()
+    error = x.axpy(-1.0, star).norm() / size
     first = (1 - plan.step * damping) ** plan.steps
-    first = first * vectors.norm(vectors.add(vectors.scale(b, 1 / damping), reference.x, -1.0)) / size
-    seen = curvature.remember(("spectrum", 0), lambda: spectrum(curvature))
-    form = (vectors.dot(reference.x, b) - damping * vectors.dot(reference.x, reference.x)).clamp(min=0)
+    first = first * b.scale(1 / damping).axpy(-1.0, star).norm() / size
+    seen = curvature.cached(("spectrum", 0), lambda: spectrum(curvature))
+    form = (star.dot(b) - damping * star.dot(star)).clamp(min=0)
     d = dimension(curvature, damping)
     leading = (plan.step * seen.gap.value * form * d / (2 * max(plan.batch, 1))).sqrt() / size
     return {

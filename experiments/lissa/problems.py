@@ -34,7 +34,7 @@ class Case:
     queries: tuple[Tensor, Tensor]
     damping: float  # implied by training
 
-    def fit(self, solver: wherefrom.Solver, damping: float | wherefrom.Damping) -> wherefrom.Influence:
+    def fit(self, solver: wherefrom.Solver, damping: float | wherefrom.Damping) -> wherefrom.FittedInfluence:
         """The solver fitted with the Gauss-Newton matrix."""
         influence = wherefrom.Influence(solver=solver, damping=damping, progress=False)
         return influence.fit(self.model, self.task, self.train)

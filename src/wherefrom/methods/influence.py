@@ -25,7 +25,7 @@ from wherefrom.curvature.damping import ByBlock, Damping
 from wherefrom.curvature.ggn import GGN
 from wherefrom.data.examples import Examples
 from wherefrom.errors import InputError
-from wherefrom.methods.solution import Solution, hash_gradients, key_of, read_candidates, solve_queries
+from wherefrom.methods.solution import RankCut, Solution, hash_gradients, key_of, read_candidates, solve_queries
 from wherefrom.methods.stream import Measurement, QueryGradients, score_self_influence
 from wherefrom.methods.tokens import COPIES, TokenGradients, sum_over_tokens
 from wherefrom.model.observe import Select
@@ -212,6 +212,10 @@ class FittedInfluence:
             parts = by_token if callable(by_token) else problem.task.token_measurements
             directions, certificate, tokens = self._solve_by_token(queries, asked, parts, certify)
             truncation = None
+            if rank is not None:
+                cut = RankCut(inverse, rank)
+                directions = cut(directions)
+                truncation = cut.report()
         else:
             directions, certificate, truncation = solve_queries(inverse, asked, certify, rank, shards)
         return Solution(

@@ -277,7 +277,7 @@ def solve_queries(
     start = 0
     for rows in queries:
         stop = start + len(rows)
-        name = "solution" if rank is None else f"solution-{start}-{stop}"
+        name = "all" if rank is None else f"{start}-{stop}"
         with _name_piece(start, stop) if start else nullcontext():
             x, certificate = _solve_piece(inverse, rows, certify, shards, name)
         directions.append(cut(x) if cut else _choose_bases(x, rows, len(inverse.curvature.problem.train)))

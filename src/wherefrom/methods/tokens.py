@@ -139,8 +139,9 @@ def sum_over_tokens(inverse: Inverse, gradients: TokenGradients) -> tuple[Direct
             held.append((directions, places))
         else:
             held = None
-    if total is None:
-        raise expected("the parts of a measurement", "with a gradient at some token", "none")
+    if total is None:  # no query has a label: no token has a gradient, and all scores are 0
+        like = next(iter(problem.parameters.values())).detach()
+        total = Directions.zeros(problem.blocks, count, like)
     return total, QueryTokens(gradients, None if held is None else tuple(held), count, widest)
 
 

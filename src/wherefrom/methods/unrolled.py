@@ -31,6 +31,7 @@ from wherefrom.methods.base import FittedMethod, TrajectoryMethod
 from wherefrom.methods.optimisers import pulled
 from wherefrom.methods.replay import Replay, State
 from wherefrom.methods.stream import Measurement
+from wherefrom.model.problem import Problem
 from wherefrom.model.task import Task
 from wherefrom.persample import vectors
 from wherefrom.persample.vectors import Vectors
@@ -61,7 +62,8 @@ class Unrolled(TrajectoryMethod):
             InputError, UnsupportedError: see `Replay`.
         """
         start = time.perf_counter()
-        problem = self.read_problem(model, task, train)
+        # A run that cannot be taken again is refused by name, before the model is tried on any data.
+        problem = Problem(model, task, train, self.parameters, self.batch_size, self.memory, self.progress)
         replay = Replay(problem, self.trajectory, self.segment)
         measured = {"replay error": replay.error}
         if self.dropped:
