@@ -87,13 +87,13 @@ def fixed(activation: str, subsets: int, seed: int = 0) -> dict[str, Any]:
         "TracIn": wherefrom.TracIn(trajectory),
     }
     found: dict[str, Any] = {"accuracy": float((model(queries[0]).argmax(1) == queries[1]).double().mean())}
+    fits: dict[str, Any] = {}
     for name, method in methods.items():
         with phase(f"fit {name}"):
-            fitted = method.fit(model, task, train)
+            fits[name] = method.fit(model, task, train)
         with phase(f"score {name}"):
-            found[f"scores {name}"] = fitted.score(queries).values.numpy()
-        if name == "Unrolled":
-            replay = fitted.replay
+            found[f"scores {name}"] = fits[name].score(queries).values.numpy()
+    replay = fits["Unrolled"].replay
     found["replay error"] = replay.error
     for share in SHARES:
         masks = random_subsets(n, subsets, 1 - share, seed=1)
