@@ -801,7 +801,7 @@ def test_scores_of_something_else_are_refused_by_name(tmp_path):
         same.score(tuple(t[:1] for t in p.queries), folder=tmp_path)
     with pytest.raises(ArtefactError, match="another queries"):
         same.score(p.queries, lambda outputs, _: outputs[:, 0], folder=tmp_path)
-    with pytest.raises(ArtefactError, match="another candidates"):
+    with pytest.raises(ArtefactError, match="another examples"):
         same.score(p.queries, examples=p.queries, folder=tmp_path)
 
 

@@ -91,7 +91,7 @@ def test_the_trace_with_sampled_labels_is_the_one_of_the_second_pass(name, monke
     lib = library(p, batch_size=4)
     drawn = []
     made = lib.sampled_gradients
-    monkeypatch.setattr(lib, "sampled_gradients", lambda *a: drawn.append(made(*a)) or drawn[-1])
+    monkeypatch.setitem(vars(lib), "sampled_gradients", lambda *a: drawn.append(made(*a)) or drawn[-1])
     factors = kronecker.fit(lib, "sampled")
     second = drawn[len(drawn) // 2 :]
     assert sum(len(g) for g in second) == p.n
@@ -378,9 +378,9 @@ def test_rows_are_kept_for_the_second_pass_as_far_as_they_fit(monkeypatch):
     for batches in (0, 1, 2, 99):
         lib = library(p, batch_size=3)
         size = 8 * lib.loss_gradients(lib.batch(range(3))).numbers()
-        lib.memory = 2 * (batches + 0.5) * size
+        vars(lib)["memory"] = 2 * (batches + 0.5) * size
         made, seen = lib.loss_gradients, []
-        monkeypatch.setattr(lib, "loss_gradients", lambda b, made=made, seen=seen: seen.append(b) or made(b))
+        monkeypatch.setitem(vars(lib), "loss_gradients", lambda b, made=made, seen=seen: seen.append(b) or made(b))
         equal_factors(kronecker.fit(lib, "true"), whole)
         passes[batches] = len(seen)
     n = -(-p.n // 3)

@@ -25,7 +25,7 @@ from wherefrom.curvature.damping import ByBlock, Damping
 from wherefrom.curvature.ggn import GGN
 from wherefrom.data.examples import Examples
 from wherefrom.errors import InputError
-from wherefrom.methods.solution import RankCut, Solution, hash_gradients, key_of, read_candidates, solve_queries
+from wherefrom.methods.solution import RankCut, Solution, hash_gradients, key_of, read_examples, solve_queries
 from wherefrom.methods.stream import Measurement, QueryGradients, score_self_influence
 from wherefrom.methods.tokens import COPIES, TokenGradients, sum_over_tokens
 from wherefrom.model.observe import Select
@@ -84,9 +84,9 @@ class Influence:
         damping, solver = Damping.of(self.damping), self.resolve_solver()
         problem = self._read_problem(model, task, train)
         logger.info(problem.coverage())
-        problem.examine()  # what is wrong with the model is told here
         curvature = self.curvature(problem)
-        solver.check(curvature)
+        solver.check(curvature)  # what is wrong with the settings is told before the model is run
+        problem.examine()  # what is wrong with the model is told here
         inverse = solver.fit(curvature, damping)
         return FittedInfluence(self, inverse, time.perf_counter() - start)
 
@@ -209,6 +209,11 @@ class FittedInfluence:
 
         tokens = None
         if by_token:
+            if folder is not None:
+                raise InputError(
+                    "Solutions by token are not kept in a folder. Leave out folder=, or by_token=; the scores that come "
+                    "out of the solution can be kept."
+                )
             parts = by_token if callable(by_token) else problem.task.token_measurements
             directions, certificate, tokens = self._solve_by_token(queries, asked, parts, certify)
             truncation = None
@@ -261,11 +266,11 @@ class FittedInfluence:
         Args:
             examples, folder: as for `Solution.score`.
         """
-        scored = read_candidates(examples, self.influence.batch_size)
+        scored = read_examples(examples, self.influence.batch_size)
         shards = None
         if folder is not None:
             more = {
-                "candidates": scored.fingerprint() if scored else None,
+                "examples": scored.fingerprint() if scored else None,
                 "batch size": (scored or self.problem.train).batch_size,
             }
             shards = Shards(folder, "self-influence", key_of(self.inverse, self.provenance()) | more)

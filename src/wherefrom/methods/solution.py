@@ -98,7 +98,7 @@ class Solution:
             ArtefactError: if the folder holds scores of something else, by name of what differs.
         """
         start = time.perf_counter()
-        scored = read_candidates(examples, self.batch_size)
+        scored = read_examples(examples, self.batch_size)
         shards = Shards(folder, "scores", self.cache_key(scored)) if folder is not None else None
         values = score_stream(self.problem, self.directions, scored, shards=shards)
         seconds = self.seconds | {"scores": time.perf_counter() - start}
@@ -244,7 +244,7 @@ class Solution:
         return key_of(self.inverse, self.provenance) | {
             "queries": hash_gradients(self.queries),
             "rank": self.truncation["rank"] if self.truncation else None,
-            "candidates": scored.fingerprint() if scored else None,
+            "examples": scored.fingerprint() if scored else None,
             "batch size": (scored or self.problem.train).batch_size,
         }
 
@@ -432,8 +432,8 @@ def hash_gradients(pieces: Iterable[Gradients]) -> str:
     return total.hexdigest()
 
 
-def read_candidates(examples: Any, batch_size: int | None) -> Examples | None:
+def read_examples(examples: Any, batch_size: int | None) -> Examples | None:
     """Read examples that are to be scored in place of the training set."""
     if examples is None or isinstance(examples, Examples):
         return examples
-    return Examples(examples, "candidates", batch_size)
+    return Examples(examples, "examples", batch_size)

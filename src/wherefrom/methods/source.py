@@ -125,7 +125,7 @@ class SOURCE(TrajectoryMethod):
 
             basis.check(curvature)
             functions = basis.fit(curvature, segment.damping)
-            if type(functions).apply_function is Inverse.apply_function:
+            if not functions.has_functions:
                 wanted = "a solver that holds the eigenvalues of G, such as EKFAC() or Exact()"
                 raise expected("basis", wanted, repr(self.basis))
             inverse = None

@@ -155,6 +155,11 @@ class Inverse(ABC):
         return g.dot(x), certificate.converged
 
     @property
+    def has_functions(self) -> bool:
+        """Whether `apply_function` can be asked: whether there is an eigenvalue of C for every direction."""
+        return type(self).apply_function is not Inverse.apply_function
+
+    @property
     def scoring_basis(self) -> Mapping[str, KroneckerBlock]:
         """The eigenbases in which this inverse is a division, by block; there right-hand sides are best given to it."""
         return {}

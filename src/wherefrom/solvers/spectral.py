@@ -96,6 +96,11 @@ class SpectralInverse(Inverse):
         return len(self.values) == self.vectors.shape[1] and self.damped
 
     @property
+    def has_functions(self) -> bool:
+        """Whether all eigenpairs are there."""
+        return self.is_complete
+
+    @property
     def level(self) -> float:
         """The largest damping, or 0 where it is left out."""
         return max(self.damping.values()) if self.damped else 0.0
