@@ -211,7 +211,7 @@ class FittedInfluence:
         if by_token:
             if folder is not None:
                 raise InputError(
-                    "Solutions by token are not kept in a folder. Leave out folder=, or by_token=; the scores that come "
+                    "Solutions by token are not kept in a folder. Leave out folder= or by_token=; the scores that come "
                     "out of the solution can be kept."
                 )
             parts = by_token if callable(by_token) else problem.task.token_measurements
