@@ -15,6 +15,7 @@ import torch
 import wherefrom
 from pages import CHROMIUM, Page, browse
 from targets import placed, refused, run, stopped, table, whole
+from wherefrom.solvers.kronecker import EigenInverse
 from wherefrom.tools.cli import language
 from wherefrom.tools.cli import main as cli
 
@@ -76,6 +77,16 @@ def expected(model, tokenizer, pack: bool = False):
 def page(folder: str = "r") -> str:
     with open(f"{folder}/explain.html", encoding="utf-8") as file:
         return file.read()
+
+
+def test_all_that_is_explained_comes_out_of_one_solve(here, monkeypatch):
+    solves, applications = [], []
+    solve, apply = wherefrom.FittedInfluence.solve, EigenInverse.apply
+    monkeypatch.setattr(wherefrom.FittedInfluence, "solve", lambda *a, **o: solves.append(1) or solve(*a, **o))
+    monkeypatch.setattr(EigenInverse, "apply", lambda *a: applications.append(1) or apply(*a))
+    run(f"{LINE} --no-certify", *ASK)
+    assert "<mark>" in page() and '<figure class="layers">' in page()  # tokens and layers are on the page
+    assert len(solves) == len(applications) == 1
 
 
 def test_scores_are_those_of_the_library(here, capsys):
