@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wherefrom import Certificate, Curvature, Directions, Inverse, records
+from problems import TinyProblem
+from wherefrom import Certificate, Curvature, Directions, Inverse, Problem, records
 from wherefrom.methods.influence import GIVEN, saved_classes
 
 ByParameter = dict[str, Tensor]  # parameter name -> (Q, *shape)
@@ -68,3 +69,36 @@ def restore(inverse: Inverse, curvature: Curvature | None = None) -> Any:
     saved = {path: t.clone() for path, t in tensors.items()}
     given = {"curvature": inverse.curvature if curvature is None else curvature, "damping": dict(inverse.damping)}
     return records.rebuild(json.loads(json.dumps(description)), saved, given, saved_classes())
+
+
+# dense answers --------------------------------------------------------------------------------------------------------
+
+
+def library(p: TinyProblem, train: object = None, **options: Any) -> Problem:
+    """The tiny problem as the library takes it."""
+    return Problem(p.model, p.task, p.train if train is None else train, progress=False, **options)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def right_hand_sides(p: TinyProblem, Q: int = 3, seed: int = 0) -> Tensor:
+    return normal(Q, p.dim, seed=seed)
+
+
+def dense(matrix: Tensor, damping: float | Tensor, b: Tensor) -> Tensor:
+    """(C + diag(damping))^-1 b, for rows b (Q, D)."""
+    diagonal = torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix))
+    return torch.linalg.solve(matrix + torch.diag(diagonal), b.T).T
+
+
+def each_ggn(p: TinyProblem) -> Tensor:
+    """The GGN of every example alone: (N, D, D)."""
+    return torch.einsum("nkd,nkl,nle->nde", p.jacobian(), p.output_hessians(), p.jacobian())
+
+
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-8) -> None:
+    """Equal, to a tolerance relative to the length of what is wanted."""
+    assert found.shape == wanted.shape
+    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())

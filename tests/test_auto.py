@@ -10,6 +10,7 @@ import torch
 
 import solving
 from problems import TinyProblem, problem
+from solving import close, dense, library, right_hand_sides
 from wherefrom import (
     CG,
     EKFAC,
@@ -48,27 +49,8 @@ class Products(GGN):
         return frozenset({Need.MATVEC})
 
 
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
-
-
-def right_hand_sides(p: TinyProblem, Q: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(Q, p.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def small(matrix: torch.Tensor, factor: float = 1e-2) -> float:
     return factor * float(matrix.diagonal().mean())
-
-
-def dense(matrix: torch.Tensor, damping: float | torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(C + diag(damping))^-1 b, for rows b (Q, D)."""
-    shift = torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix))
-    return torch.linalg.solve(matrix + torch.diag(shift), b.T).T
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def residual(p: TinyProblem, matrix: torch.Tensor, damping: float, x, b: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import solving
 import wherefrom
 from problems import PAD, TinyProblem, problem
 from wherefrom import (
@@ -29,12 +31,9 @@ from wherefrom import (
     response_norms,
 )
 
+close = partial(solving.close, tolerance=1e-09)
+
 DAMPING = 0.05
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def scored(p: TinyProblem, solver=None, **options) -> Scores:

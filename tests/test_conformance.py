@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from problems import TinyProblem, problem
+from solving import normal
 from wherefrom import (
     ASTRA,
     CG,
@@ -46,10 +47,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.Att
 
 def library(p: TinyProblem, **options) -> Problem:
     return Problem(p.model, p.task, p.train, batch_size=4, progress=False, **options)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- everything the library has ---

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from torch.utils.data import DataLoader
 
 import solving
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
+from solving import library, right_hand_sides
 from wherefrom import GGN, Classification, EmpiricalFisher, Hessian, InputError, Problem, Task, UnsupportedError
 from wherefrom.persample import vectors
+
+close = partial(solving.close, tolerance=1e-10)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 KINDS = {
@@ -24,21 +28,8 @@ KINDS = {
 SOME = ("mlp", "mlp_regression", "masked_sequence", "tied_embedding", "odd_parameters", "cnn_groups")
 
 
-def library(p: TinyProblem, train=None, **options) -> Problem:
-    return Problem(p.model, p.task, p.train if train is None else train, progress=False, **options)
-
-
-def right_hand_sides(p: TinyProblem, Q: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(Q, p.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def product(p: TinyProblem, curvature, v: torch.Tensor, index=None) -> torch.Tensor:
     return p.flatten(solving.product(curvature, p.unflatten(v), index))
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def part(p: TinyProblem, index: torch.Tensor) -> TinyProblem:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,13 @@ from torch.utils.data import (
     default_collate,
 )
 
+import solving
 from wherefrom import CG, Classification, Exact, Identity, Influence, InputError, Regression, Scores, Task, attribute
 from wherefrom.data.batches import batch_length, has_rows, take
 from wherefrom.data.examples import Examples
 from wherefrom.errors import MESSAGE, ArtefactError, UnsupportedError, expected
+
+close = partial(solving.close, tolerance=1e-09)
 
 N, QUERIES, DAMPING = 20, 4, 0.1
 F64, CPU = torch.float64, torch.device("cpu")
@@ -75,11 +79,6 @@ def scores(model: nn.Module, task: Any, train: Any, queries: Any, **options: Any
     """Exact scores with the loss as the measurement."""
     fitted = Influence(Exact(), DAMPING, progress=False, **options).fit(model, task, train)
     return fitted.score(queries, measurement=task.loss)
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
-    assert found.shape == wanted.shape
-    assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
 def refused(pattern: str, act: Callable[[], Any], error: type[Exception] = InputError) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from problems import NAMES, TinyProblem, problem
+from solving import library
 from wherefrom import AttributionWarning, Classification, Directions, InputError, Problem, Regression
 from wherefrom.persample import factored, gradients
 from wherefrom.persample.factored import Factored
@@ -30,10 +31,6 @@ SLOW = {
     "positions": {"position.weight"},  # called once for the whole batch
     "time_first": {"first.weight", "first.bias", "second.weight"},
 }
-
-
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
 
 
 def cotangents(p: TinyProblem, R: int, seed: int = 0) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 import solving
 import wherefrom
 from problems import TinyProblem, problem
+from solving import close, library
 from wherefrom import (
     GGN,
     ConvergenceWarning,
@@ -32,15 +33,6 @@ from wherefrom.testing import check_solver
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 ROOT = Path(__file__).resolve().parent.parent
 SOME = ("mlp", "masked_sequence", "tied_embedding", "cnn_groups", "odd_parameters", "positions")
-
-
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def spectrum(values: torch.Tensor, seed: int = 0) -> torch.Tensor:

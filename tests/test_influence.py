@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 import wherefrom
 from interrupting import stopped
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
-from solving import diagonal, solve
+from solving import close, diagonal, solve
 from wherefrom import (
     CG,
     EKFAC,
@@ -48,11 +48,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.Att
 
 def scores_of(p: TinyProblem, solver=None, damping: float | Damping = 0.1, **options) -> Scores:
     return attribute(p.model, p.task, p.train, p.queries, solver=solver or Exact(), damping=damping, **options)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 # --- the numbers ---

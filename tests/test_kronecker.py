@@ -1,11 +1,14 @@
 """What KFAC and EKFAC must fulfil exactly: traces, optimality, cases in which they are the Fisher itself."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 import solving
 from problems import IGNORE, NAMES, PAD, TinyProblem, problem
+from solving import library
 from wherefrom import (
     EKFAC,
     GGN,
@@ -24,12 +27,10 @@ from wherefrom.persample import factored
 from wherefrom.persample.directions import concatenate
 from wherefrom.persample.eigenbasis import KroneckerBlock
 
+close = partial(solving.close, tolerance=1e-10)
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")
-
-
-def library(p: TinyProblem, train=None, **options) -> Problem:
-    return Problem(p.model, p.task, p.train if train is None else train, progress=False, **options)
 
 
 def dense_blocks(p: TinyProblem, lib: Problem) -> dict[str, torch.Tensor]:
@@ -44,11 +45,6 @@ def basis(block: KroneckerBlock) -> torch.Tensor:
     sides = block.ekfac.shape
     eye = torch.eye(sides.numel(), dtype=torch.float64).view(-1, *sides)
     return block.to_eigenbasis(eye).reshape(len(eye), -1)  # row i: coordinates of e_i
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-10) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def equal_factors(first: dict[str, KroneckerBlock], second: dict[str, KroneckerBlock], tolerance: float = 1e-9) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import problems
 import solving
 from problems import NAMES, TinyProblem, problem
+from solving import close, dense, library, right_hand_sides
 from wherefrom import (
     CG,
     EKFAC,
@@ -60,33 +61,14 @@ def trained(kind: str) -> TinyProblem:
     return made
 
 
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
-
-
 def single(p: TinyProblem) -> Problem:
     """The same in float32."""
     train = tuple(t.float() if t.is_floating_point() else t for t in p.train)
     return Problem(p.model.float(), p.task, train, progress=False)
 
 
-def right_hand_sides(p: TinyProblem, Q: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(Q, p.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def small(matrix: torch.Tensor, factor: float = 1e-3) -> float:
     return factor * float(matrix.diagonal().mean())
-
-
-def dense(matrix: torch.Tensor, damping: float | torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(C + diag(damping))^-1 b, for rows b (Q, D)."""
-    shift = torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix))
-    return torch.linalg.solve(matrix + torch.diag(shift), b.T).T
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def solve(p: TinyProblem, inverse, b: torch.Tensor) -> torch.Tensor:

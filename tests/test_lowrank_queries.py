@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from problems import TinyProblem, problem
-from solving import solve
+from solving import normal, solve
 from wherefrom import (
     CG,
     EKFAC,
@@ -41,10 +41,6 @@ from wherefrom.persample.rows import Lookup, Routed, Several
 from wherefrom.solvers.kronecker import EigenInverse
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def decaying(*shape: int, by: float, seed: int = 0) -> torch.Tensor:

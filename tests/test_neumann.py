@@ -11,6 +11,7 @@ from torch import nn
 
 import solving
 from problems import TinyProblem, problem
+from solving import close, dense, each_ggn, library, right_hand_sides
 from wherefrom import (
     ASTRA,
     EKFAC,
@@ -75,27 +76,8 @@ def cached(curvature: GGN) -> GGN:
     return curvature
 
 
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
-
-
-def right_hand_sides(p: TinyProblem, Q: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(Q, p.dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def eye(n: int) -> torch.Tensor:
     return torch.eye(n, dtype=torch.float64)
-
-
-def dense(matrix: torch.Tensor, damping: float | torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(C + diag(damping))^-1 b, for rows b (Q, D)."""
-    shift = torch.as_tensor(damping, dtype=torch.float64).expand(len(matrix))
-    return torch.linalg.solve(matrix + torch.diag(shift), b.T).T
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-8) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def solve(p: TinyProblem, inverse, b: torch.Tensor, **options) -> torch.Tensor:
@@ -120,11 +102,6 @@ def iterates(inverse, b: dict[str, torch.Tensor], repeat: int = 0):
 def predicted(p: TinyProblem, inverse, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The error that equation 10 predicts if x (Q, D) is the solution for b (Q, D): (Q,)."""
     return inverse.predict_error(*(solving.directions(inverse, p.unflatten(v)) for v in (b, x)))
-
-
-def each_ggn(p: TinyProblem) -> torch.Tensor:
-    """The GGN of every example alone: (N, D, D)."""
-    return torch.einsum("nkd,nkl,nle->nde", p.jacobian(), p.output_hessians(), p.jacobian())
 
 
 def errors(p: TinyProblem, solution, damping: float | torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 import solving
 from problems import TinyProblem, problem
+from solving import close
 from wherefrom import EKFAC, GGN, KFAC, Classification, Damping, EmpiricalFisher, Influence, Problem, Regression, Solver
 from wherefrom.data.examples import Examples
 
@@ -25,11 +26,6 @@ SEED = 0
 def columns(operator, p: TinyProblem) -> torch.Tensor:
     """A linear operator of curvlinops as a matrix over the flat parameters: (D, D)."""
     return operator @ torch.eye(p.dim, dtype=torch.float64)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def curvlinops(p: TinyProblem, kind, **options):

@@ -7,6 +7,7 @@ import torch
 
 import solving
 from problems import NAMES, TinyProblem, problem
+from solving import close
 from wherefrom import (
     ASTRA,
     CG,
@@ -71,11 +72,6 @@ def solve(p: TinyProblem, solver, kind, batch: int, b: torch.Tensor) -> torch.Te
         warnings.simplefilter("ignore")
         inverse = solver.fit(kind(problem), DAMPING)
         return p.flatten(solving.solve(inverse, p.unflatten(b), certify=False).x)
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from problems import TinyProblem, problem
+from problems import problem
+from solving import each_ggn, library, normal
 from wherefrom import GGN, Directions, Hessian, Problem, Regression, Spectrum, Task, spectrum
 from wherefrom.curvature import lanczos as module
 from wherefrom.curvature.lanczos import Estimate, arnoldi, embedding, sketch
@@ -28,14 +29,6 @@ def layout(shapes=SHAPES):
     return SimpleNamespace(shapes=shapes, blocks=blocks(shapes), parameters=like)
 
 
-def library(p: TinyProblem, **options) -> Problem:
-    return Problem(p.model, p.task, p.train, progress=False, **options)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def with_eigenvalues(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
     q = torch.linalg.qr(normal(len(values), len(values), seed=seed))[0]
     return (q * values) @ q.T
@@ -53,11 +46,6 @@ def product(matrix: torch.Tensor, backwards: bool = False):
 
 def starting(seed: int = 1, shapes=SHAPES):
     return Directions.unflatten(blocks(shapes), normal(1, sum(s.numel() for s in shapes.values()), seed=seed))
-
-
-def each_ggn(p: TinyProblem) -> torch.Tensor:
-    """The GGN of every example alone: (N, D, D)."""
-    return torch.einsum("nkd,nkl,nle->nde", p.jacobian(), p.output_hessians(), p.jacobian())
 
 
 def top(matrix: torch.Tensor) -> float:

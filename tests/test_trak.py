@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import solving
 import wherefrom
 from problems import TinyProblem, problem
 from wherefrom import TRAK, Classification, DivergenceError, Exact, Fitted, InputError, Regression
 from wherefrom.curvature.lanczos import embedding
 
+close = partial(solving.close, tolerance=1e-09)
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 NAMES = ["mlp", "mlp_regression", "mlp_regression_scalar", "masked_sequence", "tied_embedding", "cnn_groups", "norms"]
-
-
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-9) -> None:
-    assert found.shape == wanted.shape
-    assert float((found - wanted).norm()) <= tolerance * float(wanted.norm())
 
 
 def projection(p: TinyProblem, size: int, seed: int) -> Tensor:
