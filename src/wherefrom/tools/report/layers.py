@@ -20,7 +20,7 @@ class Layers(Section):
 
     Args:
         contributions: block name to (Q, n) contributions of n training examples, in the order of the model, as
-            `Influence.by_block` returns them.
+            `Solution.by_block` returns them.
         show: the numbers of the queries that have a column; all have a part in the mean.
 
     Raises:

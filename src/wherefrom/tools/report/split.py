@@ -33,9 +33,9 @@ class Split:
 
     Args:
         queries, examples: their numbers.
-        tokens: (q, n, T) over the tokens of the examples, as `Influence.by_token` gives them.
-        query_tokens: (q, S, n) over the tokens of the queries, as `Influence.by_query_token` gives them.
-        blocks: block of parameters to (q, n), as `Influence.by_block` gives them.
+        tokens: (q, n, T) over the tokens of the examples, as `Solution.by_token` gives them.
+        query_tokens: (q, S, n) over the tokens of the queries, as `Solution.by_query_token` gives them.
+        blocks: block of parameters to (q, n), as `Solution.by_block` gives them.
 
     Raises:
         InputError: if a shape is another.
