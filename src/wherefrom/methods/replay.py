@@ -98,7 +98,7 @@ class Replay:
         def loss(theta: Vectors, w: Tensor) -> Tensor:
             return (w * self.problem.task.loss(outputs(theta), batch)).sum() / len(index)
 
-        with self.opened():
+        with self.open_model():
             g = gradients_at_points(loss, theta, w.to(self.problem.device, self.problem.dtype))
         return {name: self._update(name, step)(rows, g[name]) for name, rows in state.items()}, g
 
@@ -117,7 +117,7 @@ class Replay:
         state, steps = states[0], self.trajectory.steps
         batch = self.problem.batch(self.order[0])
         outputs, theta = self.problem.functional(batch)
-        with self.opened():
+        with self.open_model():
             self.problem.per_example(self.problem.task.loss(outputs(theta), batch), batch, "loss")
         for step in track(range(steps), "replaying", enabled=self.problem.progress):
             state, _ = self.step(state, step)
@@ -199,7 +199,7 @@ class Replay:
         return weights_after
 
     @undisturbed()
-    def measured(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:
+    def measure(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:
         """f of the queries after training with M sets of weights on the examples.
 
         Args:
@@ -216,7 +216,7 @@ class Replay:
         parts = []
         for _, batch in problem.batches(examples):
             outputs, _ = problem.functional(batch)
-            with self.opened(), torch.no_grad():
+            with self.open_model(), torch.no_grad():
                 each = [outputs({name: t[m] for name, t in theta.items()}) for m in range(len(weights))]
                 parts.append(torch.stack([problem.per_example(f(h, batch), batch, "measurement") for h in each]))
         return torch.cat(parts, 1).unsqueeze(1)
@@ -251,7 +251,7 @@ class Replay:
         signs = {name: (t - half[name]).sign() for name, t in all_.items()}
         return vectors.dot(first, signs) / vectors.dot(first, {n: t.sign() for n, t in first.items()}).clamp(min=1e-300)
 
-    def opened(self) -> ExitStack:
+    def open_model(self) -> ExitStack:
         """The model as it is differentiated: in eval mode, attention by the kernel that has all derivatives."""
         stack = ExitStack()
         stack.enter_context(self.problem.observed())

@@ -111,7 +111,7 @@ class FittedUnrolled(FittedMethod):
         replay = self.replay
         kept = {name: len(rows) - 1 for name, rows in replay.states[0].items()}
         batch = replay.problem.batch(replay.order[-1])
-        with replay.opened():
+        with replay.open_model():
             at_once = rhs_at_once(replay.problem, *replay.problem.functional(batch))
         adjoints: list[State] = [
             {name: (t, *[torch.zeros_like(t)] * kept[name]) for name, t in some.items()}
@@ -142,7 +142,7 @@ class FittedUnrolled(FittedMethod):
         def along(a: Vectors) -> tuple[Vectors, Tensor]:
             return jvp(grad(loss, has_aux=True), (theta,), (a,))[1]
 
-        with self.replay.opened():
+        with self.replay.open_model():
             try:
                 curved, slopes = vmap(along)(a)
             except GAPS as error:
