@@ -98,7 +98,7 @@ def fixed(activation: str, subsets: int, seed: int = 0) -> dict[str, Any]:
     for share in SHARES:
         masks = random_subsets(n, subsets, 1 - share, seed=1)
         with phase(f"retrain {share:g}"):
-            found[f"targets {share:g}"] = replay.measured(masks, queries).numpy()
+            found[f"targets {share:g}"] = replay.measure(masks, queries).numpy()
         found[f"masks {share:g}"] = masks.numpy()
         found[f"smooth {share:g}"] = float(replay.metasmoothness(share).mean())
     return found

@@ -201,7 +201,7 @@ def test_a_bit_a_number_is_kept_and_a_size(tmp_path, size):
     )
     assert store.pieces[0]["signs"].dtype == torch.uint8 and store.pieces[0]["signs"].shape == (p.n, -(-size // 8))
     torch.testing.assert_close(store.score(p.queries).values, by_signs(asked, exact), rtol=1e-10, atol=1e-12)
-    own = gradient_store.products(exact, store.pieces[0]["signs"]) * store.pieces[0]["sizes"]
+    own = gradient_store.multiply_signs(exact, store.pieces[0]["signs"]) * store.pieces[0]["sizes"]
     torch.testing.assert_close(own.diagonal(), exact.square().sum(1))  # exact for an example with itself
 
 
@@ -210,8 +210,10 @@ def test_signs_of_normal_numbers_have_no_bias_and_half_pi_times_the_variance(ang
     k, draws, rng = 64, 20_000, torch.Generator().manual_seed(0)
     b, other = torch.randn(2, draws, k, generator=rng, dtype=torch.float64)
     a = angle * b + (1 - angle**2) ** 0.5 * other
-    kept = gradient_store.packed(b)
-    found = torch.cat([gradient_store.products(x[None], s[None])[0] for x, s in zip(a, kept["signs"], strict=True)])
+    kept = gradient_store.pack_signs(b)
+    found = torch.cat(
+        [gradient_store.multiply_signs(x[None], s[None])[0] for x, s in zip(a, kept["signs"], strict=True)]
+    )
     found *= kept["sizes"] / k
     wanted = (angle**2 * 2 + (1 - angle**2) * torch.pi / 2) / k
     assert float(found.mean()) == pytest.approx(angle, abs=4 * (wanted / draws) ** 0.5)

@@ -27,7 +27,7 @@ from wherefrom import (
     Regression,
     UnsupportedError,
 )
-from wherefrom.solvers.schulz import bound, cholesky, predicted, schulz
+from wherefrom.solvers.schulz import cholesky, predict_steps, schulz, upper_bound
 from wherefrom.testing import check_solver
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
@@ -73,11 +73,11 @@ def test_the_residual_is_raised_to_a_power_in_each_step(order):
 def test_the_number_of_steps_is_known_in_advance(d, n, damping, order):
     A = gram(d, n, damping)
     lower = damping if d > n else float(torch.linalg.eigvalsh(A)[0])
-    wanted = predicted(lower, float(bound(A)), 1e-9, d, order)
+    wanted = predict_steps(lower, float(upper_bound(A)), 1e-9, d, order)
     found = schulz(A, lower, tolerance=1e-9, order=order, mixed=False)
     assert found.steps == wanted and float(found.residuals[-1]) <= 1e-9
     # the formula, written out
-    upper = float(bound(A))
+    upper = float(upper_bound(A))
     rho = (upper - lower) / (upper + lower)
     assert math.sqrt(d) * rho ** (order**wanted) <= 1e-9 < math.sqrt(d) * rho ** (order ** (wanted - 1))
 
@@ -85,10 +85,10 @@ def test_the_number_of_steps_is_known_in_advance(d, n, damping, order):
 def test_the_bound_is_above_every_eigenvalue_and_tight_where_one_of_the_three_is():
     for seed in range(5):
         A = gram(40, 5 + 20 * seed, 0.1, seed)
-        assert float(torch.linalg.eigvalsh(A)[-1]) <= float(bound(A))
-    assert float(bound(3 * torch.eye(7))) == 3  # row sum
+        assert float(torch.linalg.eigvalsh(A)[-1]) <= float(upper_bound(A))
+    assert float(upper_bound(3 * torch.eye(7))) == 3  # row sum
     v = torch.randn(6, generator=torch.Generator().manual_seed(0)).double()
-    assert float(bound(torch.outer(v, v))) == pytest.approx(float(v @ v))  # trace
+    assert float(upper_bound(torch.outer(v, v))) == pytest.approx(float(v @ v))  # trace
 
 
 def test_a_small_multiple_of_the_identity_approaches_from_below():

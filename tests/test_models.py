@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 import wherefrom
 from wherefrom.errors import AttributionWarning, InputError, UnsupportedError
-from wherefrom.model.observe import copied
+from wherefrom.model.observe import copy_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 TASK = wherefrom.Classification()
@@ -292,7 +292,7 @@ def with_gap(name: str, classes: int) -> tuple[nn.Module, nn.Module]:
     if written is not None:
         return model, seeded(written(classes))
     dim = {"weight norm by column": 1, "weight norm of all": None}.get(name, 0)
-    return model, WrittenNorm(copied(model), dim)
+    return model, WrittenNorm(copy_model(model), dim)
 
 
 TELLING = ["old function", "foreign backward", "weight norm"]  # the others take the same ways, and longer
@@ -544,7 +544,7 @@ def test_a_copy_shares_no_memory_and_keeps_what_is_shared_within() -> None:
     model[1].weight = model[0].weight
     model.extra = model[0](torch.ones(1, 4, dtype=torch.float64))  # no leaf
     model.again = [model.extra]
-    twin = copied(model)
+    twin = copy_model(model)
     assert twin[1].weight is twin[0].weight
     assert twin.again[0] is twin.extra
     assert twin.extra.grad_fn is None

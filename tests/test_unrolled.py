@@ -131,11 +131,11 @@ def test_the_queries_are_measured_after_each_retraining(monkeypatch):
     subsets = masks(run.p, 5)
     truth = torch.stack([run.measured(m.double()) for m in subsets]).unsqueeze(1)
     replay = run.replay()
-    torch.testing.assert_close(replay.measured(subsets, run.p.queries), truth, **TIGHT)
+    torch.testing.assert_close(replay.measure(subsets, run.p.queries), truth, **TIGHT)
     monkeypatch.setattr(wherefrom.methods.replay, "STACKED", 2 * 8 * run.p.dim)  # two models at once
     replay.problem.train.batch_size = 2
-    torch.testing.assert_close(replay.measured(subsets, run.p.queries), truth, **TIGHT)
-    loss = replay.measured(subsets, run.p.queries, run.p.task.loss)
+    torch.testing.assert_close(replay.measure(subsets, run.p.queries), truth, **TIGHT)
+    loss = replay.measure(subsets, run.p.queries, run.p.task.loss)
     assert loss.shape == truth.shape and not torch.allclose(loss, truth)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wherefrom.solvers.schulz import bound, predicted, schulz
+from wherefrom.solvers.schulz import predict_steps, schulz, upper_bound
 
 HERE = Path(__file__).resolve().parent
 DISTRIBUTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of standard normal z; the second number is the deviation
@@ -165,7 +165,7 @@ def ours(c: Case) -> Run:
     start = time.perf_counter()
     found = schulz(c.m, lower=c.damping)
     seconds = time.perf_counter() - start
-    steps = predicted(c.damping, float(bound(c.m)), 1e-10, len(c.m))
+    steps = predict_steps(c.damping, float(upper_bound(c.m)), 1e-10, len(c.m))
     residual = float(found.residuals[-1])
     return Run([c.error(found.x @ c.v)], seconds, f"{found.steps} steps, {steps} predicted, |I - M X| = {residual:.1e}")
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")  # that autocast may be active for
-KEPT = 2**26  # bytes of buffers that are copied before a pass; larger ones are only watched
-KEPT_WEIGHTS = 2**31  # bytes of parameters that are copied before the first pass
+BUFFER_BYTES = 2**26  # of buffers that are copied before a pass; larger ones are only watched
+WEIGHT_BYTES = 2**31  # of parameters that are copied before the first pass
 
 
 # --- modes of torch -----------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def eager() -> Iterator[None]:
         yield
 
 
-class _WrittenOut(TorchFunctionMode):
+class _ElementaryWeightNorm(TorchFunctionMode):
     """Weight normalisation by elementary operations.
 
     The fused kernel has no forward-mode derivative, and its second derivative is wrong (PyTorch 2.13).
@@ -164,23 +165,30 @@ class _WrittenOut(TorchFunctionMode):
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Compute g v / |v|, the norm over all axes but one."""
     axes = [axis for axis in range(v.ndim) if axis != dim % v.ndim]
-    size = v.square().sum(axes, keepdim=True).sqrt() if axes and dim != -1 else v.square().sum().sqrt()
-    return v * (g / size)
+    # torch takes -1 for no axis at all: the norm then is one number.
+    if axes and dim != -1:
+        norm = v.square().sum(axes, keepdim=True).sqrt()
+    else:
+        norm = v.square().sum().sqrt()
+    return v * (g / norm)
 
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
     """Run the model's operations in a form that has all derivatives."""
     if any(_is_weight_norm(m) for m in model.modules()):
-        with _WrittenOut():
+        with _ElementaryWeightNorm():
             yield
     else:
         yield
 
 
 def _is_weight_norm(module: nn.Module) -> bool:
-    new = type(module).__name__ == "_WeightNorm"
-    return new or any(type(hook).__name__ == "WeightNorm" for hook in module._forward_pre_hooks.values())
+    """Whether a module is weight normalisation, as a parametrization or as the hook of older PyTorch."""
+    if type(module).__name__ == "_WeightNorm":
+        return True
+    hooks = module._forward_pre_hooks
+    return bool(hooks) and any(type(hook).__name__ == "WeightNorm" for hook in hooks.values())
 
 
 # --- one thread at a time -----------------------------------------------------------------------------------------
@@ -199,13 +207,14 @@ def alone(model: nn.Module) -> Iterator[bool]:
     parts = {id(m) for m in model.modules()} | {id(p) for p in model.parameters()}
     with _changed:
         _changed.wait_for(lambda: all(_owners.get(part, me) == me for part in parts))
-        taken = [part for part in parts if part not in _owners]
-        _owners.update(dict.fromkeys(taken, me))
+        # What this thread holds already, it gives back where it took it.
+        newly_held = [part for part in parts if part not in _owners]
+        _owners.update(dict.fromkeys(newly_held, me))
     try:
         yield True
     finally:
         with _changed:
-            for part in taken:
+            for part in newly_held:
                 del _owners[part]
             _changed.notify_all()
 
@@ -222,10 +231,11 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, with_parameters: bool = False):
-        self.modules = [(m, m.training, dict(vars(m)), _containers(m)) for m in model.modules()]
-        self.needed = [(p, p.requires_grad) for p in model.parameters()]
-        self.buffers = _keep(model.named_buffers(), KEPT)
-        self.parameters = _keep(model.named_parameters(), KEPT_WEIGHTS if with_parameters else 0)
+        self.modules = [_ModuleState.of(module) for module in model.modules()]
+        named = list(model.named_parameters())
+        self.requires_grad = [(p, p.requires_grad) for _, p in named]
+        self.parameters = _save_tensors(named, WEIGHT_BYTES if with_parameters else 0)
+        self.buffers = _save_tensors(model.named_buffers(), BUFFER_BYTES)
 
     def restore(self) -> tuple[list[str], list[str], list[str]]:
         """Put everything back.
@@ -235,75 +245,69 @@ class Snapshot:
             had changed.
         """
         replaced = self._replaced_buffers()
-        for module, training, attributes, containers in self.modules:
-            for container, content in containers:
-                _refill(container, content)
-            own = vars(module)
-            own.update(attributes)
-            for name in own.keys() - attributes.keys():
-                del own[name]
-            if module.training != training:  # a scripted module keeps it elsewhere
-                module.training = training
-        for p, needed in self.needed:
-            if p.requires_grad != needed:
-                p.requires_grad_(needed)
+        for state in self.modules:
+            state.restore()
+        for p, before in self.requires_grad:
+            if p.requires_grad != before:
+                p.requires_grad_(before)
 
-        buffers, lost = _put_back(self.buffers)
-        weights = [name for names in _put_back(self.parameters) for name in names]
+        buffers, lost = _restore_tensors(self.buffers)
+        weights = [*itertools.chain(*_restore_tensors(self.parameters))]
         return [*replaced, *buffers], lost, weights
 
     def _replaced_buffers(self) -> list[str]:
         """Name the buffers that another tensor has taken the place of."""
-        names = {id(kept.tensor): kept.name for kept in self.buffers}
-        now = {id(b) for module, *_ in self.modules for b in module._buffers.values() if b is not None}
-        return [name for i, name in names.items() if i not in now]
+        if not self.buffers:
+            return []
+        present = {id(buffer) for state in self.modules for buffer in state.module._buffers.values()}
+        return [saved.name for saved in self.buffers if id(saved.tensor) not in present]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor of the model before a pass, with a copy if it is not too large."""
+class _ModuleState(NamedTuple):
+    """A module's attributes before a pass, as objects.
 
-    name: str
-    tensor: Tensor
-    version: int
-    copied: Tensor | None
+    Args:
+        module: the module itself.
+        training: its mode, which a scripted module keeps elsewhere than among its attributes.
+        attributes: name -> object.
+        containers: its lists, sets and dicts (of parameters, buffers, children and hooks too), each with a copy.
+    """
 
+    module: nn.Module
+    training: bool
+    attributes: dict[str, Any]
+    containers: list[tuple[Any, Any]]
 
-def _keep(named: Iterable[tuple[str, Tensor]], room: int) -> list[_Kept]:
-    kept = []
-    for name, t in named:
-        if t.layout != torch.strided or t.is_meta or t.is_inference():
-            continue
-        room -= t.numel() * t.element_size()
-        kept.append(_Kept(name, t, t._version, t.detach().clone() if room >= 0 else None))
-    return kept
+    @classmethod
+    def of(cls, module: nn.Module) -> _ModuleState:
+        """Note what a module holds now."""
+        attributes = dict(vars(module))
+        containers = [(value, value.copy()) for value in attributes.values() if isinstance(value, (list, set, dict))]
+        return cls(module, module.training, attributes, containers)
 
+    def restore(self) -> None:
+        """Give the module the same objects again, and its containers the same content in the same order."""
+        # This runs for every module before and after every pass of a model, and nearly always nothing has changed. So
+        # containers are compared in one loop, entry by entry in C, and most of them, those of hooks, are empty.
+        for container, content in self.containers:
+            if not container and not content:
+                continue
+            same = len(container) == len(content) and all(map(is_, container, content))
+            if same and isinstance(container, dict):
+                same = all(map(is_, container.values(), content.values()))
+            if not same:
+                _refill(container, content)
 
-def _put_back(held: Iterable[_Kept]) -> tuple[list[str], list[str]]:
-    """Give tensors their values again; the names of those that had changed, and of those whose value is lost."""
-    changed, lost = [], []
-    for kept in held:
-        if kept.copied is None:
-            if kept.tensor._version != kept.version:
-                lost.append(kept.name)
-        elif not _identical(kept.tensor, kept.copied):
-            with torch.no_grad():
-                kept.tensor.detach().copy_(kept.copied)
-            changed.append(kept.name)
-    return changed, lost
-
-
-def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """List a module's lists, sets and dicts (of parameters, buffers, children and hooks too), each with a copy."""
-    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (list, set, dict))]
+        own = vars(self.module)
+        own.update(self.attributes)
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        if self.module.training != self.training:
+            self.module.training = self.training
 
 
 def _refill(container: Any, content: Any) -> None:
-    """Give a list, set or dict the same objects again, in the same order."""
-    now, before = (c.items() if isinstance(c, dict) else c for c in (container, content))
-    same = len(now) == len(before) and all(_is_same(a, b) for a, b in zip(now, before, strict=True))
-    if same:
-        return
+    """Give a list, set or dict other content."""
     container.clear()
     if isinstance(container, list):
         container.extend(content)
@@ -311,11 +315,40 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two are the same object, or pairs of the same."""
-    if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        return all(x is y for x, y in zip(a, b, strict=True))
-    return a is b
+class _SavedTensor(NamedTuple):
+    """A tensor of the model before a pass, with a copy if it is not too large."""
+
+    name: str
+    tensor: Tensor
+    version: int
+    copy: Tensor | None
+
+
+def _save_tensors(named: Iterable[tuple[str, Tensor]], room: int) -> list[_SavedTensor]:
+    """Copy tensors as long as there is room, in bytes; the versions of the others tell whether they were changed."""
+    saved = []
+    for name, t in named:
+        # A version is what dense tensors have that hold values and were not made in inference mode.
+        if t.layout != torch.strided or t.is_meta or t.is_inference():
+            continue
+        room -= t.numel() * t.element_size()
+        copy = t.detach().clone() if room >= 0 else None
+        saved.append(_SavedTensor(name, t, t._version, copy))
+    return saved
+
+
+def _restore_tensors(saved: Iterable[_SavedTensor]) -> tuple[list[str], list[str]]:
+    """Give tensors their values again; the names of those that had changed, and of those whose value is lost."""
+    changed, lost = [], []
+    for name, tensor, version, copy in saved:
+        if copy is None:
+            if tensor._version != version:
+                lost.append(name)
+        elif not _identical(tensor, copy):
+            with torch.no_grad():
+                tensor.detach().copy_(copy)
+            changed.append(name)
+    return changed, lost
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
@@ -340,15 +373,13 @@ def substituted(model: nn.Module, swaps: Iterable[tuple[Tensor, Tensor]]) -> Ite
         swaps: (parameter, tensor) pairs.
     """
     new = {id(old): value for old, value in swaps}
-    places = [
-        (module._parameters, name, p)
-        for module in model.modules()
-        for name, p in module._parameters.items()
-        if id(p) in new
-    ]
+    places = []
+    for module in model.modules():
+        # A parameter may stand in several modules, or under several names of one.
+        places += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in new]
     try:
         for table, name, p in places:
-            table[name] = new[id(p)]  # pyright: ignore[reportArgumentType]
+            table[name] = new[id(p)]
         yield
     finally:
         for table, name, p in places:

@@ -25,7 +25,7 @@ from wherefrom.curvature.base import Curvature, Need, Operator
 from wherefrom.curvature.damping import Damping
 from wherefrom.errors import AttributionError, ConvergenceWarning, UnsupportedError
 from wherefrom.methods.influence import saved_classes
-from wherefrom.model.observe import copied
+from wherefrom.model.observe import copy_model
 from wherefrom.model.problem import Problem
 from wherefrom.persample.blocks import Block
 from wherefrom.persample.directions import Directions, concatenate
@@ -162,7 +162,7 @@ def check_layer(kind: LayerKind, layer: nn.Module, x: Tensor, tolerance: float |
     Raises:
         ConformanceError: naming the parameters and the first of these that does not hold.
     """
-    layer = copied(layer).eval().requires_grad_(True)
+    layer = copy_model(layer).eval().requires_grad_(True)
     held = {part: p for part in ("weight", "bias") if (p := layer._parameters.get(part)) is not None}
     if not held or len(x) < 2:
         raise ConformanceError(f"check_layer needs a weight or a bias and 2 examples, got {layer}, {len(x)} examples.")

@@ -21,7 +21,7 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import CheckpointError
 
 from wherefrom.errors import UnsupportedError
-from wherefrom.model.observe import copied
+from wherefrom.model.observe import copy_model
 from wherefrom.model.problem import Problem
 from wherefrom.persample import vectors
 from wherefrom.persample.vectors import Vectors
@@ -315,7 +315,7 @@ def has_second_derivatives(problem: Problem) -> bool:
 
 def _in_double(problem: Problem) -> Problem:
     keep = set(problem.parameters)
-    double = copied(problem.model).double()
+    double = copy_model(problem.model).double()
     for name, p in double.named_parameters():  # which no longer say so where the model is being observed
         p.requires_grad_(name in keep)
     return Problem(double, problem.task, problem.train, lambda name: name in keep, None, problem.memory, False)

@@ -8,7 +8,7 @@ and each of them can be had alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from wherefrom.errors import expected
 
 Batch = Any
 VALUES = (bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device)
+LEAVES = (Tensor, *VALUES)
 SHOWN = 6  # leaves of a batch that an error names
 
 
@@ -65,7 +66,15 @@ def mark(batch: Batch, origin: Origin) -> Batch:
 
 def origin_of(batch: Batch) -> Origin | None:
     """Find where a batch comes from; None if it was not made by a data set, or has no tensors."""
-    return next((_ORIGINS[t] for t in tensors(batch) if t in _ORIGINS), None)
+    if isinstance(batch, Tensor):
+        return _ORIGINS.get(batch)
+    if isinstance(batch, VALUES):
+        return None
+    for part in children(batch).values():
+        origin = origin_of(part)
+        if origin is not None:
+            return origin
+    return None
 
 
 def batch_length(batch: Batch) -> int:
@@ -194,10 +203,12 @@ def children(batch: Batch) -> dict[Any, Batch]:
     Raises:
         InputError: if the batch is anything else.
     """
+    if isinstance(
+        batch, (tuple, list)
+    ):  # first, as it is the commonest, and quicker to ask than whether it is a mapping
+        return dict(enumerate(batch))
     if isinstance(batch, Mapping):
         return dict(batch)
-    if isinstance(batch, (tuple, list)):
-        return dict(enumerate(batch))
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.init}
     raise expected(
@@ -219,31 +230,45 @@ def rebuild(batch: Batch, parts: Mapping[Any, Batch]) -> Batch:
     return dataclasses.replace(batch, **parts)
 
 
-def leaves(batch: Batch) -> Iterator[Any]:
-    """Iterate over all tensors and values in a nested batch, in order.
+def leaves(batch: Batch) -> list[Any]:
+    """List all tensors and values in a nested batch, in order.
 
     Raises:
         InputError: if there is something else in it.
     """
-    if isinstance(batch, (Tensor, VALUES)):
-        yield batch
-    else:
-        for part in children(batch).values():
-            yield from leaves(part)
+    found: list[Any] = []
+    _append_leaves(batch, found)
+    return found
 
 
-def tensors(batch: Batch) -> Iterator[Tensor]:
-    """Iterate over all tensors in a nested batch, in order."""
-    return (leaf for leaf in leaves(batch) if isinstance(leaf, Tensor))
+def _append_leaves(batch: Batch, to: list[Any]) -> None:
+    # Every pass over the data walks each batch several times, so one list takes the leaves of all levels.
+    if isinstance(batch, LEAVES):
+        to.append(batch)
+        return
+    for part in children(batch).values():
+        if isinstance(part, LEAVES):
+            to.append(part)
+        else:
+            _append_leaves(part, to)
 
 
-def lists(batch: Batch) -> Iterator[list[Any]]:
-    """Iterate over the lists of values in a nested batch."""
-    if isinstance(batch, list) and all(isinstance(v, VALUES) for v in batch):
-        yield batch
-    elif not isinstance(batch, (Tensor, VALUES)):
-        for part in children(batch).values():
-            yield from lists(part)
+def tensors(batch: Batch) -> list[Tensor]:
+    """List all tensors in a nested batch, in order."""
+    return [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+
+
+def lists(batch: Batch) -> list[list[Any]]:
+    """List the lists of values in a nested batch."""
+    if isinstance(batch, LEAVES):
+        return []
+    if _is_list_of_values(batch):
+        return [batch]
+    return [values for part in children(batch).values() for values in lists(part)]
+
+
+def _is_list_of_values(batch: Batch) -> bool:
+    return isinstance(batch, list) and all(isinstance(value, VALUES) for value in batch)
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], batch: Batch) -> Batch:

@@ -42,30 +42,37 @@ def pad(examples: Sequence[Mapping[str, Any]], token: int = 0) -> dict[str, Tens
     Raises:
         InputError: if there are no examples, they lack input_ids, differ in their fields, or have something else there.
     """
-    if not examples or not all(isinstance(e, Mapping) and "input_ids" in e for e in examples):
-        wrong = next((type(e).__name__ for e in examples if not isinstance(e, Mapping)), "one without")
+    if not examples or not all(isinstance(example, Mapping) and "input_ids" in example for example in examples):
+        wrong = next(
+            (type(example).__name__ for example in examples if not isinstance(example, Mapping)), "one without"
+        )
         raise expected("examples", "dicts with 'input_ids'", wrong if len(examples) else "none")
+
     columns: dict[str, list[Tensor]] = {}
-    for name in dict.fromkeys(name for e in examples for name in e):
-        values = [e.get(name) for e in examples]
+    names = dict.fromkeys(name for example in examples for name in example)  # in the order in which they appear
+    for name in names:
+        values = [example.get(name) for example in examples]
         if any(_is_text(value) for value in values):
             continue
-        if lacking := [i for i, e in enumerate(examples) if name not in e]:
+        if lacking := [i for i, example in enumerate(examples) if name not in example]:
             raise expected(f"field {name!r}", "in every example of a batch or in none", f"none in example {lacking[0]}")
-        columns[name] = [_tensor(name, v) for v in values]
+        columns[name] = [_to_tensor(name, value) for value in values]
 
-    tokens, positions = columns["input_ids"], columns.get("position_ids", [])
+    tokens = columns["input_ids"]
+    positions = columns.get("position_ids", [])
     if "attention_mask" not in columns and any(is_packed(p) for p in positions if p.ndim == 1):
         # Without a mask only labels tell padding from tokens; nothing predicts the first token of a document.
         unlabelled = [t.masked_fill(document_starts(p), IGNORE) for t, p in zip(tokens, positions, strict=True)]
         columns.setdefault("labels", unlabelled)
     else:
         columns.setdefault("attention_mask", [torch.ones_like(t) for t in tokens])
+
     fill = {"labels": IGNORE, "input_ids": token}
-    return {
-        name: pad_sequence(column, True, fill.get(name, 0)) if column[0].ndim else torch.stack(column)
-        for name, column in columns.items()
-    }
+    batch = {}
+    for name, column in columns.items():
+        is_sequence = column[0].ndim > 0
+        batch[name] = pad_sequence(column, True, fill.get(name, 0)) if is_sequence else torch.stack(column)
+    return batch
 
 
 def _is_text(value: Any) -> bool:
@@ -75,13 +82,15 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, (str, Mapping))
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _to_tensor(name: str, value: Any) -> Tensor:
     try:
-        # Targets of a regression keep the digits that Python gives them.
-        t = torch.as_tensor(np.asarray(value) if name == "labels" and isinstance(value, (float, list)) else value)
+        if name == "labels" and isinstance(value, (float, list)):
+            value = np.asarray(value)  # targets of a regression keep the digits that Python gives them
+        t = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise expected(f"field {name!r}", "numbers or sequences of numbers", repr(value)[:80]) from error
-    return t if t.is_floating_point() and name != "input_ids" else t.long()
+    is_number = t.is_floating_point() and name != "input_ids"
+    return t if is_number else t.long()
 
 
 def completion_batch(
@@ -109,13 +118,14 @@ def completion_batch(
         InputError: an empty completion, an empty prompt, not as many of one as of the other, or messages that the chat
             template does not take.
     """
-    prompts, completions = _listed(prompt), _listed(completion)
+    prompts, completions = _as_list(prompt), _as_list(completion)
     if len(prompts) != len(completions):
         raise expected("completions", f"one for each of the {len(prompts)} prompts", len(completions))
-    return pad([_query(tokenizer, q, *pair) for q, pair in enumerate(zip(prompts, completions, strict=True))])
+    pairs = zip(prompts, completions, strict=True)
+    return pad([_make_query(tokenizer, q, *pair) for q, pair in enumerate(pairs)])
 
 
-def _query(
+def _make_query(
     tokenizer: Tokenizer, number: int, prompt: Text | Conversation, completion: Text | Conversation
 ) -> dict[str, Tensor]:
     """Make the token numbers of one query, and its labels: (S,)."""
@@ -131,8 +141,8 @@ def _query(
         start, end, after = prompt_and_completion(tokenizer, cast(Text, prompt), cast(Text, completion))
     if not len(start) or not len(end):
         raise expected(f"prompt and completion {number}", "at least one token each", f"{len(start)} and {len(end)}")
-    unlabelled = [torch.full_like(part, IGNORE) for part in (start, after)]
-    return {"input_ids": torch.cat([start, end, after]), "labels": torch.cat([unlabelled[0], end, unlabelled[1]])}
+    labels = torch.cat([torch.full_like(start, IGNORE), end, torch.full_like(after, IGNORE)])
+    return {"input_ids": torch.cat([start, end, after]), "labels": labels}
 
 
 def answer(
@@ -159,14 +169,14 @@ def answer(
     if not any(message["role"] == "assistant" for message in completion):
         raise expected("a completion of messages", "one with the assistant's", "none of the assistant's")
     start = chat_prompt(tokenizer, prompt, options)
-    whole, written = chat_tokens(tokenizer, [*prompt, *completion], options)
+    whole, by_assistant = chat_tokens(tokenizer, [*prompt, *completion], options)
     if not torch.equal(whole[: len(start)], start):
         raise InputError(
             "The completion cannot be told from the prompt: the chat template renders the prompt's messages otherwise "
             "than within the whole. Give the completion as a text, or token numbers."
         )
-    written[: len(start)] = False
-    return {"input_ids": whole, "labels": whole.masked_fill(~written, IGNORE)}
+    by_assistant[: len(start)] = False
+    return {"input_ids": whole, "labels": whole.masked_fill(~by_assistant, IGNORE)}
 
 
 def training_example(tokenizer: Tokenizer, number: int, document: Any) -> dict[str, Tensor]:
@@ -194,8 +204,8 @@ def training_example(tokenizer: Tokenizer, number: int, document: Any) -> dict[s
         if not is_conversation(row["messages"]):
             wanted = "a list of dicts with 'role' and 'content'"
             raise expected(f"the messages of document {number}", wanted, repr(row["messages"])[:80])
-        whole, written = chat_tokens(tokenizer, row["messages"], options)
-        return {"input_ids": whole, "labels": whole.masked_fill(~written, IGNORE)}
+        whole, by_assistant = chat_tokens(tokenizer, row["messages"], options)
+        return {"input_ids": whole, "labels": whole.masked_fill(~by_assistant, IGNORE)}
 
     prompt, completion = row["prompt"], row["completion"]
     if is_conversation(prompt) and isinstance(completion, str):
@@ -210,17 +220,18 @@ def training_example(tokenizer: Tokenizer, number: int, document: Any) -> dict[s
     return {"input_ids": torch.cat([start, end, after]), "labels": labels}
 
 
-def _listed(texts: Any) -> Sequence[Any]:
+def _as_list(texts: Any) -> Sequence[Any]:
     """Make a list of texts or conversations; a single one, as text, numbers or messages, becomes a list of one."""
     if isinstance(texts, Mapping):  # what a tokenizer or a chat template returns
         if "input_ids" not in texts:
             raise expected("a prompt that is a dict", "one with 'input_ids'", sorted(map(str, texts)))
-        rows, masks = _listed(texts["input_ids"]), _listed(texts.get("attention_mask", []))
+        rows, masks = _as_list(texts["input_ids"]), _as_list(texts.get("attention_mask", []))
         if len(masks) != len(rows) or not len(masks[0]):
             return rows
         pairs = zip(rows, masks, strict=True)
         return [torch.as_tensor(row)[torch.as_tensor(mask).bool()] for row, mask in pairs]
     if isinstance(texts, Tensor):
         return list(texts) if texts.ndim > 1 else [texts]
-    single = isinstance(texts, str) or not len(texts) or isinstance(texts[0], (int, np.integer))
-    return [texts] if single or is_conversation(texts) else texts
+    is_text = isinstance(texts, str)
+    is_single = is_text or not len(texts) or isinstance(texts[0], (int, np.integer)) or is_conversation(texts)
+    return [texts] if is_single else texts

@@ -57,20 +57,21 @@ class SequenceClassification(Labelled):
             InputError: if the model was trained with another problem type; see also `CausalLM.outputs`.
             UnsupportedError: if the outputs depend on padding.
         """
-        found = super().outputs(model, batch)
-        trained = getattr(getattr(base_of(model), "config", None), "problem_type", None)
-        if trained is not None and trained != self._problem(found):
+        outputs = super().outputs(model, batch)
+        config = getattr(base_of(model), "config", None)
+        own = getattr(config, "problem_type", None)  # which transformers notes when it trains the model
+        if own is not None and own != self._problem(outputs):
             raise expected(
                 "problem_type",
-                f"the model's own, {trained}",
-                self._problem(found),
-                f"Use SequenceClassification({trained!r}).",
+                f"the model's own, {own}",
+                self._problem(outputs),
+                f"Use SequenceClassification({own!r}).",
             )
-        return found
+        return outputs
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        with marked_padding(base_of(model), batch) as marked:
-            return logits(model, marked, ("labels", self._column(batch)))
+        with marked_padding(base_of(model), batch) as padded:
+            return logits(model, padded, ("labels", self._column(batch)))
 
     def labels(self, batch: Batch) -> Tensor:
         """Find the class of each sequence, -100 for none: (B,).
@@ -79,7 +80,7 @@ class SequenceClassification(Labelled):
             InputError: if there are none, or they are no whole numbers.
         """
         return whole_numbers(
-            self._given(batch), "For targets of several outputs say SequenceClassification(problem_type)."
+            self._read_labels(batch), "For targets of several outputs say SequenceClassification(problem_type)."
         )
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -110,17 +111,21 @@ class SequenceClassification(Labelled):
         """
         problem = self._problem(outputs)
         if problem == "single_label_classification":
-            return aligned(batch) | {"labels": self._plain.resample(outputs, (None, self.labels(batch)), rng)[1]}
+            return super().resample(outputs, batch, rng)
+
         outputs = outputs.detach()
-        u = torch.rand(outputs.shape, generator=rng, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).to(outputs.device)
+        u = torch.rand(outputs.shape, generator=rng, dtype=torch.float64)
+        u = u.clamp(1e-12, 1 - 1e-12).to(outputs.device)  # the normal quantiles of 0 and 1 are infinite
         if problem == "regression":
-            mean, noise = outputs, torch.special.ndtri(u) * 0.5**0.5
+            mean = outputs
+            noise = torch.special.ndtri(u) * 0.5**0.5
         else:
             mean = outputs.sigmoid()
             noise = (u < mean).to(mean) - mean
-        drawn = mean + outputs.shape[1] ** 0.5 * noise.to(mean)
-        kept = {name: t for name, t in aligned(batch).items() if name != self._column(batch)}
-        return kept | {"labels": drawn.view_as(self._given(batch))}
+        labels = mean + outputs.shape[1] ** 0.5 * noise.to(mean)
+        # The column of labels may have another name; the draws always stand under "labels".
+        others = {name: t for name, t in aligned(batch).items() if name != self._column(batch)}
+        return others | {"labels": labels.view_as(self._read_labels(batch))}
 
     def _problem(self, outputs: Tensor) -> str:
         if self.problem_type is not None:
@@ -132,7 +137,7 @@ class SequenceClassification(Labelled):
         """Find the column that holds the labels: transformers' collators rename these others."""
         return next((name for name in ("labels", "label", "label_ids") if name in batch), "labels")
 
-    def _given(self, batch: Batch) -> Tensor:
+    def _read_labels(self, batch: Batch) -> Tensor:
         """Take the labels as they are: they have no positions that would move with the padding."""
         if self._column(batch) not in aligned(batch):
             raise expected("a batch", "one with 'labels'", sorted(batch))
@@ -140,7 +145,7 @@ class SequenceClassification(Labelled):
 
     def _targets(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Give the labels the shape of the outputs, (B, K), and their dtype."""
-        given = self._given(batch)
-        if given.numel() != outputs.numel() or len(given) != len(outputs):
-            raise expected("labels", f"of the outputs' shape {tuple(outputs.shape)}", tuple(given.shape))
-        return given.to(outputs).view_as(outputs)
+        labels = self._read_labels(batch)
+        if labels.numel() != outputs.numel() or len(labels) != len(outputs):
+            raise expected("labels", f"of the outputs' shape {tuple(outputs.shape)}", tuple(labels.shape))
+        return labels.to(outputs).view_as(outputs)

@@ -73,62 +73,77 @@ def sequences(tokenizer: Tokenizer, texts: Sequence[Document], length: int, pack
         raise expected("texts", "a list of documents", "one text", "Put it into a list.")
     if length < 2:
         raise expected("length", "at least 2 tokens", length)
-    given = {i: text for i, text in enumerate(texts) if says_something(text)}
-    plain = {i: text for i, text in given.items() if isinstance(text, str)}
-    if plain and len(plain) < len(given):
-        mixed = f"{len(plain)} texts and {len(given) - len(plain)} others"
+    with_text = {i: document for i, document in enumerate(texts) if says_something(document)}
+    plain_texts = {i: document for i, document in with_text.items() if isinstance(document, str)}
+    if plain_texts and len(plain_texts) < len(with_text):
+        mixed = f"{len(plain_texts)} texts and {len(with_text) - len(plain_texts)} others"
         raise expected("texts", "all texts, or all conversations and completions", mixed)
-    empty = len(texts) - len(given)
-    if plain or not given:
-        return _cut(tokenizer, plain, length, pack, empty)
+    empty = len(texts) - len(with_text)
+    if plain_texts or not with_text:
+        return _cut_texts(tokenizer, plain_texts, length, pack, empty)
     if pack:
         raise expected("pack", "False for conversations and completions", True, "Each is a sequence of its own.")
-    return _answers(tokenizer, given, length, empty)
+    return _tokenize_answers(tokenizer, with_text, length, empty)
 
 
-def _cut(tokenizer: Tokenizer, texts: Mapping[int, str], length: int, pack: bool, empty: int) -> Sequences:
+def _cut_texts(tokenizer: Tokenizer, texts: Mapping[int, str], length: int, pack: bool, empty: int) -> Sequences:
     """Cut texts, by number, whose every token has a label."""
     documents = {i: numbers(tokenizer, text, True) for i, text in texts.items()}
     end = getattr(tokenizer, "eos_token_id", None)
     if pack and end is not None:
-        documents = {i: torch.cat([t, t.new_tensor([end])]) if end not in t[-1:] else t for i, t in documents.items()}
-    tokens, starts, single = [], [], 0
-    for run in filter(None, [documents] if pack else [{i: t} for i, t in documents.items()]):
-        names, firsts = list(run), list(accumulate(map(len, run.values()), initial=0))
-        for at, piece in enumerate(torch.cat(list(run.values())).split(length)):
+        documents = {i: _end_with(t, end) for i, t in documents.items()}
+    # Documents that follow one another are cut as one run; else each is a run of its own.
+    runs = [documents] if pack else [{i: t} for i, t in documents.items()]
+
+    tokens: list[Tensor] = []
+    starts: list[tuple[int, int]] = []
+    single = 0
+    for run in runs:
+        if not run:
+            continue
+        names = list(run)
+        begins = list(accumulate(map(len, run.values()), initial=0))  # where each document begins in the run
+        pieces = torch.cat(list(run.values())).split(length)
+        for number, piece in enumerate(pieces):
             if len(piece) < 2:
                 single += 1
                 continue
-            place = bisect(firsts, at * length) - 1
+            begin = number * length
+            document = bisect(begins, begin) - 1
             tokens.append(piece)
-            starts.append((names[place], at * length - firsts[place]))
+            starts.append((names[document], begin - begins[document]))
     if not tokens:
         raise expected("the documents", "long enough for a sequence of two tokens", f"{len(texts) + empty} without one")
     dropped = {"documents without text": empty, "sequences of a single token": single}
     return Sequences(tokens, starts, {reason: count for reason, count in dropped.items() if count})
 
 
-def _answers(tokenizer: Tokenizer, rows: Mapping[int, Any], length: int, empty: int) -> Sequences:
+def _end_with(tokens: Tensor, end: int) -> Tensor:
+    """Put the end token after a document, unless it has it."""
+    return tokens if end in tokens[-1:] else torch.cat([tokens, tokens.new_tensor([end])])
+
+
+def _tokenize_answers(tokenizer: Tokenizer, rows: Mapping[int, Any], length: int, empty: int) -> Sequences:
     """Tokenize conversations and completions, by number; only what was answered has labels."""
     tokens: list[Tensor] = []
     labels: list[Tensor] = []
-    starts = []
-    long = unlabelled = 0
+    starts: list[tuple[int, int]] = []
+    too_long = unlabelled = 0
     for i, row in rows.items():
         example = training_example(tokenizer, i, row)
-        long += len(example["input_ids"]) > length
-        kept = example["labels"][:length]
-        if not (kept[1:] != IGNORE).any():  # nothing predicts the first token
+        too_long += len(example["input_ids"]) > length
+        first_labels = example["labels"][:length]
+        if not (first_labels[1:] != IGNORE).any():  # nothing predicts the first token
             unlabelled += 1
             continue
         tokens.append(example["input_ids"][:length])
-        labels.append(kept)
+        labels.append(first_labels)
         starts.append((i, 0))
     if not tokens:
         raise expected("the documents", "some with an answer in their first tokens", f"{len(rows)} without one")
     dropped = {
         "documents without text": empty,
-        f"ends of documents beyond {length} tokens": long,
+        f"ends of documents beyond {length} tokens": too_long,
         "documents without an answer": unlabelled,
     }
     return Sequences(tokens, starts, {reason: count for reason, count in dropped.items() if count}, labels)

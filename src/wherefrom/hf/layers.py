@@ -22,8 +22,8 @@ from wherefrom.persample.rows import Scattered
 try:
     from transformers.pytorch_utils import Conv1D
 except ImportError as error:
-    said = 'This needs transformers, which is not installed. Run: pip install "wherefrom[hf]"'
-    raise MissingExtraError(said) from error
+    message = 'This needs transformers, which is not installed. Run: pip install "wherefrom[hf]"'
+    raise MissingExtraError(message) from error
 
 
 class Conv1DKind(LinearKind):
@@ -56,17 +56,19 @@ class ExpertsKind:
 
     def matrix(self, layer: Any) -> tuple[int, int]:
         """See the weights as a group for each expert."""
-        weight = getattr(layer, _names(layer)[0 if self.up else 1])
-        return weight.shape[0], weight.shape[2 if self.transposed else 1]
+        first, second = _weight_names(layer)
+        weight = getattr(layer, first if self.up else second)
+        output_axis = 2 if self.transposed else 1
+        return weight.shape[0], weight.shape[output_axis]
 
     def rows(
         self, layer: Any, x: Tensor, g: Tensor, parts: Sequence[str], arguments: Arguments | None = None
     ) -> Scattered:
         """Make an input and the cotangents of an output for each token and each expert that it is routed to."""
-        given = [*arguments[0], *arguments[1].values()][1:] if arguments else []
-        if x.ndim != 2 or len(given) != 2 or len(given[0]) != len(x) or given[0].shape != given[1].shape:
+        routing = [*arguments[0], *arguments[1].values()][1:] if arguments else []
+        if x.ndim != 2 or len(routing) != 2 or len(routing[0]) != len(x) or routing[0].shape != routing[1].shape:
             raise Unfactorable("", "is not called with tokens, the numbers of their experts, and weights")
-        index, weights = (t.detach() for t in given)  # (tokens, K) each
+        index, weights = (t.detach() for t in routing)  # (tokens, K) each
 
         # Every token is routed to K experts: P = tokens * K pairs, sorted by expert, so that each expert runs once.
         expert, order = index.flatten().sort(stable=True)  # (P,)
@@ -75,9 +77,11 @@ class ExpertsKind:
         # The output of a token is the weighted sum of its experts', so their cotangents are its own times the weights.
         g = g[:, token] * weights.flatten()[order].to(g.dtype).unsqueeze(1)  # (R, P, O), at the outputs of D
 
-        inputs, cotangents = [], []
-        for e, (own_x, own_g) in enumerate(zip(x[token].split(sizes), g.split(sizes, 1), strict=True)):
-            activations, pull_back = self._inner(layer, e, own_x)
+        inputs: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        parts_of_experts = zip(x[token].split(sizes), g.split(sizes, 1), strict=True)
+        for e, (own_x, own_g) in enumerate(parts_of_experts):
+            activations, pull_back = self._run_expert(layer, e, own_x)
             if self.up:
                 inputs.append(own_x)
                 cotangents.append(pull_back(own_g))
@@ -88,9 +92,9 @@ class ExpertsKind:
             columns(torch.cat(inputs), parts), torch.cat(cotangents, 1), expert, token, layer.num_experts, len(index)
         )
 
-    def _inner(self, layer: Any, e: int, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _run_expert(self, layer: Any, e: int, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Compute phi(U_e x), and a function from cotangents (R, P, O) at the outputs of D_e to those of U_e."""
-        first, second = _names(layer)
+        first, second = _weight_names(layer)
         up, down = getattr(layer, first)[e].detach(), getattr(layer, second)[e].detach()
         if self.transposed:  # kept as (I, O)
             up, down = up.mT, down.mT
@@ -100,18 +104,22 @@ class ExpertsKind:
         return activations, lambda g: vmap(pull_back)(g @ down)[0]
 
 
-def _names(layer: Any) -> tuple[str, str]:
+def _weight_names(layer: Any) -> tuple[str, str]:
     return "gate_up_proj" if layer.has_gate else "up_proj", "down_proj"
 
 
 def _experts(layer: Any, part: str) -> ExpertsKind | None:
     """Find the rule of a layer of experts, known by what transformers gives to all of them."""
-    marks = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
-    if not all(hasattr(layer, mark) for mark in marks) or getattr(layer, "has_post_expert_norm", False):
+    attributes = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate", "down_proj")
+    is_layer_of_experts = all(hasattr(layer, name) for name in attributes)
+    # A norm after each expert is no part of the formula above.
+    if not is_layer_of_experts or getattr(layer, "has_post_expert_norm", False):
         return None
-    first, second = _names(layer)
+    first, second = _weight_names(layer)
     which = part.removesuffix("_bias")
-    return ExpertsKind(which == first, layer.is_transposed) if which in (first, second) else None
+    if which not in (first, second):
+        return None
+    return ExpertsKind(which == first, layer.is_transposed)
 
 
 register(Conv1D, Conv1DKind())

@@ -39,28 +39,33 @@ def logits(model: nn.Module, batch: Mapping[str, Any], meant: Collection[str] = 
     """
     inputs = {name: t for name, t in batch.items() if name not in meant}
     base = base_of(model)
-    taken = inputs_of(base)
-    if taken is not None:
-        inputs = {name: t for name, t in inputs.items() if name in taken or name not in BESIDE}
-        kinds = {p.kind for p in inspect.signature(type(base).forward).parameters.values()}
-        if inspect.Parameter.VAR_KEYWORD in kinds:  # the mask is read by the task too
-            taken |= {"attention_mask"}
-        if unknown := [name for name in inputs if name not in taken]:
+    parameters = inspect.signature(type(base).forward).parameters
+    known = inputs_of(base)
+    if known is not None:
+        inputs = {name: t for name, t in inputs.items() if name in known or name not in BESIDE}
+        takes_any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        if takes_any_name:  # the mask is read by the task too
+            known |= {"attention_mask"}
+        if unknown := [name for name in inputs if name not in known]:
             refuse_columns(base, unknown)
-    if "use_cache" in inspect.signature(type(base).forward).parameters:
+    if "use_cache" in parameters:
         inputs["use_cache"] = False
+
     with ExitStack() as stack:
-        stack.enter_context(_plain(base))
-        stack.enter_context(_fused(base))
-        stack.enter_context(_unhooked(base))
-        found = model(**inputs)
-    found = found.get("logits") if isinstance(found, Mapping) else found
-    found = found[0] if isinstance(found, tuple) else found
-    if not isinstance(found, Tensor):
+        stack.enter_context(_choose_plain_operations(base))
+        stack.enter_context(_fuse_activations(base))
+        stack.enter_context(_remove_gradient_hooks(base))
+        outputs = model(**inputs)
+    # Models of transformers return a mapping, or with return_dict=False a tuple with the logits first.
+    if isinstance(outputs, Mapping):
+        outputs = outputs.get("logits")
+    if isinstance(outputs, tuple):
+        outputs = outputs[0]
+    if not isinstance(outputs, Tensor):
         raise expected(
-            "the model", "one that returns logits", type(found).__name__, "Load it with its head, AutoModelFor..."
+            "the model", "one that returns logits", type(outputs).__name__, "Load it with its head, AutoModelFor..."
         )
-    return found
+    return outputs
 
 
 def inputs_of(model: nn.Module) -> frozenset[str] | None:
@@ -84,23 +89,27 @@ def refuse_columns(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         InputError: always.
     """
-    told = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
+    listed = ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
     advice = "Rename a column of labels to 'labels'. " if {"label", "label_ids"} & set(names) else ""
     raise expected(
         "the columns of a batch",
         f"those that {type(model).__name__} or the task's loss is made of",
-        f"also {told}",
+        f"also {listed}",
         f"{advice}Remove what the loss does not use, with dataset.remove_columns; if it does, write a Task for it.",
     )
 
 
 @contextmanager
-def _plain(model: nn.Module) -> Iterator[None]:
-    """Choose experts and attention in plain torch operations; what was chosen is restored afterwards."""
+def _choose_plain_operations(model: nn.Module) -> Iterator[None]:
+    """Choose experts and attention in plain torch operations; the choice of before is restored afterwards."""
     attention = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
     plain = {"_experts_implementation": ("eager", None), "_attn_implementation": (attention, "eager", "sdpa", None)}
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    before = [(config, name, getattr(config, name, None)) for config in configs for name in plain]
+    configs: dict[int, Any] = {}  # each once, though many modules share one
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            configs[id(config)] = config
+    before = [(config, name, getattr(config, name, None)) for config in configs.values() for name in plain]
     try:
         for config, name, value in before:
             if value not in plain[name]:
@@ -113,38 +122,40 @@ def _plain(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _fused(model: nn.Module) -> Iterator[None]:
+def _fuse_activations(model: nn.Module) -> Iterator[None]:
     """Let the activation that GPT-2 spells out in nine operations be torch's own; the modules are as before afterwards.
 
     It is the same function; spelled out, it takes a sixth of the time of the two passes through a model.
     """
-    spelled = [m for m in model.modules() if type(m).__name__ == "NewGELUActivation" and "forward" not in vars(m)]
+    activations = [module for module in model.modules() if type(module).__name__ == "NewGELUActivation"]
+    activations = [module for module in activations if "forward" not in vars(module)]
     try:
-        for module in spelled:
+        for module in activations:
             module.forward = partial(F.gelu, approximate="tanh")
         yield
     finally:
-        for module in spelled:
+        for module in activations:
             del module.forward
 
 
 @contextmanager
-def _unhooked(model: nn.Module) -> Iterator[None]:
+def _remove_gradient_hooks(model: nn.Module) -> Iterator[None]:
     """Take away the hooks that make embeddings require gradients; functional derivatives refuse them."""
     all_hooks = [module._forward_hooks for module in model.modules()]
-    before = [(hooks, dict(hooks)) for hooks in all_hooks if any(map(_asks, hooks.values()))]
+    before = [(hooks, dict(hooks)) for hooks in all_hooks if any(map(_requires_gradients, hooks.values()))]
     try:
-        for hooks, held in before:
-            for key in [key for key, hook in held.items() if _asks(hook)]:
-                del hooks[key]
+        for hooks, original in before:
+            for key, hook in original.items():
+                if _requires_gradients(hook):
+                    del hooks[key]
         yield
     finally:
-        for hooks, held in before:
+        for hooks, original in before:
             hooks.clear()
-            hooks.update(held)
+            hooks.update(original)
 
 
-def _asks(hook: Any) -> bool:
+def _requires_gradients(hook: Any) -> bool:
     return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")  # of transformers, and of peft
 
 

@@ -22,7 +22,7 @@ from wherefrom.hf.packing import document_starts
 Forward = Callable[[Batch], Tensor]
 SAME = 1e-4  # of the largest logit: well above rounding, well below what a token or a padded position changes
 
-_checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # model -> what was found to hold of it
+_checked: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # model -> the names of what holds of it
 
 
 def check_once(model: nn.Module, what: str, batch: Batch, forward: Forward, check: Callable[..., bool]) -> None:
@@ -43,7 +43,7 @@ def check_once(model: nn.Module, what: str, batch: Batch, forward: Forward, chec
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if functorch.peek_interpreter_stack() is not None:  # a transformed pass has no plain numbers to compare
         return
-    with torch.no_grad(), _unobserved(model):
+    with torch.no_grad(), _hide_from_hooks(model):
         if check(model, batch, forward):
             _checked.setdefault(model, set()).add(what)
 
@@ -57,7 +57,7 @@ def check_is_causal(model: nn.Module, batch: Batch, forward: Forward) -> bool:
     Raises:
         UnsupportedError: if they do not.
     """
-    row = _row(batch, int(_lengths(batch).argmax()))
+    row = _take_row(batch, int(_lengths(batch).argmax()))
     tokens = row["input_ids"]
     length = int(_lengths(row))
     half = length // 2
@@ -82,10 +82,11 @@ def check_documents_stay_apart(model: nn.Module, batch: Batch, forward: Forward)
     Raises:
         UnsupportedError: if they do not.
     """
-    starts = document_starts(batch["position_ids"])
-    row = _row(batch, int(starts.sum(1).argmax()))
+    starts = document_starts(batch["position_ids"])  # (B, S)
+    fullest = int(starts.sum(1).argmax())
+    row = _take_row(batch, fullest)
     tokens = row["input_ids"]
-    end = int(starts[:, 1:][int(starts.sum(1).argmax())].long().argmax()) + 1  # where the second document begins
+    end = int(starts[fullest, 1:].long().argmax()) + 1  # where the second document begins
     changed = tokens.clone()
     changed[:, :end] = tokens.roll(-end, 1)[:, :end]
     if torch.equal(changed, tokens):
@@ -108,11 +109,15 @@ def check_padding_changes_nothing(model: nn.Module, batch: Batch, forward: Forwa
         UnsupportedError: if they do not.
     """
     lengths = _lengths(batch)
-    row = _row(batch, int(lengths.argmin()))
-    length, width = max(1, int(lengths.min())), row["input_ids"].shape[1]
+    row = _take_row(batch, int(lengths.argmin()))
+    length = max(1, int(lengths.min()))
+    width = row["input_ids"].shape[1]
     if length == width:
         return False
-    short = {k: t[:, :length] if t.shape[:2] == (1, width) else t for k, t in row.items()}
+    short = {}
+    for name, t in row.items():
+        has_positions = t.shape[:2] == (1, width)
+        short[name] = t[:, :length] if has_positions else t
     padded, alone = forward(row), forward(short)
     if padded.ndim == 3:
         padded = padded[:, :length]
@@ -128,32 +133,37 @@ def _lengths(batch: Batch) -> Tensor:
     """Count the tokens of each sequence that are no padding, (B,)."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
-        return batch["input_ids"].new_full((len(batch["input_ids"]),), batch["input_ids"].shape[1])
+        tokens = batch["input_ids"]
+        return tokens.new_full((len(tokens),), tokens.shape[1])
     steps = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask.bool() * steps).amax(1)
+    return (mask.bool() * steps).amax(1)  # the last position that is a token, counted from 1
 
 
-def _row(batch: Batch, i: int) -> dict[str, Any]:
+def _take_row(batch: Batch, i: int) -> dict[str, Any]:
     """Take one example of a batch, as a batch."""
     count = len(batch["input_ids"])
-    each = {name for name, t in batch.items() if isinstance(t, Tensor) and t.ndim and len(t) == count}
-    return {name: t[i : i + 1] if name in each else t for name, t in batch.items()}
+    row = {}
+    for name, t in batch.items():
+        has_examples = isinstance(t, Tensor) and t.ndim and len(t) == count
+        row[name] = t[i : i + 1] if has_examples else t
+    return row
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() > SAME * torch.maximum(a.abs().max(), b.abs().max()))
+    largest = torch.maximum(a.abs().max(), b.abs().max())
+    return bool((a - b).abs().max() > SAME * largest)
 
 
 @contextmanager
-def _unobserved(model: nn.Module) -> Iterator[None]:
+def _hide_from_hooks(model: nn.Module) -> Iterator[None]:
     """Hide the passes of a check from the hooks and function modes that observe the model."""
-    held = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
-    held = [(hooks, before) for hooks, before in held if before]
+    with_hooks = [module._forward_hooks for module in model.modules() if module._forward_hooks]
+    before = [(hooks, dict(hooks)) for hooks in with_hooks]
     try:
-        for hooks, _ in held:
+        for hooks in with_hooks:
             hooks.clear()
         with torch._C.DisableTorchFunction():
             yield
     finally:
-        for hooks, before in held:
-            hooks.update(before)
+        for hooks, original in before:
+            hooks.update(original)

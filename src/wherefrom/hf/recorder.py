@@ -27,10 +27,10 @@ class RecorderCallback(TrainerCallback):
     def __init__(self, folder: str | Path, every: int, order: bool = True):
         self.folder, self.every, self.order = folder, every, order
         self._recorder: Recorder | None = None
-        self._drawn: deque[list[int]] = deque()
+        self._batches: deque[list[int]] = deque()
         self._left = 0
 
-    def on_train_begin(self, args: Any, *_args: Any, **given: Any) -> None:
+    def on_train_begin(self, args: Any, *_args: Any, **objects: Any) -> None:
         """Begin to listen.
 
         Raises:
@@ -38,25 +38,26 @@ class RecorderCallback(TrainerCallback):
         """
         if getattr(args, "process_index", 0):  # of several processes the first one records
             return
-        optimiser = getattr(given["optimizer"], "optimizer", given["optimizer"])  # accelerate wraps it
-        self._recorder = Recorder(self.folder, given["model"], optimiser, self.every)
+        optimiser = objects["optimizer"]
+        optimiser = getattr(optimiser, "optimizer", optimiser)  # accelerate wraps it
+        self._recorder = Recorder(self.folder, objects["model"], optimiser, self.every)
         if self.order:
-            loader = given["train_dataloader"]
+            loader = objects["train_dataloader"]
             loader = getattr(loader, "base_dataloader", loader)
             if args.world_size > 1 or getattr(loader, "batch_sampler", None) is None:
                 raise expected("order", "False for several processes or data without a length", True)
             # DataLoader refuses a plain assignment once it is built.
-            object.__setattr__(loader, "batch_sampler", _Noting(loader.batch_sampler, self._drawn))
+            object.__setattr__(loader, "batch_sampler", _BatchSamplerThatNotes(loader.batch_sampler, self._batches))
 
-    def on_epoch_begin(self, *_args: Any, **given: Any) -> None:
+    def on_epoch_begin(self, *_args: Any, **objects: Any) -> None:
         """Count the batches of the epoch."""
-        self._left = len(given["train_dataloader"])
+        self._left = len(objects["train_dataloader"])
 
-    def on_step_begin(self, args: Any, *_args: Any, **_given: Any) -> None:
+    def on_step_begin(self, args: Any, *_args: Any, **_objects: Any) -> None:
         """Note the batches that the step accumulates; the last of an epoch may have fewer."""
         if self._recorder is not None and self.order:
             for _ in range(min(args.gradient_accumulation_steps, self._left)):
-                self._recorder.saw(self._drawn.popleft())
+                self._recorder.saw(self._batches.popleft())
                 self._left -= 1
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -66,16 +67,17 @@ class RecorderCallback(TrainerCallback):
             self._recorder = None
 
 
-class _Noting:
+class _BatchSamplerThatNotes:
     """A batch sampler that notes what it draws."""
 
-    def __init__(self, sampler: Any, drawn: deque[list[int]]):
-        self.inner, self.drawn = sampler, drawn
+    def __init__(self, sampler: Any, batches: deque[list[int]]):
+        self.inner = sampler
+        self.batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.drawn.clear()
+        self.batches.clear()  # what the loader drew ahead in the last epoch was not used
         for index in self.inner:
-            self.drawn.append(list(index))
+            self.batches.append(list(index))
             yield index
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ class Labelled(Task):
     """Cross-entropy of logits with labels that a batch holds under "labels"."""
 
     def __init__(self) -> None:
-        self._plain = Classification(IGNORE)
+        self._classification = Classification(IGNORE)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute the model's logits on the `aligned` batch: (B, C) or (B, S, C).
@@ -38,12 +38,11 @@ class Labelled(Task):
         """
         batch = aligned(batch)
         _refuse_packing(batch)
-        found = self._logits(model, batch)
+        outputs = self._logits(model, batch)
         if "input_ids" in batch:
-            reading.check_once(
-                model, "unpadded", batch, lambda some: self._logits(model, some), reading.check_padding_changes_nothing
-            )
-        return found
+            forward = lambda some: self._logits(model, some)  # noqa: E731
+            reading.check_once(model, "unpadded", batch, forward, reading.check_padding_changes_nothing)
+        return outputs
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return logits(model, batch)
@@ -61,20 +60,21 @@ class Labelled(Task):
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute the cross-entropy in nats, summed over an example's labelled positions: (B,)."""
-        return self._plain.loss(outputs, (None, self.labels(batch)))
+        return self._classification.loss(outputs, (None, self.labels(batch)))
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute the negative margin of the right class, summed over labelled positions: (B,)."""
-        return self._plain.measurement(outputs, (None, self.labels(batch)))
+        return self._classification.measurement(outputs, (None, self.labels(batch)))
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """Draw each label of the `aligned` batch from softmax(outputs)."""
-        return aligned(batch) | {"labels": self._plain.resample(outputs, (None, self.labels(batch)), rng)[1]}
+        return aligned(batch) | {"labels": self._classification.resample(outputs, (None, self.labels(batch)), rng)[1]}
 
     def padding(self, batch: Batch) -> Tensor | None:
         """Take the attention mask of the `aligned` batch, (B, S), or all of its tokens; None if it has neither."""
         batch = aligned(batch)
-        return _real(batch) if batch.keys() & {"attention_mask", "input_ids"} else None
+        has_tokens = bool(batch.keys() & {"attention_mask", "input_ids"})
+        return _mask_of_tokens(batch) if has_tokens else None
 
 
 class TokenClassification(Labelled):
@@ -87,7 +87,7 @@ class TokenClassification(Labelled):
     def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute each token's negative margin, at its position in the `aligned` batch; 0 without a label: (B, S)."""
         labels = self.labels(batch)
-        return self._plain.measurement(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
+        return self._classification.measurement(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
 
 
 class CausalLM(Labelled):
@@ -123,14 +123,14 @@ class CausalLM(Labelled):
             )
         batch = aligned(batch)
         _check_mask_of_packed(batch)
-        found = self._logits(model, batch)
+        outputs = self._logits(model, batch)
         mask = batch.get("attention_mask")
         if "input_ids" in batch and (mask is None or mask.ndim == 2):
             forward = lambda some: self._logits(model, some)  # noqa: E731
             reading.check_once(model, "causal", batch, forward, reading.check_is_causal)
             if mask is None and _is_packed(batch):
                 reading.check_once(model, "apart", batch, forward, reading.check_documents_stay_apart)
-        return found
+        return outputs
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return logits(model, batch, ("labels", *LOSS_MASKS))
@@ -138,17 +138,22 @@ class CausalLM(Labelled):
     def labels(self, batch: Batch) -> Tensor:
         """Put labels at the positions that predict them: (B, S), the last without any."""
         batch = aligned(batch)
-        own = whole_numbers(batch["labels"]) if "labels" in batch else _all_tokens(batch)
+        labels = whole_numbers(batch["labels"]) if "labels" in batch else _label_all_tokens(batch)
         for name in LOSS_MASKS:
             if name in batch:
-                own = own.where(_like(own, name, batch[name]).bool(), IGNORE)
-        if own.ndim != 2:
-            raise expected("labels", "one for each token, (B, S)", tuple(own.shape))
-        return torch.cat([own[:, 1:], own.new_full((len(own), 1), IGNORE)], 1)
+                _check_shape_of_mask(labels, name, batch[name])
+                labels = labels.where(batch[name].bool(), IGNORE)
+        if labels.ndim != 2:
+            raise expected("labels", "one for each token, (B, S)", tuple(labels.shape))
+
+        # The logits at position t predict the token at t + 1; nothing follows the last one.
+        last = labels.new_full((len(labels), 1), IGNORE)
+        return torch.cat([labels[:, 1:], last], 1)
 
     def measurement(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute the cross-entropy in nats per labelled token: (B,)."""
-        return self.loss(outputs, batch) / (self.labels(batch) != IGNORE).sum(1).clamp(min=1)
+        count = (self.labels(batch) != IGNORE).sum(1)  # (B,)
+        return self.loss(outputs, batch) / count.clamp(min=1)
 
     def token_measurements(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Compute what each labelled token adds to the measurement, (B, S).
@@ -156,18 +161,22 @@ class CausalLM(Labelled):
         A part stands at the position of the token that is predicted, in the `aligned` batch; 0 where there is no label.
         """
         labels = self.labels(batch)
-        losses = self._plain.loss(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
-        return F.pad(losses[:, :-1], (1, 0)) / (labels != IGNORE).sum(1, keepdim=True).clamp(min=1)
+        losses = self._classification.loss(outputs.flatten(0, 1), (None, labels.flatten())).view_as(labels)
+        at_predicted_token = F.pad(losses[:, :-1], (1, 0))  # (B, S), one position later
+        count = (labels != IGNORE).sum(1, keepdim=True)  # (B, 1)
+        return at_predicted_token / count.clamp(min=1)
 
     def resample(self, outputs: Tensor, batch: Batch, rng: torch.Generator) -> Batch:
         """Draw each labelled token of the `aligned` batch from the model; the tokens it reads stay."""
-        drawn = super().resample(outputs, batch, rng)
-        return drawn | {"labels": drawn["labels"].roll(1, 1)}  # the last position predicts nothing
+        resampled = super().resample(outputs, batch, rng)
+        # Back from where a label is predicted to its token. The last position, which predicts nothing, comes first.
+        return resampled | {"labels": resampled["labels"].roll(1, 1)}
 
     def padding(self, batch: Batch) -> Tensor:
         """Tell which positions are real up to the last that predicts a label, (B, S); later ones have no gradient."""
-        labelled = (self.labels(batch) != IGNORE).long()
-        return _real(aligned(batch)) & (labelled.flip(1).cumsum(1).flip(1) > 0)
+        is_labelled = (self.labels(batch) != IGNORE).long()
+        labels_from_here = is_labelled.flip(1).cumsum(1).flip(1)  # (B, S), how many at this position or later
+        return _mask_of_tokens(aligned(batch)) & (labels_from_here > 0)
 
 
 def aligned(batch: Batch) -> Batch:
@@ -184,18 +193,22 @@ def aligned(batch: Batch) -> Batch:
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
         return dict(batch)
+
+    # Rotate each row so that its first token comes first; what stood before it follows at the end.
+    first = mask.bool().long().argmax(1, keepdim=True)  # (B, 1)
     steps = torch.arange(mask.shape[1], device=mask.device)
-    index = (mask.bool().long().argmax(1, keepdim=True) + steps) % mask.shape[1]  # (B, S)
+    index = (first + steps) % mask.shape[1]  # (B, S)
 
     def move(t: Tensor) -> Tensor:
         if t.shape[:2] != mask.shape:
             return t
-        return t.gather(1, index.view(*index.shape, *[1] * (t.ndim - 2)).expand(t.shape))
+        further_axes = [1] * (t.ndim - 2)
+        return t.gather(1, index.view(*index.shape, *further_axes).expand(t.shape))
 
     return {name: move(t) for name, t in batch.items()}
 
 
-def _real(batch: Batch) -> Tensor:
+def _mask_of_tokens(batch: Batch) -> Tensor:
     """Tell which tokens are real, (B, S) bool."""
     mask = batch.get("attention_mask")
     if mask is None or mask.ndim != 2:
@@ -214,20 +227,22 @@ def whole_numbers(labels: Tensor, advice: str = "Convert them with labels.long()
     return labels.long()
 
 
-def _like(labels: Tensor, name: str, mask: Tensor) -> Tensor:
+def _check_shape_of_mask(labels: Tensor, name: str, mask: Tensor) -> None:
     if mask.shape != labels.shape:
         raise expected(name, f"of the labels' shape {tuple(labels.shape)}", tuple(mask.shape))
-    return mask
 
 
-def _all_tokens(batch: Batch) -> Tensor:
+def _label_all_tokens(batch: Batch) -> Tensor:
     """Make a label for each real token but the first of each document, (B, S)."""
     if "input_ids" not in batch:
         raise expected("a batch", "one with 'labels' or 'input_ids'", sorted(batch))
-    own = batch["input_ids"].where(_real(batch), IGNORE)
-    if batch.get("attention_mask") is None and "position_ids" in batch and batch["position_ids"].shape == own.shape:
-        own = own.masked_fill(document_starts(batch["position_ids"]), IGNORE)
-    return own.long()
+    labels = batch["input_ids"].where(_mask_of_tokens(batch), IGNORE)
+    positions = batch.get("position_ids")
+    has_mask = batch.get("attention_mask") is not None
+    # With a mask every row is one document, whose first token nothing predicts anyway.
+    if not has_mask and positions is not None and positions.shape == labels.shape:
+        labels = labels.masked_fill(document_starts(positions), IGNORE)
+    return labels.long()
 
 
 def _is_packed(batch: Batch, real: Tensor | None = None) -> bool:
@@ -243,7 +258,7 @@ def _check_mask_of_packed(batch: Batch) -> None:
         InputError: if there are any.
     """
     mask = batch.get("attention_mask")
-    if mask is not None and mask.ndim == 2 and _is_packed(batch, _real(batch)):
+    if mask is not None and mask.ndim == 2 and _is_packed(batch, _mask_of_tokens(batch)):
         raise InputError(
             "position_ids start again inside a row that has an attention_mask (B, S): under it transformers lets the "
             "documents of a row read each other, except in flash attention. Leave attention_mask out to keep them "

@@ -55,28 +55,32 @@ def documents(source: str | Path, split: str | None = None, column: str | None =
             raise expected("dataset", "a file that is there", path)
         if split is not None:
             raise expected("split", "left out for a file", split)
-        return _text(path, column) if path.suffix == ".txt" else _file(path, column)
-    return _dataset(str(source), split, column)
+        return _read_text_file(path, column) if path.suffix == ".txt" else _read_table(path, column)
+    return _read_dataset(str(source), split, column)
 
 
-def _text(path: Path, column: str | None) -> Documents:
+def _read_text_file(path: Path, column: str | None) -> Documents:
     if column is not None:
         raise expected("column", "left out for a .txt", column)
-    text = _read(path).strip()
-    blank = re.search(r"\n[^\S\n]*\n", text) is not None
-    texts = re.split(r"\n(?:[^\S\n]*\n)+", text) if blank else text.split("\n")
-    return _some([text for text in texts if text], f"{path}, separated by {'blank lines' if blank else 'line ends'}")
+    text = _read_unicode(path).strip()
+    if re.search(r"\n[^\S\n]*\n", text) is not None:
+        separator = "blank lines"
+        texts = re.split(r"\n(?:[^\S\n]*\n)+", text)
+    else:
+        separator = "line ends"
+        texts = text.split("\n")
+    return _require_text([text for text in texts if text], f"{path}, separated by {separator}")
 
 
-def _file(path: Path, column: str | None) -> Documents:
+def _read_table(path: Path, column: str | None) -> Documents:
     if path.suffix in (".json", ".jsonl"):
-        rows = _json(path)
+        rows = _read_json(path)
         if all(isinstance(row, str) for row in rows) and column is None:
-            return _some(rows, str(path))
+            return _require_text(rows, str(path))
         if not all(isinstance(row, dict) for row in rows):
             raise expected(str(path), "a list of texts or of objects", "something else")
         names = list(dict.fromkeys(name for row in rows for name in row))
-        return _column(str(path), names, lambda name: [row.get(name) for row in rows], column)
+        return _read_column(str(path), names, lambda name: [row.get(name) for row in rows], column)
     import pyarrow as pa
     from pyarrow import csv
 
@@ -84,77 +88,79 @@ def _file(path: Path, column: str | None) -> Documents:
         if path.suffix == ".parquet":
             table: Any = read_arrow(path)
         else:
-            whole = csv.ReadOptions(block_size=min(max(path.stat().st_size, 2**20), 2**31 - 1))  # a cell must fit
-            table = csv.read_csv(path, whole, csv.ParseOptions(newlines_in_values=True))
+            # A cell must fit into a block, so the file is read as one.
+            whole_file = csv.ReadOptions(block_size=min(max(path.stat().st_size, 2**20), 2**31 - 1))
+            table = csv.read_csv(path, whole_file, csv.ParseOptions(newlines_in_values=True))
         names = table.column_names
     except (pa.ArrowException, OSError, ValueError) as error:
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
 
-    def cells(name: str) -> list[Any]:
+    def read_cells(name: str) -> list[Any]:
         try:
             return table[name].to_pylist()
         except (ValueError, ArithmeticError, pa.ArrowException) as error:  # of a text that is no UTF-8, of odd dates
             raise expected(str(path), f"a {path.suffix[1:]} file", f"in column {name!r}: {error}") from error
 
-    return _column(str(path), names, cells, column)
+    return _read_column(str(path), names, read_cells, column)
 
 
-def _json(path: Path) -> list[Any]:
-    text = _read(path)
+def _read_json(path: Path) -> list[Any]:
+    text = _read_unicode(path)
     try:
         if path.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+            value = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            found = json.loads(text)
+            value = json.loads(text)
         if re.search(r"\\u[dD][89a-fA-F]", text):  # halves of characters, which should come in pairs
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = repr(error.object[error.start : error.end])
         raise expected(f"the text in {path}", "Unicode", f"half of a character, {half}") from error
     except (ValueError, RecursionError) as error:  # also of numbers without end, and of brackets within brackets
         raise expected(str(path), f"a {path.suffix[1:]} file", f"this: {error}") from error
-    return found if isinstance(found, list) else [found]
+    return value if isinstance(value, list) else [value]
 
 
-def _read(path: Path) -> str:
+def _read_unicode(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise expected(str(path), "in UTF-8", f"this: {error}") from error
 
 
-def _dataset(source: str, split: str | None, column: str | None) -> Documents:
+def _read_dataset(source: str, split: str | None, column: str | None) -> Documents:
     import datasets
 
     try:
         if Path(source).is_dir():
-            found: Any = datasets.load_from_disk(source)
+            data: Any = datasets.load_from_disk(source)
         else:
             name, _, configuration = source.partition(":")
-            found = datasets.load_dataset(name, configuration or None, split=split)
+            data = datasets.load_dataset(name, configuration or None, split=split)
     except (OSError, ValueError) as error:  # datasets' own errors are of these kinds
         wanted = f"a file ending in {', '.join(FILES)}, a folder written by save_to_disk or a data set on the hub"
         raise expected("dataset", wanted, repr(source), f"{error}") from error
-    if isinstance(found, dict):
-        if split is None and len(found) > 1:
-            raise expected("split", f"one of {', '.join(found)}", "none")
-        if split is not None and split not in found:
-            raise expected("split", f"one of {', '.join(found)}", repr(split))
-        split = split or next(iter(found))
-        found = found[split]
+    if isinstance(data, dict):
+        if split is None and len(data) > 1:
+            raise expected("split", f"one of {', '.join(data)}", "none")
+        if split is not None and split not in data:
+            raise expected("split", f"one of {', '.join(data)}", repr(split))
+        split = split or next(iter(data))
+        data = data[split]
     elif Path(source).is_dir() and split is not None:
         raise expected("split", "left out for a data set without splits", repr(split))
-    return _column(f"{source}, {split}" if split else source, found.column_names, lambda name: found[name][:], column)
+    origin = f"{source}, {split}" if split else source
+    return _read_column(origin, data.column_names, lambda name: data[name][:], column)
 
 
-def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], column: str | None) -> Documents:
+def _read_column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], column: str | None) -> Documents:
     """Read the documents of a column, or of the two with prompts and completions."""
     if column is None and "text" not in names:
         chats = [name for name in names if any(is_conversation(cell) for cell in get(name))]
         if "messages" in chats:
             column = "messages"
         elif {"prompt", "completion"} <= set(names):
-            return _rows(origin, names, get, ("prompt", "completion"))
+            return _read_conversations(origin, names, get, ("prompt", "completion"))
         else:
             texts = [name for name in names if any(isinstance(cell, str) for cell in get(name))]
             likely = chats or texts
@@ -166,22 +172,25 @@ def _column(origin: str, names: Sequence[str], get: Callable[[str], list[Any]], 
         raise expected("column", f"one of {', '.join(names)}", repr(column))
     cells = ["" if cell is None else cell for cell in get(column)]
     if any(is_conversation(cell) for cell in cells):
-        return _rows(origin, names, get, (column,))
+        return _read_conversations(origin, names, get, (column,))
     if wrong := [cell for cell in cells if not isinstance(cell, str)]:
         kinds = "one of texts, or of messages with 'role' and 'content'"
         raise expected(f"The column {column!r} of {origin}", kinds, repr(wrong[0])[:80])
-    return _some(cells, f"{origin}, column {column!r}")
+    return _require_text(cells, f"{origin}, column {column!r}")
 
 
-def _rows(
+def _read_conversations(
     origin: str, names: Sequence[str], get: Callable[[str], list[Any]], columns: tuple[str] | tuple[str, str]
 ) -> Documents:
     """Read conversations of one column, or prompts and completions of two, with what their template takes besides."""
     keys = ("messages",) if len(columns) == 1 else columns
-    more = [name for name in TEMPLATE if name in names]
+    options = [name for name in TEMPLATE if name in names]
+    values = [get(name) for name in (*columns, *options)]
+
     documents: list[Document] = []
-    for row in zip(*[get(name) for name in (*columns, *more)], strict=True):
-        cells = dict(zip((*keys, *more), row, strict=True))
+    for row in zip(*values, strict=True):
+        cells = dict(zip((*keys, *options), row, strict=True))
+        # What lacks an answer, or a prompt, keeps its number and says nothing.
         if any(not cells[key] for key in keys):
             documents.append("")
             continue
@@ -190,11 +199,11 @@ def _rows(
                 wanted = "messages with 'role' and 'content'" + (" or a text" if len(columns) > 1 else "")
                 raise expected(f"A cell of the column {column!r} of {origin}", wanted, repr(cells[key])[:80])
         documents.append(cells)
-    told = " and ".join(repr(column) for column in columns)
-    return _some(documents, f"{origin}, {'column' if len(columns) == 1 else 'columns'} {told}")
+    kind = "column" if len(columns) == 1 else "columns"
+    return _require_text(documents, f"{origin}, {kind} {' and '.join(map(repr, columns))}")
 
 
-def _some(documents: Sequence[Document], origin: str) -> Documents:
+def _require_text(documents: Sequence[Document], origin: str) -> Documents:
     if not any(says_something(document) for document in documents):
         raise InputError(f"{origin} must hold at least one text, got none.")
     return Documents(list(documents), origin)
@@ -219,7 +228,8 @@ class Pieces(Sequence[str]):
     """
 
     def __init__(self, tokenizer: Any, tokens: Tensor):
-        self.tokenizer, self.tokens = tokenizer, tokens.tolist()
+        self.tokenizer = tokenizer
+        self.tokens = tokens.tolist()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -229,20 +239,24 @@ class Pieces(Sequence[str]):
     @overload
     def __getitem__(self, at: slice) -> list[str]: ...
     def __getitem__(self, at: int | slice) -> str | list[str]:
-        return self.found[at]
+        return self.pieces[at]
 
     @cached_property
-    def found(self) -> list[str]:
+    def pieces(self) -> list[str]:
         """Decode all pieces. A token is decoded after the one before it, as the first of a text may lose its space."""
-        found, start, done = [], 0, 0
+        pieces = []
+        context = 0  # where the piece before the next one begins
+        begin = 0  # where the next piece begins
         for end in range(1, len(self) + 1):
-            before, text = self.text(start, done), self.text(start, end)
+            before = self.text(context, begin)
+            text = self.text(context, end)
+            # The replacement character stands for a character of which some bytes are still to come.
             if text.endswith("\ufffd") and end < len(self):
-                found.append("")
+                pieces.append("")
             else:
-                found.append(text[len(before) :])
-                start, done = done, end
-        return found
+                pieces.append(text[len(before) :])
+                context, begin = begin, end
+        return pieces
 
     def text(self, start: int = 0, end: int | None = None) -> str:
         """Decode some tokens into a text."""

@@ -46,7 +46,7 @@ def numbers(tokenizer: Tokenizer, text: Text, special: bool) -> Tensor:
     """
     if special and isinstance(text, str):
         return torch.cat(frame(tokenizer, text))
-    return _plain(tokenizer, text)
+    return _tokenize(tokenizer, text)
 
 
 def frame(tokenizer: Tokenizer, text: str) -> Framed:
@@ -55,12 +55,12 @@ def frame(tokenizer: Tokenizer, text: str) -> Framed:
     Raises:
         InputError: if special tokens are put inside the text, or a tokenizer that is a function adds any.
     """
-    inner = _plain(tokenizer, text)
+    inner = _tokenize(tokenizer, text)
     if not _takes_options(tokenizer):
         _check_adds_nothing(tokenizer)
         return Framed(inner[:0], inner, inner[:0])
 
-    whole = _plain(tokenizer, text, add_special_tokens=True)
+    whole = _tokenize(tokenizer, text, add_special_tokens=True)
     for start in range(len(whole) - len(inner), -1, -1):
         if torch.equal(whole[start : start + len(inner)], inner):
             break
@@ -91,14 +91,19 @@ def prompt_and_completion(tokenizer: Tokenizer, prompt: Text, completion: Text) 
         Three tensors int64: the start token and the prompt; the completion; the end token that the tokenizer would put
         at the end of both, if it does.
     """
-    start, end = _plain(tokenizer, prompt), _plain(tokenizer, completion)
+    start = _tokenize(tokenizer, prompt)
+    end = _tokenize(tokenizer, completion)
     nothing = start[:0]
+
+    # Only texts get special tokens: who gives token numbers gives all of them.
     after = frame(tokenizer, completion).after if isinstance(completion, str) else nothing
     first = prompt if len(prompt) else completion  # an empty prompt leaves the start token
-    before = frame(tokenizer, first).before if isinstance(prompt, str) and isinstance(first, str) else nothing
+    before = nothing
+    if isinstance(prompt, str) and isinstance(first, str):
+        before = frame(tokenizer, first).before
 
     if isinstance(prompt, str) and isinstance(completion, str) and completion[:1].isspace():
-        whole = _plain(tokenizer, prompt + completion)
+        whole = _tokenize(tokenizer, prompt + completion)
         if torch.equal(whole[: len(start)], start):
             end = whole[len(start) :]
     return torch.cat([before, start]), end, after
@@ -109,8 +114,9 @@ def prompt_and_completion(tokenizer: Tokenizer, prompt: Text, completion: Text) 
 
 def is_conversation(value: Any) -> bool:
     """Whether a value is a list of messages."""
-    listed = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    return listed and all(isinstance(message, Mapping) and "role" in message for message in value)
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(message, Mapping) and "role" in message for message in value)
 
 
 def chat_prompt(tokenizer: Tokenizer, messages: Conversation, options: Mapping[str, Any] | None = None) -> Tensor:
@@ -128,8 +134,8 @@ def chat_prompt(tokenizer: Tokenizer, messages: Conversation, options: Mapping[s
         InputError: if there is no chat template, or it does not take the messages.
     """
     if messages and messages[-1]["role"] == "assistant":
-        return _rendered(tokenizer, messages, options, continue_final_message=True)[0]
-    return _rendered(tokenizer, messages, options, add_generation_prompt=True)[0]
+        return _render(tokenizer, messages, options, continue_final_message=True)[0]
+    return _render(tokenizer, messages, options, add_generation_prompt=True)[0]
 
 
 def chat_tokens(
@@ -152,16 +158,16 @@ def chat_tokens(
         InputError: if there is no chat template, it does not take the messages, or renders a part of the conversation
             otherwise than the whole, so that the assistant's tokens cannot be told.
     """
-    whole, marked = _rendered(tokenizer, messages, options)
+    whole, marked = _render(tokenizer, messages, options)
     if marked is not None:
         return whole, marked
 
-    written = torch.zeros(len(whole), dtype=torch.bool)
+    by_assistant = torch.zeros(len(whole), dtype=torch.bool)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _rendered(tokenizer, messages[:i], options, add_generation_prompt=True)[0]
-        after = _rendered(tokenizer, messages[: i + 1], options)[0]
+        before = _render(tokenizer, messages[:i], options, add_generation_prompt=True)[0]
+        after = _render(tokenizer, messages[: i + 1], options)[0]
         for part in (before, after):
             if not torch.equal(whole[: len(part)], part):
                 raise InputError(
@@ -169,11 +175,11 @@ def chat_tokens(
                     "up to it otherwise than within the whole. Mark what the assistant writes in the template by "
                     "{% generation %} ... {% endgeneration %}, or give input_ids and labels."
                 )
-        written[len(before) : len(after)] = True
-    return whole, written
+        by_assistant[len(before) : len(after)] = True
+    return whole, by_assistant
 
 
-def _rendered(
+def _render(
     tokenizer: Any, messages: Conversation, options: Mapping[str, Any] | None, **how: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Render token numbers (S,), and the assistant's among them, (S,) bool, if the template marks them itself."""
@@ -181,31 +187,36 @@ def _rendered(
         raise expected("tokenizer", "one of transformers with a chat template, since messages are given", tokenizer)
     options = {name: value for name, value in (options or {}).items() if value}
     # Tables fill in what a message lacks with None; a template would print it.
-    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    messages = [_drop_missing(message) for message in messages]
     try:
         marks = not how and GENERATION.search(tokenizer.get_chat_template(tools=options.get("tools"))) is not None
-        found = tokenizer.apply_chat_template(
-            given, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks, **options, **how
+        encoding = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks, **options, **how
         )
     except REFUSALS as error:
         roles = ", ".join(str(message["role"]) for message in messages) or "no message"
-        said = " ".join(str(error).split())[:200]
-        raise expected("messages", "what the tokenizer's chat template takes", f"those of {roles}: {said}") from error
-    whole = _as_numbers(found["input_ids"])
-    return whole, torch.as_tensor(found["assistant_masks"]).bool() if marks else None
+        reason = " ".join(str(error).split())[:200]
+        raise expected("messages", "what the tokenizer's chat template takes", f"those of {roles}: {reason}") from error
+    whole = _as_numbers(encoding["input_ids"])
+    by_assistant = torch.as_tensor(encoding["assistant_masks"]).bool() if marks else None
+    return whole, by_assistant
+
+
+def _drop_missing(message: Message) -> Message:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 # One text -------------------------------------------------------------------------------------------------------------
 
 
-def _plain(tokenizer: Tokenizer, text: Text, add_special_tokens: bool = False) -> Tensor:
+def _tokenize(tokenizer: Tokenizer, text: Text, add_special_tokens: bool = False) -> Tensor:
     """Tokenize a text without special tokens, (S,); numbers come back as they are."""
     if isinstance(text, str):
         if tokenizer is None:
             raise expected("tokenizer", "a tokenizer, since texts are given", None)
         options = {"add_special_tokens": add_special_tokens} if _takes_options(tokenizer) else {}
-        found = tokenizer(text, **options)
-        text = found["input_ids"] if isinstance(found, Mapping) else found
+        encoding = tokenizer(text, **options)
+        text = encoding["input_ids"] if isinstance(encoding, Mapping) else encoding
     return _as_numbers(text)
 
 
@@ -223,7 +234,7 @@ def _takes_options(tokenizer: Tokenizer) -> bool:
 def _check_adds_nothing(tokenizer: Tokenizer) -> None:
     """Refuse a function that adds special tokens: nobody can tell them from the text's own."""
     try:
-        added = len(_plain(tokenizer, ""))
+        added = len(_tokenize(tokenizer, ""))
     except (AttributionError, RuntimeError, ArithmeticError, *REFUSALS):  # it takes no empty text: nothing can be said
         return
     if added:

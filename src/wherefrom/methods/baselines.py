@@ -14,7 +14,7 @@ from wherefrom.data.examples import Batch, Examples, batch_length
 from wherefrom.errors import expected
 from wherefrom.methods.base import FittedMethod, GradientMethod
 from wherefrom.methods.stream import Measurement, score_stream
-from wherefrom.model.observe import observed, ready
+from wherefrom.model.observe import observe_model, prepare_model
 from wherefrom.model.task import Task, as_task
 from wherefrom.scores import Certificate, Scores, unsolved
 from wherefrom.surroundings import undisturbed
@@ -73,7 +73,7 @@ class Embeddings:
         Raises:
             InputError: if there is no such layer, or its output is not a tensor with the examples first.
         """
-        model, read_task = ready(model), as_task(task)
+        model, read_task = prepare_model(model), as_task(task)
         names = [name for name, _ in model.named_modules() if name]
         if isinstance(self.layer, str) and self.layer not in names:
             raise expected("layer", f"a module of the model ({', '.join(names)})", repr(self.layer))
@@ -83,7 +83,7 @@ class Embeddings:
     def represent(self, model: nn.Module, task: Task, examples: Examples) -> Tensor:
         """Compute representations, (n, d); of length 1 for cosines."""
         first = next(model.parameters())
-        with observed(model), torch.no_grad():
+        with observe_model(model), torch.no_grad():
             batches = examples.batches(first.device, first.dtype)
             rows = torch.cat([self._represent_batch(model, task, batch) for _, batch in batches])
         return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30) if self.cosine else rows

@@ -64,15 +64,18 @@ class Sketch:
     @classmethod
     def of(cls, inverse: Inverse, size: int, seed: int) -> Sketch:
         """Draw from a seed; with the root of the inverse where it has one."""
-        problem, buckets, factors = inverse.curvature.problem, {}, {}
+        problem = inverse.curvature.problem
+        buckets, factors = {}, {}
         # An inverse that is a division in some basis has a root there, which both sides of a score can share.
         root = inverse if inverse.scoring_basis else None
         weights = _shrink(root, size) if root else {}
         for block in problem.blocks:
             rng = torch.Generator().manual_seed(zlib.crc32(f"{seed}|{block.name}".encode()))
-            drawn = torch.randint(2 * size, (block.size,), generator=rng, dtype=torch.int32).to(problem.device)
-            sign = (drawn % 2 * 2 - 1).to(problem.dtype)
-            buckets[block.name], factors[block.name] = drawn // 2, sign * weights.get(block.name, 1.0)
+            # One draw gives both: its lowest bit the sign, the others the bucket.
+            draw = torch.randint(2 * size, (block.size,), generator=rng, dtype=torch.int32).to(problem.device)
+            sign = (draw % 2 * 2 - 1).to(problem.dtype)
+            buckets[block.name] = draw // 2
+            factors[block.name] = sign * weights.get(block.name, 1.0)
         return cls(size, buckets, factors, root)
 
     def __call__(self, gradients: Gradients) -> Tensor:
@@ -85,16 +88,18 @@ class Sketch:
         return out
 
     def _add(self, out: Tensor, rows: Rows, buckets: Tensor, factors: Tensor) -> None:
+        """Add the coordinates of a block's rows to the buckets that they belong to."""
         if isinstance(rows, Several):
             for part in rows.parts:
                 self._add(out, part, buckets, factors)
         elif isinstance(rows, Lookup):  # a table is never written out
-            at, by = (t.view(rows.size, -1)[rows.ids] for t in (buckets, factors))  # (n, T, d)
-            out.scatter_add_(1, at.flatten(1), (by * rows.g[:, 0]).flatten(1))
+            own_buckets = buckets.view(rows.size, -1)[rows.ids]  # (n, T, d), of the rows of the tokens
+            own_factors = factors.view(rows.size, -1)[rows.ids]  # (n, T, d)
+            out.scatter_add_(1, own_buckets.flatten(1), (own_factors * rows.g[:, 0]).flatten(1))
         else:
             for some in slices(len(out), len(buckets)):
-                w = rows[some].written().rows[:, 0]
-                out[some].scatter_add_(1, buckets.expand_as(w), w * factors)
+                dense = rows[some].written().rows[:, 0]  # (m, G O I)
+                out[some].scatter_add_(1, buckets.expand_as(dense), dense * factors)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class GradientStore:
     Args:
         influence: what is approximated.
         sketch: the projection.
-        pieces: the training examples' sketches, in order, `packed`.
+        pieces: the training examples' sketches, in order, as `pack_signs` packs them.
     """
 
     influence: FittedInfluence
@@ -138,7 +143,7 @@ class GradientStore:
         def sketch_shard(start: int) -> dict[str, Tensor]:
             some = problem.train.subset(torch.arange(start, min(start + SHARD, len(problem.train))))
             batches = problem.batches(some, f"gradient store, from example {start}")
-            parts = [packed(sketch(problem.loss_gradients(batch))) for _, batch in batches]
+            parts = [pack_signs(sketch(problem.loss_gradients(batch))) for _, batch in batches]
             return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
         pieces: list[dict[str, Tensor]] = []
@@ -163,7 +168,7 @@ class GradientStore:
         asked, converged = self._sketch_queries(self.influence.query_gradients(queries, measurement))
         asking = time.perf_counter()
         sizes = torch.cat([piece["sizes"] for piece in self.pieces]).to(asked)
-        values = torch.cat([products(asked, piece["signs"]) for piece in self.pieces], 1) * sizes
+        values = torch.cat([multiply_signs(asked, piece["signs"]) for piece in self.pieces], 1) * sizes
         spent = {"queries": asking - start, "scores": time.perf_counter() - asking}
         noise = asked.square().sum(1) * sizes.square().mean() / values.var(1)
         measured = {"sketch noise": float(noise.nanmedian())}
@@ -181,18 +186,20 @@ class GradientStore:
         return self.sketch(rows.map(lambda name, _: written[name])), certificate.converged
 
 
-def packed(rows: Tensor) -> dict[str, Tensor]:
-    """What is kept of n sketches b, (n, k): "signs" (n, k / 8) uint8, a bit each, and "sizes" |b|^2 / |b|_1, (n,)."""
+def pack_signs(rows: Tensor) -> dict[str, Tensor]:
+    """Pack n sketches b, (n, k): "signs" (n, k / 8) uint8, a bit each, and "sizes" |b|^2 / |b|_1, (n,)."""
     rows = rows.cpu()
     signs = torch.from_numpy(np.packbits((rows > 0).numpy(), axis=1))
     return {"signs": signs, "sizes": rows.square().sum(1) / rows.abs().sum(1).clamp(min=1e-30)}
 
 
-def products(asked: Tensor, signs: Tensor) -> Tensor:
-    """Inner products of Q sketches (Q, k) with the `packed` signs of n: (Q, n)."""
-    k, parts = asked.shape[1], []
+def multiply_signs(asked: Tensor, signs: Tensor) -> Tensor:
+    """Compute the inner products of Q sketches (Q, k) with the packed signs of n examples: (Q, n)."""
+    k = asked.shape[1]
+    parts = []
     for some in slices(len(signs), k):
         bits = torch.from_numpy(np.unpackbits(signs[some].numpy(), axis=1, count=k))
+        # A sign is 2 bit - 1, so the product with signs is twice that with bits, less the sum.
         parts.append(2 * asked @ bits.to(asked).T - asked.sum(1, keepdim=True))
     return torch.cat(parts, 1)
 
@@ -201,12 +208,17 @@ def _shrink(inverse: Inverse, size: int) -> dict[str, Tensor]:
     """Return W (Lambda + damping)^-1/2 of each block, (G O I,)."""
     damped = {name: (inverse.eigenvalues(name) + inverse.damping[name]).flatten() for name in inverse.scoring_basis}
     shares = {name: inverse.scoring_basis[name].ekfac.flatten() / d for name, d in damped.items()}
-    tau = _level([*shares.values()], size)
-    return {name: ((e - tau).clamp(min=0) / e.clamp(min=1e-30) / damped[name]).sqrt() for name, e in shares.items()}
+    tau = _find_threshold([*shares.values()], size)
+
+    factors = {}
+    for name, e in shares.items():
+        squared = (e - tau).clamp(min=0) / e.clamp(min=1e-30)  # W^2
+        factors[name] = (squared / damped[name]).sqrt()
+    return factors
 
 
-def _level(shares: Sequence[Tensor], size: int) -> float:
-    """Tau with sum_i max(0, e_i - tau) = k tau, by bisection, to 1e-9 of the largest e."""
+def _find_threshold(shares: Sequence[Tensor], size: int) -> float:
+    """Find tau with sum_i max(0, e_i - tau) = k tau, by bisection, to 1e-9 of the largest e."""
     low, high = 0.0, max(float(e.max()) for e in shares)
     for _ in range(30):
         tau = (low + high) / 2

@@ -1,6 +1,6 @@
 """Optimisers as pure functions of one parameter, entry by entry, with the arithmetic of `torch.optim`.
 
-    (theta, what is kept), gradient  ->  (theta', what is kept)'
+    (theta, state), gradient  ->  (theta', state')
 
 Being elementwise, an update has a diagonal Jacobian: `jacobian` finds its entries by pulling ones back.
 """
@@ -17,23 +17,23 @@ from torch.func import vjp
 
 from wherefrom.errors import UnsupportedError
 
-Rows = tuple[Tensor, ...]  # a parameter and what the optimiser keeps of it, (K, *shape) each
+Rows = tuple[Tensor, ...]  # a parameter and the optimiser's state of it, (K, *shape) each
 Jacobian = tuple[tuple[Rows, Tensor], ...]  # of each new row: the derivative by each old row, and by the gradient
 
 
 class Optimiser(Protocol):
-    """One parameter group's settings."""
+    """The settings of one parameter group, and its update rule."""
 
     @property
-    def kept(self) -> int:
+    def state_size(self) -> int:
         """How many tensors of a parameter's shape it keeps; they begin at zero."""
         ...
 
     def update(self, rows: Rows, g: Tensor, rate: float, step: int) -> Rows:
-        """One step.
+        """Take one step.
 
         Args:
-            rows: the parameter and what is kept of it.
+            rows: the parameter and the optimiser's state of it.
             g: the loss's gradient.
             rate: the learning rate of this step.
             step: how many were taken before.
@@ -51,17 +51,21 @@ class SGD:
     weight_decay: float = 0.0
 
     @property
-    def kept(self) -> int:
+    def state_size(self) -> int:
         """The running sum of gradients, if there is momentum."""
         return int(self.momentum != 0)
 
     def update(self, rows: Rows, g: Tensor, rate: float, step: int) -> Rows:
-        theta, *kept = rows
+        """Take one step; rows are (theta,), or (theta, m) with momentum."""
+        theta, *state = rows
         g = g + self.weight_decay * theta
-        if not kept:
+        if not state:
             return (theta - rate * g,)
-        m = g if step == 0 else self.momentum * kept[0] + (1 - self.dampening) * g
-        return theta - rate * (g + self.momentum * m if self.nesterov else m), m
+
+        # torch starts the running sum with the first gradient itself, undampened.
+        m = g if step == 0 else self.momentum * state[0] + (1 - self.dampening) * g
+        direction = g + self.momentum * m if self.nesterov else m
+        return theta - rate * direction, m
 
 
 @dataclass(frozen=True)
@@ -74,26 +78,29 @@ class Adam:
     decoupled: bool = False
 
     @property
-    def kept(self) -> int:
+    def state_size(self) -> int:
         """Running means of gradients and of their squares."""
         return 2
 
     def update(self, rows: Rows, g: Tensor, rate: float, step: int) -> Rows:
+        """Take one step; rows are (theta, m, v)."""
         theta, m, v = rows
         b1, b2 = self.betas
         if self.decoupled:
             theta = theta * (1 - rate * self.weight_decay)
         else:
             g = g + self.weight_decay * theta
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+
         # A weight that never had a gradient stands at v = m = 0: the root's slope there meets m and counts for nothing.
         root = torch.where(v > 0, v, 1).sqrt() * (v > 0)
-        size = root / (1 - b2 ** (step + 1)) ** 0.5 + self.eps
-        return theta - rate / (1 - b1 ** (step + 1)) * m / size, m, v
+        denominator = root / (1 - b2 ** (step + 1)) ** 0.5 + self.eps
+        return theta - rate / (1 - b1 ** (step + 1)) * m / denominator, m, v
 
 
 def optimiser(name: str, group: Mapping[str, Any]) -> Optimiser:
-    """The optimiser of a recorded parameter group.
+    """Make the optimiser of a recorded parameter group.
 
     Args:
         name: its class in `torch.optim`.
@@ -102,40 +109,50 @@ def optimiser(name: str, group: Mapping[str, Any]) -> Optimiser:
     Raises:
         UnsupportedError: if its steps are not known here.
     """
-    odd = [k for k in ("maximize", "amsgrad") if group.get(k)]
-    if name not in ("SGD", "Adam", "AdamW") or odd:
-        got = f"{name} with {' and '.join(odd)}" if odd else name
+    variants = [option for option in ("maximize", "amsgrad") if group.get(option)]
+    if name not in ("SGD", "Adam", "AdamW") or variants:
+        got = f"{name} with {' and '.join(variants)}" if variants else name
         raise UnsupportedError(f"Only SGD, Adam and AdamW can be replayed, and as they stand, got {got}.")
-    own = ("momentum", "dampening", "nesterov", "weight_decay") if name == "SGD" else ("betas", "eps", "weight_decay")
-    given = {k: group[k] for k in own if k in group}
+
     if name == "SGD":
-        return SGD(**given)
-    return Adam(**given, decoupled=name == "AdamW" or bool(group.get("decoupled_weight_decay")))
+        return SGD(**_take_settings(group, "momentum", "dampening", "nesterov", "weight_decay"))
+    decoupled = name == "AdamW" or bool(group.get("decoupled_weight_decay"))
+    return Adam(**_take_settings(group, "betas", "eps", "weight_decay"), decoupled=decoupled)
+
+
+def _take_settings(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: group[name] for name in names if name in group}
 
 
 def jacobian(update: Callable[[Rows, Tensor], Rows], rows: Rows, g: Tensor) -> Jacobian:
-    """The derivative of an elementwise update, a tensor of the parameter's shape for each pair of new and old."""
-    pull = vjp(update, rows, g)[1]
-    ones = [tuple(torch.full_like(r, float(i == j)) for i, r in enumerate(rows)) for j in range(len(rows))]
-    return tuple(pull(one) for one in ones)
+    """Differentiate an elementwise update: a tensor of the parameter's shape for each pair of new and old."""
+    pull_back = vjp(update, rows, g)[1]
+    slopes = []
+    for j in range(len(rows)):
+        # The Jacobian is diagonal, so pulling back ones in row j and zeros elsewhere gives all of its entries at once.
+        cotangent = tuple(torch.full_like(row, float(i == j)) for i, row in enumerate(rows))
+        slopes.append(pull_back(cotangent))
+    return tuple(slopes)
 
 
-def pulled(slope: Jacobian, adjoint: Rows) -> tuple[Rows, Tensor]:
-    """The adjoint of the old rows, and that of the gradient, from the adjoint of the new rows.
+def pull_back(slope: Jacobian, adjoint: Rows) -> tuple[Rows, Tensor]:
+    """Compute the adjoint of the old rows, and that of the gradient, from the adjoint of the new rows.
 
     Args:
         slope: see `jacobian`; its tensors are (1, *shape).
         adjoint: (Q, *shape) each.
     """
     by_old, by_gradient = zip(*slope, strict=True)
-    return tuple(_weighted(column, adjoint) for column in zip(*by_old, strict=True)), _weighted(by_gradient, adjoint)
+    columns = zip(*by_old, strict=True)  # the derivatives of all new rows by one old row
+    old = tuple(_sum_products(column, adjoint) for column in columns)
+    return old, _sum_products(by_gradient, adjoint)
 
 
-def _weighted(slopes: Rows, adjoint: Rows) -> Tensor:
-    """The sum of their products, as a new tensor."""
-    (slope, a), *rest = [pair for pair in zip(slopes, adjoint, strict=True) if pair[0].any()] or [
-        (slopes[0], adjoint[0])
-    ]
+def _sum_products(slopes: Rows, adjoint: Rows) -> Tensor:
+    """Sum the products of slopes and adjoints into a new tensor."""
+    pairs = list(zip(slopes, adjoint, strict=True))
+    # Many slopes are zero throughout, such as that of Adam's v by theta without weight decay; one pair gives the shape.
+    (slope, a), *rest = [pair for pair in pairs if pair[0].any()] or pairs[:1]
     total = slope * a
     for slope, a in rest:
         total.addcmul_(slope, a)

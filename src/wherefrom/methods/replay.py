@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wherefrom.curvature.plain import gradients_at_points
 from wherefrom.data.examples import Examples
 from wherefrom.errors import AttributionWarning, DivergenceError, InputError, UnsupportedError, expected
-from wherefrom.methods.optimisers import Jacobian, Rows, jacobian, optimiser
+from wherefrom.methods.optimisers import Jacobian, Optimiser, Rows, jacobian, optimiser
 from wherefrom.methods.stream import Measurement
 from wherefrom.model.observe import trainable
 from wherefrom.model.problem import Problem
@@ -32,8 +32,9 @@ from wherefrom.progress import track
 from wherefrom.surroundings import math_attention, undisturbed
 from wherefrom.training.trajectory import Trajectory
 
-State = dict[str, Rows]  # parameter name -> itself and what the optimiser keeps of it, (K, *shape) each
-DRIFT, LOST = 1e-3, 0.1  # error of a replay that is warned of, and one that is refused
+State = dict[str, Rows]  # parameter name -> itself and the optimiser's state of it, (K, *shape) each
+DRIFT = 1e-3  # error of a replay that is warned of
+LOST = 0.1  # and one that is refused: another run
 STACKED = 2**23  # bytes of parameters that a CPU trains at once; more are slower
 
 
@@ -58,27 +59,34 @@ class Replay:
         self.segment = segment or math.ceil(math.sqrt(trajectory.steps))
         if self.segment < 1:
             raise expected("segment", "a positive number of steps", segment)
-        _repeatable(problem.model)
-        self._optimisers = {
-            name: (number, optimiser(trajectory.optimiser, group))
-            for number, group in enumerate(trajectory.groups)
-            for name in group["parameters"]
-        }
-        trained = set(trainable(problem.model))
-        odd = sorted(set(problem.parameters) ^ (set(self._optimisers) & trained))
-        if odd or not set(self._optimisers) <= {n for n, _ in problem.model.named_parameters()}:
+        _refuse_random_training(problem.model)
+        # Parameter name -> the number of its group, and the group's optimiser.
+        self._optimisers: dict[str, tuple[int, Optimiser]] = {}
+        for number, group in enumerate(trajectory.groups):
+            update = optimiser(trajectory.optimiser, group)
+            self._optimisers |= {name: (number, update) for name in group["parameters"]}
+
+        recorded = set(self._optimisers)
+        all_names = {name for name, _ in problem.model.named_parameters()}
+        # Of what the run recorded, parameters that are frozen now need not be selected: they did not move.
+        differing = sorted(set(problem.parameters) ^ (recorded & set(trainable(problem.model))))
+        if differing or not recorded <= all_names:
             advice = "Select them with parameters=..., and pass the model of the run."
-            raise expected("parameters", "those that the run trained", f"others: {', '.join(odd[:5])}", advice)
+            raise expected("parameters", "those that the run trained", f"others: {', '.join(differing[:5])}", advice)
         self.problem = problem.at(trajectory.checkpoints[0].state)
 
     def start(self, count: int = 1) -> State:
-        """The state before the first step, of as many runs."""
-        theta = {n: p.detach().expand(count, *p.shape).clone() for n, p in self.problem.parameters.items()}
-        return {n: (t, *(torch.zeros_like(t) for _ in range(self._optimisers[n][1].kept))) for n, t in theta.items()}
+        """Make the state before the first step, of as many runs."""
+        state: State = {}
+        for name, p in self.problem.parameters.items():
+            theta = p.detach().expand(count, *p.shape).clone()  # (count, *shape)
+            _, update = self._optimisers[name]
+            state[name] = (theta, *[torch.zeros_like(theta) for _ in range(update.state_size)])
+        return state
 
     @undisturbed()
     def step(self, state: State, step: int, weights: Tensor | None = None) -> tuple[State, Vectors]:
-        """One step of K runs.
+        """Take one step of K runs.
 
         Args:
             state: before it.
@@ -98,12 +106,12 @@ class Replay:
         def loss(theta: Vectors, w: Tensor) -> Tensor:
             return (w * self.problem.task.loss(outputs(theta), batch)).sum() / len(index)
 
-        with self.opened():
+        with self.open_model():
             g = gradients_at_points(loss, theta, w.to(self.problem.device, self.problem.dtype))
         return {name: self._update(name, step)(rows, g[name]) for name, rows in state.items()}, g
 
     def slopes(self, state: State, g: Vectors, step: int) -> dict[str, Jacobian]:
-        """The Jacobian of the optimiser's step number ``step``, from this state with this gradient."""
+        """Compute the Jacobian of the optimiser's step number ``step``, from this state with this gradient."""
         return {name: jacobian(self._update(name, step), rows, g[name]) for name, rows in state.items()}
 
     @cached_property
@@ -117,7 +125,7 @@ class Replay:
         state, steps = states[0], self.trajectory.steps
         batch = self.problem.batch(self.order[0])
         outputs, theta = self.problem.functional(batch)
-        with self.opened():
+        with self.open_model():
             self.problem.per_example(self.problem.task.loss(outputs(theta), batch), batch, "loss")
         for step in track(range(steps), "replaying", enabled=self.problem.progress):
             state, _ = self.step(state, step)
@@ -142,35 +150,40 @@ class Replay:
             InputError: if it is another run.
         """
         first, last = (self.trajectory.checkpoints[i].state for i in (0, -1))
-        there = {name: last[name].to(rows[0]).unsqueeze(0) for name, rows in self.states[-1].items()}
-        way = {name: t - first[name].to(t) for name, t in there.items()}
-        left = {name: t - self.states[-1][name][0] for name, t in there.items()}
-        error = float(vectors.norm(left) / vectors.norm(way).clamp(min=1e-300))
-        said = f"The replay must end at the run's last weights, got {error:.1e} of the way from its first beside them. "
-        said += (
+        recorded = {name: last[name].to(rows[0]).unsqueeze(0) for name, rows in self.states[-1].items()}
+        way = {name: t - first[name].to(t) for name, t in recorded.items()}
+        deviation = {name: t - self.states[-1][name][0] for name, t in recorded.items()}
+        error = float(vectors.norm(deviation) / vectors.norm(way).clamp(min=1e-300))
+
+        message = (
+            f"The replay must end at the run's last weights, got {error:.1e} of the way from its first beside them. "
             "Check the data and their order, and that the loss was the mean over a minibatch, without augmentation, "
+            "clipping or noise."
         )
-        said += "clipping or noise."
-        if not error <= LOST:
-            raise InputError(said)
+        if not error <= LOST:  # NaN, too
+            raise InputError(message)
         if error > DRIFT:
-            warnings.warn(said, AttributionWarning, stacklevel=3)
+            warnings.warn(message, AttributionWarning, stacklevel=3)
         return error
 
     def backwards(self) -> Iterator[tuple[int, State, Vectors]]:
-        """The run's steps from the last to the first: number, state before it, gradient."""
-        for first, state in reversed(list(enumerate(self.states[:-1]))):
-            taken = []
-            for step in range(first * self.segment, min((first + 1) * self.segment, self.trajectory.steps)):
+        """Iterate over the run's steps from the last to the first: number, state before it, gradient."""
+        segments = list(enumerate(self.states[:-1]))
+        for number, state in reversed(segments):
+            begin = number * self.segment
+            end = min(begin + self.segment, self.trajectory.steps)
+            # Only the state at the beginning of a segment was kept: the steps within it are taken again.
+            steps = []
+            for step in range(begin, end):
                 after, g = self.step(state, step)
-                taken.append((step, state, g))
+                steps.append((step, state, g))
                 state = after
-            while taken:
-                yield taken.pop()
+            while steps:  # popped, so that the memory of a state is free once it was used
+                yield steps.pop()
 
     @undisturbed()
     def final(self, weights: Tensor) -> Vectors:
-        """The weights of the model after training with M sets of weights on the examples.
+        """Compute the weights of the model after training with M sets of weights on the examples.
 
         Args:
             weights: (M, N), or (M, N) bool: True where an example is kept.
@@ -187,20 +200,23 @@ class Replay:
         _ = self.error  # a run that is not reproduced is refused
         size = sum(p.numel() * p.element_size() for p in self.problem.parameters.values())
         room = STACKED if self.problem.device.type == "cpu" else 32 * STACKED
+        together = max(1, room // size)
         parts = []
-        for some in weights.to(self.problem.device).split(max(1, room // size)):
+        for some in weights.to(self.problem.device).split(together):
             state = self.start(len(some))
             for step in track(range(self.trajectory.steps), "retraining", enabled=self.problem.progress):
                 state, _ = self.step(state, step, some)
             parts.append({name: rows[0] for name, rows in state.items()})
         weights_after = vectors.concatenate(parts)
-        if bad := [i for i, ok in enumerate(vectors.norm(weights_after).isfinite().tolist()) if not ok]:
-            raise DivergenceError(f"Training with weights {bad[0]} does not stay finite. Lower the learning rate.")
+        finite = vectors.norm(weights_after).isfinite()
+        if not finite.all():
+            diverged = int((~finite).nonzero()[0])
+            raise DivergenceError(f"Training with weights {diverged} does not stay finite. Lower the learning rate.")
         return weights_after
 
     @undisturbed()
-    def measured(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:
-        """f of the queries after training with M sets of weights on the examples.
+    def measure(self, weights: Tensor, queries: Any, measurement: Measurement | None = None) -> Tensor:
+        """Measure f of the queries after training with M sets of weights on the examples.
 
         Args:
             weights: (M, N), such as masks of subsets; see `final`.
@@ -216,14 +232,19 @@ class Replay:
         parts = []
         for _, batch in problem.batches(examples):
             outputs, _ = problem.functional(batch)
-            with self.opened(), torch.no_grad():
-                each = [outputs({name: t[m] for name, t in theta.items()}) for m in range(len(weights))]
-                parts.append(torch.stack([problem.per_example(f(h, batch), batch, "measurement") for h in each]))
+            with self.open_model(), torch.no_grad():
+                rows = []
+                for m in range(len(weights)):
+                    own = {name: t[m] for name, t in theta.items()}
+                    rows.append(problem.per_example(f(outputs(own), batch), batch, "measurement"))
+                parts.append(torch.stack(rows))  # (M, B)
         return torch.cat(parts, 1).unsqueeze(1)
 
     @undisturbed()
     def metasmoothness(self, fraction: float = 0.05, directions: int = 4, seed: int = 0) -> Tensor:
-        """How far a first step towards dropping examples foretells the next one (Engstrom et al. 2025, definition 1).
+        """Measure how far a first step towards dropping examples foretells the next one.
+
+        This is definition 1 of Engstrom et al. (2025):
 
             S = sign(D(w))^T diag(|D(w)| / |D(w)|_1) sign(D(w + h v)),        D(w) = (theta(w + h v) - theta(w)) / h
 
@@ -246,13 +267,18 @@ class Replay:
             )
         rng = torch.Generator().manual_seed(seed)
         dropped = (torch.rand(directions, n, generator=rng).argsort(1) < size).double()
-        half, all_ = vectors.chunk(self.final(torch.cat([1 - dropped / 2, 1 - dropped])), directions)
-        first = {name: t - self.states[-1][name][0] for name, t in half.items()}
-        signs = {name: (t - half[name]).sign() for name, t in all_.items()}
-        return vectors.dot(first, signs) / vectors.dot(first, {n: t.sign() for n, t in first.items()}).clamp(min=1e-300)
+        weights = torch.cat([1 - dropped / 2, 1 - dropped])  # (2 directions, N)
+        half_way, all_the_way = vectors.chunk(self.final(weights), directions)
+        # D(w) and D(w + h v), but for 1 / h, which cancels.
+        first = {name: t - self.states[-1][name][0] for name, t in half_way.items()}
+        second = {name: t - half_way[name] for name, t in all_the_way.items()}
 
-    def opened(self) -> ExitStack:
-        """The model as it is differentiated: in eval mode, attention by the kernel that has all derivatives."""
+        signs = {name: t.sign() for name, t in second.items()}
+        own_signs = {name: t.sign() for name, t in first.items()}
+        return vectors.dot(first, signs) / vectors.dot(first, own_signs).clamp(min=1e-300)
+
+    def open_model(self) -> ExitStack:
+        """Enter the model as it is differentiated: in eval mode, attention by the kernel that has all derivatives."""
         stack = ExitStack()
         stack.enter_context(self.problem.observed())
         stack.enter_context(math_attention())
@@ -264,7 +290,7 @@ class Replay:
 
 
 def _order(trajectory: Trajectory, examples: int) -> tuple[Tensor, ...]:
-    """The minibatches.
+    """Return the minibatches, if they and the checkpoints suffice to take the run again.
 
     Raises:
         InputError: if the run cannot be taken again from what was kept.
@@ -272,27 +298,35 @@ def _order(trajectory: Trajectory, examples: int) -> tuple[Tensor, ...]:
     if trajectory.order is None:
         advice = "Call Recorder.saw(index) before each step."
         raise expected("trajectory", "one with the order of the examples", repr(trajectory), advice)
-    steps = [c.step for c in trajectory.checkpoints]
+
+    steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
     if steps[0] != 0 or steps[-1] != trajectory.steps:
         wanted = f"one with the weights at step 0 and at step {trajectory.steps}"
         raise expected("trajectory", wanted, f"checkpoints {steps}", "A Recorder that is closed keeps both.")
-    seen = torch.cat(trajectory.order)
-    if not all(map(len, trajectory.order)) or int(seen.min()) < 0 or int(seen.max()) >= examples:
+
+    if not all(map(len, trajectory.order)) or not _are_within(torch.cat(trajectory.order), examples):
+        seen = torch.cat(trajectory.order)
         wanted = f"minibatches of numbers in 0..{examples - 1}"
         got = f"{int(seen.min())}..{int(seen.max())} in batches of {min(map(len, trajectory.order))} or more"
         raise expected("trajectory.order", wanted, got, "Pass the training set of the run.")
     return trajectory.order
 
 
-def _repeatable(model: nn.Module) -> None:
+def _are_within(numbers: Tensor, examples: int) -> bool:
+    return int(numbers.min()) >= 0 and int(numbers.max()) < examples
+
+
+def _refuse_random_training(model: nn.Module) -> None:
     """Refuse a model whose training is random or couples the examples of a minibatch.
 
     Raises:
         UnsupportedError: naming the module.
     """
     for name, module in model.named_modules():
-        dropped = getattr(module, "p", 0.0) if "Dropout" in type(module).__name__ else getattr(module, "dropout", 0.0)
-        if isinstance(module, _BatchNorm) or (isinstance(dropped, float) and dropped > 0):
+        # Attention and recurrent layers keep their own share of dropout under its name.
+        attribute = "p" if "Dropout" in type(module).__name__ else "dropout"
+        share = getattr(module, attribute, 0.0)
+        if isinstance(module, _BatchNorm) or (isinstance(share, float) and share > 0):
             what = f"{name or 'model'} ({type(module).__name__})"
             raise UnsupportedError(
                 f"A run can be replayed only without dropout and batch normalisation, got {what}. Train with p=0, or "

@@ -28,7 +28,7 @@ from wherefrom.curvature.ggn import rhs_at_once
 from wherefrom.curvature.plain import GAPS, Function, has_second_derivatives, hessian_products, is_gap
 from wherefrom.errors import UnsupportedError
 from wherefrom.methods.base import FittedMethod, TrajectoryMethod
-from wherefrom.methods.optimisers import pulled
+from wherefrom.methods.optimisers import pull_back
 from wherefrom.methods.replay import Replay, State
 from wherefrom.methods.stream import Measurement
 from wherefrom.model.problem import Problem
@@ -102,37 +102,48 @@ class FittedUnrolled(FittedMethod):
     def score_values(self, queries: Any, measurement: Measurement | None) -> tuple[Tensor, Certificate]:
         """Sweep backwards through the run, with as many queries together as the memory holds."""
         f = self.query_directions(self.replay.trained, queries, measurement).to_parameters()
+        # A query takes its adjoint (the parameters' and the optimiser's), and two more sets for the Hessian product.
         sets = 2 + max(len(rows) for rows in self.replay.states[0].values())
-        size = sum(t[0].numel() * t.element_size() for t in f.values())
-        together = max(1, int(self.method.memory / (sets * size)))
+        size_of_set = sum(t[0].numel() * t.element_size() for t in f.values())
+        together = max(1, int(self.method.memory / (sets * size_of_set)))
         values = torch.cat([self._sweep(some) for some in vectors.chunk(f, together)])
         return -len(self.problem.train) * values, self.certificate(len(values))
 
     def _sweep(self, f: Vectors) -> Tensor:
         """Return the derivatives by the examples' weights, (Q, N), from those by the final weights."""
         replay = self.replay
-        kept = {name: len(rows) - 1 for name, rows in replay.states[0].items()}
         batch = replay.problem.batch(replay.order[-1])
-        with replay.opened():
+        with replay.open_model():
             at_once = rhs_at_once(replay.problem, *replay.problem.functional(batch))
-        adjoints: list[State] = [
-            {name: (t, *[torch.zeros_like(t)] * kept[name]) for name, t in some.items()}
-            for some in vectors.chunk(f, at_once)
-        ]
-        values = [t.new_zeros(len(t), len(replay.problem.train)) for t in next(iter(f.values())).split(at_once)]
+        adjoints: list[State] = []
+        values: list[Tensor] = []
+        for some in vectors.chunk(f, at_once):
+            adjoints.append(self._start_adjoint(some))
+            values.append(next(iter(some.values())).new_zeros(vectors.count(some), len(replay.problem.train)))
+
         steps = replay.trajectory.steps
         for step, state, g in track(replay.backwards(), "unrolling", total=steps, enabled=self.method.progress):
-            slopes, theta = replay.slopes(state, g, step), {name: rows[0][0] for name, rows in state.items()}
+            slopes = replay.slopes(state, g, step)
+            theta = {name: rows[0][0] for name, rows in state.items()}
             index = replay.order[step].to(replay.problem.device)
             for i, adjoint in enumerate(adjoints):
-                back = {name: pulled(slopes[name], rows) for name, rows in adjoint.items()}
-                by_weight, by_theta = self._second(index, theta, {name: a for name, (_, a) in back.items()})
+                back = {name: pull_back(slopes[name], rows) for name, rows in adjoint.items()}
+                by_gradient = {name: a for name, (_, a) in back.items()}
+                by_weight, by_theta = self._differentiate_gradient(index, theta, by_gradient)
                 values[i].index_add_(1, index, by_weight)
                 adjoints[i] = {name: (rows[0].add_(by_theta[name]), *rows[1:]) for name, (rows, _) in back.items()}
         return torch.cat(values)
 
-    def _second(self, index: Tensor, theta: Vectors, a: Vectors) -> tuple[Tensor, Vectors]:
-        """a . d g / d w_i for each example of a minibatch, (Q, B), and H a, (Q, ...)."""
+    def _start_adjoint(self, f: Vectors) -> State:
+        """Make the adjoint of the final state: f depends on the weights, and on nothing that the optimiser keeps."""
+        adjoint: State = {}
+        for name, t in f.items():
+            others = len(self.replay.states[0][name]) - 1
+            adjoint[name] = (t, *[torch.zeros_like(t)] * others)
+        return adjoint
+
+    def _differentiate_gradient(self, index: Tensor, theta: Vectors, a: Vectors) -> tuple[Tensor, Vectors]:
+        """Compute a . d g / d w_i for each example of a minibatch, (Q, B), and H a, (Q, ...)."""
         problem = self.replay.problem
         batch = problem.batch(index)
         outputs, _ = problem.functional(batch)
@@ -144,28 +155,29 @@ class FittedUnrolled(FittedMethod):
         def along(a: Vectors) -> tuple[Vectors, Tensor]:
             return jvp(grad(loss, has_aux=True), (theta,), (a,))[1]
 
-        with self.replay.opened():
+        with self.replay.open_model():
             try:
-                curved, slopes = vmap(along)(a)
+                hessian_product, slopes = vmap(along)(a)
             except GAPS as error:
                 if not is_gap(error):
                     raise
-                curved, slopes = self._second_by_plain(lambda p: loss(p)[1], theta, a)
-        return slopes, curved
+                hessian_product, slopes = self._differentiate_twice_backwards(lambda p: loss(p)[1], theta, a)
+        return slopes, hessian_product
 
-    def _second_by_plain(self, each: Function, theta: Vectors, a: Vectors) -> tuple[Vectors, Tensor]:
-        """The same by double backward, for a model without forward-mode derivatives.
+    def _differentiate_twice_backwards(self, each: Function, theta: Vectors, a: Vectors) -> tuple[Vectors, Tensor]:
+        """Compute the same by double backward, for a model without forward-mode derivatives.
 
         Raises:
             UnsupportedError: if its second derivatives are missing or wrong.
         """
-        if not self._twice:
+        if not self._has_second_derivatives:
             raise UnsupportedError(
                 "Unrolled needs second derivatives of the loss, and those of an operation of this model are missing or "
                 "wrong. Write the operation out in differentiable ones, or take SOURCE or TracIn."
             )
-        return hessian_products(each, theta, ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1)))
+        directions = ({name: t[0] for name, t in one.items()} for one in vectors.chunk(a, 1))
+        return hessian_products(each, theta, directions)
 
     @cached_property
-    def _twice(self) -> bool:
+    def _has_second_derivatives(self) -> bool:
         return has_second_derivatives(self.replay.problem)

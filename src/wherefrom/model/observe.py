@@ -28,6 +28,7 @@ from wherefrom.surroundings import (
 
 Select = str | Sequence[str] | Callable[[str], bool] | None
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+FEW = 5  # names that a message lists
 BOUND = "wherefrom_row_bound"  # (max_norm, norm_type) of an embedding in a copy
 
 
@@ -36,7 +37,7 @@ _steady: WeakSet[nn.Module] = WeakSet()  # models whose passes were seen to leav
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[nn.Module]:
+def observe_model(model: nn.Module) -> Iterator[nn.Module]:
     """Put the model into eval mode without parameter gradients; all is put back afterwards, even after an error.
 
     Autocast, inference mode and compilers are off meanwhile. Other threads that want the same model, or one that shares
@@ -48,8 +49,9 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
     with ExitStack() as stack:
         stack.enter_context(undisturbed())
         first = stack.enter_context(alone(model))
-        for context in (users_device(), without_fastpath(), eager()):
-            stack.enter_context(context)
+        stack.enter_context(users_device())
+        stack.enter_context(without_fastpath())
+        stack.enter_context(eager())
         if not first:  # this thread observes it already
             yield model
             return
@@ -58,7 +60,8 @@ def observed(model: nn.Module) -> Iterator[nn.Module]:
         try:
             model.eval()
             for module in model.modules():
-                if getattr(module, "sparse", None) is True:  # gradients of embeddings: dense ones have all derivatives
+                # Sparse gradients of embeddings lack derivatives that dense ones have.
+                if getattr(module, "sparse", None) is True:
                     vars(module)["sparse"] = False
             model.requires_grad_(False)
             yield model
@@ -76,28 +79,28 @@ def _report(model: nn.Module, changed: list[str], lost: list[str], weights: list
     """
     if weights:
         raise UnsupportedError(
-            f"The model's forward pass changes its own parameters: {_few(weights)}. Make it leave them alone unless "
+            f"The model's forward pass changes its own parameters: {_names(weights)}. Make it leave them alone unless "
             "self.training."
         )
     if lost:
         raise UnsupportedError(
-            f"The model's forward pass changes buffers in eval mode that are too large to be put back: {_few(lost)}. "
+            f"The model's forward pass changes buffers in eval mode that are too large to be put back: {_names(lost)}. "
             "Make it leave them alone unless self.training."
         )
     if changed and model not in _warned:
         _warned.add(model)
         warnings.warn(
-            f"the model's forward pass changes buffers in eval mode ({_few(changed)}): they are put back after each "
+            f"the model's forward pass changes buffers in eval mode ({_names(changed)}): they are put back after each "
             "pass.",
             AttributionWarning,
             stacklevel=4,
         )
 
 
-def _few(names: Sequence[str]) -> str:
+def _names(names: Sequence[str]) -> str:
     """List the first few names, and say how many more there are."""
-    more = [f"and {len(names) - 5} more"] if len(names) > 5 else []
-    return ", ".join([*names[:5], *more])
+    more = [f"and {len(names) - FEW} more"] if len(names) > FEW else []
+    return ", ".join([*names[:FEW], *more])
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -118,7 +121,7 @@ def in_training_with(model: nn.Module, kind: str) -> bool:
         return any(m.training and kind in type(m).__name__ for m in model.modules())
 
 
-def ready(model: nn.Module) -> nn.Module:
+def prepare_model(model: nn.Module) -> nn.Module:
     """Take the model itself out of its wrappers, or a copy where its own tensors cannot be used.
 
     Copies: of a half-precision model in float32; of one that was made in inference mode; of one whose embeddings
@@ -130,24 +133,28 @@ def ready(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise expected("model", "a torch.nn.Module", type(model).__name__)
     with undisturbed(), alone(model):
-        return _ready(unwrapped(model))
+        return _prepare_unwrapped(unwrap_model(model))
 
 
-def _ready(model: nn.Module) -> nn.Module:
-    """Do what `ready` does with a model that has no wrappers and that no other thread observes."""
+def _prepare_unwrapped(model: nn.Module) -> nn.Module:
+    """Do what `prepare_model` does with a model that has no wrappers and that no other thread observes."""
     _refuse_scripts(model)
     _refuse_values(dict(model.named_parameters()))
-    if any(t.is_inference() for t in [*model.parameters(), *model.buffers()]):
-        _say("the model was made in inference mode: a copy outside of it is used.")
-        model = copied(model)
-    if any(getattr(m, "max_norm", None) is not None for m in model.modules() if isinstance(m, EMBEDDINGS)):
-        _say("embeddings with max_norm change their weights in every pass: a copy with all rows in bounds is used.")
-        model = copied(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_inference() for t in tensors):
+        _warn("the model was made in inference mode: a copy outside of it is used.")
+        model = copy_model(model)
+
+    embeddings = [module for module in model.modules() if isinstance(module, EMBEDDINGS)]
+    if any(module.max_norm is not None for module in embeddings):
+        _warn("embeddings with max_norm change their weights in every pass: a copy with all rows in bounds is used.")
+        model = copy_model(model)
     _bound_rows(model)
+
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtypes & {torch.float16, torch.bfloat16} and torch.float64 not in dtypes:
-        _say("the model is in half precision: a float32 copy is used (the conversion is exact).")
-        return copied(model).float()
+        _warn("the model is in half precision: a float32 copy is used (the conversion is exact).")
+        return copy_model(model).float()
     if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float64}:
         raise expected(
             "the model's parameters",
@@ -158,27 +165,33 @@ def _ready(model: nn.Module) -> nn.Module:
     return model
 
 
-def _say(what: str) -> None:
-    warnings.warn(what, AttributionWarning, stacklevel=5)
+def _warn(message: str) -> None:
+    warnings.warn(message, AttributionWarning, stacklevel=5)
 
 
 def _refuse_values(named: Mapping[str, nn.Parameter]) -> None:
     """Refuse parameters that are missing, scattered, complex or not finite."""
     missing = [name for name, p in named.items() if isinstance(p, UninitializedParameter) or p.is_meta]
     if missing:
-        raise expected("the model's weights", "there", f"none yet in {_few(missing)}", "Run the model, or load them.")
+        raise expected("the model's weights", "there", f"none yet in {_names(missing)}", "Run the model, or load them.")
+
     devices = {p.device for p in named.values()}
     if len(devices) > 1:
         raise expected(
             "the model's parameters", "on one device", sorted(map(str, devices)), "Move it with model.to(device)."
         )
-    odd = [name for name, p in named.items() if p.is_complex() and p.requires_grad]
-    if odd:
-        raise expected("the model's parameters", "real numbers", f"complex ones in {_few(odd)}", "Freeze them.")
-    bad = [name for name, p in named.items() if p.is_floating_point() and not p.detach().isfinite().all()]
-    if bad:
+
+    complex_names = [name for name, p in named.items() if p.is_complex() and p.requires_grad]
+    if complex_names:
+        raise expected(
+            "the model's parameters", "real numbers", f"complex ones in {_names(complex_names)}", "Freeze them."
+        )
+
+    real = {name: p.detach() for name, p in named.items() if p.is_floating_point()}
+    not_finite = [name for name, p in real.items() if not p.isfinite().all()]
+    if not_finite:
         raise InputError(
-            f"the model's weights must be finite, got NaN or infinity in {', '.join(bad[:5])}. Train it again."
+            f"the model's weights must be finite, got NaN or infinity in {', '.join(not_finite[:FEW])}. Train it again."
         )
 
 
@@ -196,16 +209,17 @@ def _refuse_scripts(model: nn.Module) -> None:
             )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Take the model as it was written: without the wrappers of `torch.compile` and of data parallelism.
 
     Its parameters have the names of the plain model, and are the same objects. A module that holds wrapped ones is a
     copy of its outermost layer only: parameters and buffers are shared.
     """
-    return _unwrapped(model, {})
+    return _unwrap(model, {})
 
 
-def _unwrapped(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+def _unwrap(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    # A module may be shared: all its places get the same one.
     if id(module) not in known:
         inner = _wrapped_module(module)
         if inner is not None:
@@ -214,11 +228,11 @@ def _unwrapped(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
                     f"The model is taken out of its wrapper ({type(module).__name__}), which has forward hooks of its "
                     "own. Register them on the module inside."
                 )
-            known[id(module)] = _unwrapped(inner, known)
+            known[id(module)] = _unwrap(inner, known)
         else:
-            children = {name: child and _unwrapped(child, known) for name, child in module._modules.items()}
-            same = all(child is module._modules[name] for name, child in children.items())
-            known[id(module)] = module if same else _with_children(module, children)
+            children = {name: child and _unwrap(child, known) for name, child in module._modules.items()}
+            holds_no_wrapper = all(child is module._modules[name] for name, child in children.items())
+            known[id(module)] = module if holds_no_wrapper else _with_children(module, children)
     return known[id(module)]
 
 
@@ -247,7 +261,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """Copy a model so that no memory is shared.
 
     Attributes that autograd has computed, such as the weight of a pruned or old-style weight-normed layer, are copied
@@ -256,23 +270,23 @@ def copied(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     with undisturbed(), alone(model):
         for module in model.modules():
-            for value in vars(module).values():
-                for t in _held(value):
-                    if not t.is_leaf or t.is_inference():
-                        memo[id(t)] = _leaf(t)
+            for t in _find_tensors(list(vars(module).values())):
+                if not t.is_leaf or t.is_inference():
+                    memo[id(t)] = _copy_leaf(t)
         return copy.deepcopy(model, memo)
 
 
-def _held(value: Any) -> Iterator[Tensor]:
+def _find_tensors(value: Any) -> Iterator[Tensor]:
     """Find the tensors in an attribute of a module, also in dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _held(part)
+        parts = value.values() if isinstance(value, Mapping) else value
+        for part in parts:
+            yield from _find_tensors(part)
 
 
-def _leaf(t: Tensor) -> Tensor:
+def _copy_leaf(t: Tensor) -> Tensor:
     """Copy a tensor outside of autograd and of inference mode; a parameter stays one."""
     fresh = t.detach().clone()
     return nn.Parameter(fresh, t.requires_grad) if isinstance(t, nn.Parameter) else fresh
@@ -290,9 +304,10 @@ def _bound_rows(model: nn.Module) -> None:
             vars(module)[BOUND] = (module.max_norm, module.norm_type)
             module.max_norm = None
         if BOUND in vars(module):
-            every = torch.arange(len(module.weight), device=module.weight.device)
+            all_rows = torch.arange(len(module.weight), device=module.weight.device)
+            max_norm, norm_type = vars(module)[BOUND]
             with torch.no_grad():
-                torch.embedding_renorm_(module.weight.detach(), every, *vars(module)[BOUND])
+                torch.embedding_renorm_(module.weight.detach(), all_rows, max_norm, norm_type)
 
 
 def parameter_filter(select: Select) -> Callable[[str], bool]:

@@ -25,13 +25,13 @@ from wherefrom.model.capture import OutputCotangents
 from wherefrom.model.check import FLOOR, TOLERANCE, RowCheck
 from wherefrom.model.observe import (
     Select,
-    copied,
+    copy_model,
     fingerprint,
     in_training_with,
-    observed,
+    observe_model,
     parameter_filter,
     plain_names,
-    ready,
+    prepare_model,
     trainable,
 )
 from wherefrom.model.task import Task, as_task
@@ -93,7 +93,7 @@ class Problem:
         progress: bool | None = None,
     ):
         task = as_task(task)
-        model = ready(model)
+        model = prepare_model(model)
         train = train if isinstance(train, Examples) else Examples(train, "train", batch_size)
 
         trained = trainable(model)
@@ -137,7 +137,7 @@ class Problem:
         Raises:
             InputError: if it does not fit the model.
         """
-        model = copied(self.model)
+        model = copy_model(self.model)
         try:
             model.load_state_dict(plain_names(state))
         except (RuntimeError, KeyError) as error:
@@ -248,7 +248,7 @@ class Problem:
 
     def observed(self) -> AbstractContextManager[nn.Module]:
         """Enter the model's eval mode without parameter gradients; it is put back afterwards, even after an error."""
-        return observed(self.model)
+        return observe_model(self.model)
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Compute the task's outputs (n, ...) on a batch.

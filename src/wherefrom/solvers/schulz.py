@@ -25,8 +25,8 @@ from torch import Tensor
 
 from wherefrom.errors import DivergenceError, expected
 
-SURE = 0.5  # residual below which convergence is certain, rounding included
-MOST = 100  # steps, where none are given: it stops by itself long before
+CERTAIN = 0.5  # residual below which convergence is certain, rounding included
+MAX_STEPS = 100  # steps, where none are given: it stops by itself long before
 GROWTH = 1.01  # a residual that grows by more than this in a step does not come back: some eigenvalue of R exceeds 1
 
 
@@ -45,7 +45,7 @@ class Schulz:
 
     @property
     def steps(self) -> int:
-        """Steps made."""
+        """The number of steps."""
         return len(self.residuals) - 1
 
 
@@ -77,24 +77,33 @@ def schulz(
         DivergenceError: if the residual grows.
         InputError: if A is not square and symmetric, or a bound, order or number of steps is out of range.
     """
-    A = _checked(A)
+    A = _to_symmetric(A)
     for name, value in (("lower", lower), ("tolerance", tolerance)):
         if not value > 0:
             raise expected(name, "positive", value)
     if order < 2 or (steps is not None and steps < 1):
         raise expected("order and steps", "at least 2 and 1", f"{order} and {steps}")
-    upper, most = bound(A), MOST if steps is None else steps
+    max_steps = MAX_STEPS if steps is None else steps
+    upper = upper_bound(A)
     largest = float(upper.max())
+
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    first, sizes = (2 / (lower + upper))[..., None, None] * eye, []
-    if start is not None:
-        first = (start * eye if isinstance(start, (int, float)) else start.to(A)).expand_as(A)
-    elif mixed and torch.finfo(torch.float32).eps * largest < 0.3 * lower:
-        most32 = min(most, predicted(lower, largest, tolerance, A.shape[-1], order))
-        first, sizes = _early(A, first, most32, tolerance ** (1 / order**2), order)
+    residuals: list[Tensor] = []  # of steps in float32
+    if isinstance(start, Tensor):
+        first = start.to(A).expand_as(A)
+    elif start is not None:
+        first = (start * eye).expand_as(A)
+    else:
+        first = (2 / (lower + upper))[..., None, None] * eye
+        # Where eps times the condition number nears 1, float32 cannot tell the matrix from a singular one.
+        if mixed and torch.finfo(torch.float32).eps * largest < 0.3 * lower:
+            max_early = min(max_steps, predict_steps(lower, largest, tolerance, A.shape[-1], order))
+            # Each step takes the residual to its power of `order`: from here, two steps in float64 reach the tolerance.
+            first, residuals = _iterate_in_float32(A, first, max_early, tolerance ** (1 / order**2), order)
+
     try:
-        x, more = _iterate(A, first, most - len(sizes), tolerance, order)
-    except _Growing as growing:
+        x, later = _iterate(A, first, max_steps - len(residuals), tolerance, order)
+    except _ResidualGrows as growing:
         step, before, after = growing.args
         if start is None:
             do = "The matrix is not positive definite, or singular in float64: raise the damping."
@@ -104,28 +113,30 @@ def schulz(
             f"Schulz's iteration diverged: |I - A X| grew from {before:.1e} to {after:.1e} at step {step}. Expected "
             f"eigenvalues of I - A X_0 below 1 in size; those of A may reach {largest:.1e}. {do}"
         ) from None
-    return Schulz(x, torch.stack([s.double() for s in [*sizes, *more]]))
+    return Schulz(x, torch.stack([s.double() for s in [*residuals, *later]]))
 
 
-def bound(A: Tensor) -> Tensor:
-    """U: an upper bound of the eigenvalues of symmetric positive definite A, (...,)."""
-    rows = A.abs().sum(-1).amax(-1)
-    return torch.minimum(torch.minimum(rows, A.norm(dim=(-2, -1))), A.diagonal(dim1=-2, dim2=-1).sum(-1))
+def upper_bound(A: Tensor) -> Tensor:
+    """Bound the eigenvalues of symmetric positive definite A from above by U, (...,)."""
+    largest_row = A.abs().sum(-1).amax(-1)
+    frobenius = A.norm(dim=(-2, -1))
+    trace = A.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.minimum(torch.minimum(largest_row, frobenius), trace)
 
 
-def predicted(lower: float, upper: float, tolerance: float, d: int, order: int = 2) -> int:
-    """Steps after which |I - A X|_F <= tolerance, for d eigenvalues from ``lower`` to ``upper``; see the module."""
+def predict_steps(lower: float, upper: float, tolerance: float, d: int, order: int = 2) -> int:
+    """Predict the number of steps to |I - A X|_F <= tolerance, for d eigenvalues from ``lower`` to ``upper``."""
     gap = min(2 * lower / (upper + lower), 1 - 1e-15)  # 1 - rho
     return max(0, math.ceil(math.log(math.log(tolerance / math.sqrt(d)) / math.log1p(-gap), order)))
 
 
 def cholesky(A: Tensor) -> Schulz:
-    """The same inverse by a Cholesky factorisation, with its residual.
+    """Invert by a Cholesky factorisation, and measure the residual.
 
     Raises:
         DivergenceError: if A is not positive definite.
     """
-    A = _checked(A)
+    A = _to_symmetric(A)
     factor, info = torch.linalg.cholesky_ex(A)
     if bool(info.any()):
         raise DivergenceError(
@@ -136,25 +147,28 @@ def cholesky(A: Tensor) -> Schulz:
     return Schulz(x, _residual(A, x)[1].unsqueeze(0))
 
 
-class _Growing(ArithmeticError):
+class _ResidualGrows(ArithmeticError):
     """(step, residual before, residual after)."""
 
 
-def _early(A: Tensor, start: Tensor, steps: int, tolerance: float, order: int) -> tuple[Tensor, list[Tensor]]:
-    """X from float32 and the residuals before it; the start itself if float32 does not come near the inverse."""
+def _iterate_in_float32(
+    A: Tensor, start: Tensor, steps: int, tolerance: float, order: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Return X from float32 and the residuals before it; the start itself if float32 does not come near the inverse."""
     try:
         x, sizes = _iterate(A.float(), start.float(), steps, tolerance, order)
-    except _Growing:
+    except _ResidualGrows:
         return start, []
     x = x.double()
-    near = bool((_residual(A, x)[1] < SURE).all())
+    near = bool((_residual(A, x)[1] < CERTAIN).all())
     return (x, sizes[:-1]) if near else (start, [])
 
 
 def _iterate(A: Tensor, x: Tensor, steps: int, tolerance: float, order: int) -> tuple[Tensor, list[Tensor]]:
-    """X after at most so many steps, and the residual before each step and after the last."""
+    """Return X after at most so many steps, and the residual before each step and after the last."""
     r, size = _residual(A, x)
-    sizes, ended = [size], size <= tolerance  # ended: matrices of the batch that are done
+    sizes = [size]
+    ended = size <= tolerance  # which matrices of the batch are done
     for step in range(1, steps + 1):
         if bool(ended.all()):
             break
@@ -163,30 +177,42 @@ def _iterate(A: Tensor, x: Tensor, steps: int, tolerance: float, order: int) -> 
             term = term @ r
             new = new + term
         r_new, after = _residual(A, new)
-        grew = ~(after <= GROWTH * size.clamp(min=SURE)) & ~ended
+        grew = ~(after <= GROWTH * size.clamp(min=CERTAIN)) & ~ended
         if bool(grew.any()):
             worst = int(grew.flatten().nonzero()[0])
-            raise _Growing(step, float(size.flatten()[worst]), float(after.flatten()[worst]))
-        better = ~ended & ((after < size) | (size >= SURE))
-        ended = ended | (after <= tolerance) | ((size < SURE) & (after > size / 2))  # the last: rounding rules
-        keep = better[..., None, None]
-        x, r, size = torch.where(keep, new, x), torch.where(keep, r_new, r), torch.where(better, after, size)
+            raise _ResidualGrows(step, float(size.flatten()[worst]), float(after.flatten()[worst]))
+
+        # Far from the inverse a residual may grow for a while, as the largest eigenvalues of R are still near 1. Close
+        # to it each step should at least halve it: where it does not, rounding rules, and the matrix is done.
+        better = ~ended & ((after < size) | (size >= CERTAIN))
+        ruled_by_rounding = (size < CERTAIN) & (after > size / 2)
+        ended = ended | (after <= tolerance) | ruled_by_rounding
+
+        better_matrix = better[..., None, None]
+        x = torch.where(better_matrix, new, x)
+        r = torch.where(better_matrix, r_new, r)
+        size = torch.where(better, after, size)
         sizes.append(size)
     return x, sizes
 
 
 def _residual(A: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """R = I - A X, and its Frobenius norm, (...,)."""
+    """Compute R = I - A X, and its Frobenius norm, (...,)."""
     r = -(A @ x)
     r.diagonal(dim1=-2, dim2=-1).add_(1)
     return r, r.norm(dim=(-2, -1))
 
 
-def _checked(A: Tensor) -> Tensor:
-    """A in float64, exactly symmetric."""
+def _to_symmetric(A: Tensor) -> Tensor:
+    """Convert A to float64, exactly symmetric.
+
+    Raises:
+        InputError: if it is not square, or not symmetric but for rounding.
+    """
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or not A.shape[-1] or not A.is_floating_point():
         raise expected("A", "square floating-point matrices (..., d, d)", f"{tuple(A.shape)}, {A.dtype}")
     A = A.double()
-    if not float((A - A.mT).norm()) <= 1e-5 * float(A.norm()):
-        raise expected("A", "symmetric and finite", f"|A - A^T| = {float((A - A.mT).norm()):.1e}")
+    asymmetry = float((A - A.mT).norm())
+    if not asymmetry <= 1e-5 * float(A.norm()):  # NaN, too
+        raise expected("A", "symmetric and finite", f"|A - A^T| = {asymmetry:.1e}")
     return (A + A.mT) / 2

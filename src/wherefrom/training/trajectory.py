@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wherefrom import store
 from wherefrom.disk import Lock
 from wherefrom.errors import ArtefactError, InputError, expected
-from wherefrom.model.observe import unwrapped
+from wherefrom.model.observe import unwrap_model
 
 LOG = "trajectory.safetensors"  # the file of all but the checkpoints
 # The settings of an optimiser that decide what a step does, besides the learning rate.
@@ -246,7 +246,7 @@ class Recorder:
 
     def __init__(self, folder: str | Path, model: nn.Module, optimiser: torch.optim.Optimizer, every: int):
         self.folder, self.optimiser, self.every = Path(folder), optimiser, every
-        self.model = unwrapped(model)  # so that names are those of the plain model
+        self.model = unwrap_model(model)  # so that names are those of the plain model
         if every < 1:
             raise expected("every", "a positive number of steps", every)
         if (self.folder / LOG).exists():

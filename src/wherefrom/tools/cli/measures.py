@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wherefrom import Scores
 from wherefrom.data.examples import Examples
 from wherefrom.errors import expected
-from wherefrom.model.observe import observed
+from wherefrom.model.observe import observe_model
 from wherefrom.model.task import as_task
 from wherefrom.tools.evaluate import (
     LDS,
@@ -158,7 +158,7 @@ def _measure_queries(task: object, queries: Any, model: nn.Module) -> Tensor:
     checked_task, first = as_task(task), next(model.parameters())
     batches = Examples(queries, "queries").batches(first.device, first.dtype)
     values = []
-    with observed(model), torch.no_grad():
+    with observe_model(model), torch.no_grad():
         for _, batch in batches:
             values.append(checked_task.measurement(checked_task.outputs(model, batch), batch))
     return torch.cat(values)

@@ -32,7 +32,7 @@ from wherefrom.curvature.plain import gradients_at_points
 from wherefrom.data.examples import Batch, Examples
 from wherefrom.errors import ConvergenceWarning, expected
 from wherefrom.methods.stream import Measurement
-from wherefrom.model.observe import Select, copied, ready
+from wherefrom.model.observe import Select, copy_model, prepare_model
 from wherefrom.persample import vectors
 from wherefrom.persample.vectors import Vectors
 from wherefrom.progress import track
@@ -124,7 +124,7 @@ def pbrf(
         InputError: for unknown examples, or as `Problem` does.
     """
     require_positive(eps=eps, tolerance=tolerance, steps=steps)
-    twin = copied(ready(model)).double()
+    twin = copy_model(prepare_model(model)).double()
     problem = Problem(twin, task, train, parameters, batch_size, memory, progress)
     members = _mark_members(examples, len(problem.train)).to(problem.device)  # (m, N)
     inverse = Auto(memory=memory).fit(GGN(problem), damping)
