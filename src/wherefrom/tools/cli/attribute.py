@@ -11,7 +11,7 @@ from wherefrom.tools.cli.run import Run
 
 
 def fit(options: Flat[Attributed]) -> None:
-    """Fit the inverse of the curvature, once for all queries, and keep it.
+    """Do the work that all queries share, the fit to the model and its training data, and keep the result.
 
     For example: wherefrom fit mine:problem --solver "CG(preconditioner=EKFAC())" --out run
 

@@ -42,7 +42,7 @@ def top(
     Args:
         scores: a file ending in .safetensors, .npy, .npz, .csv or .parquet.
         config: a TOML file with options by these names; those of the command line go first.
-        k: how many of each.
+        k: how many proponents, and how many opponents, of each query.
         out: a folder for the table; without it it is only shown.
     """
     columns = act.explain(read_scores(scores), k)
@@ -64,14 +64,15 @@ def explain(options: Flat[Attributed], *, k: int = 5, candidates: int | None = N
     Or a language model's completion: wherefrom explain --hf MODEL --dataset FILE --prompt "The capital of Peru is"
     --completion " Lima"
 
-    Writes a table and a report that shows the examples. How they are shown can be said in the target. Texts are shown
-    with the parts that their tokens and the model's layers have in a score.
+    Writes a table and a report that shows the examples. What an example looks like there can be set by the function,
+    with wherefrom.tools.loading.Target(show=...). The tokens of a text are coloured by their parts of the score, and a
+    bar below shows the parts of the model's layers.
 
     Args:
-        k: how many of each.
-        candidates: score only so many training examples for each query, those whose words are closest to its own by
-            TF-IDF, if they are shown as texts.
-        certify: measure the residual of each query's solve, one more pass over the training data.
+        k: how many proponents, and how many opponents, of each query.
+        candidates: to save time, score only this many training examples for each query: those whose words are closest
+            to its own, by TF-IDF. For examples that are shown as texts.
+        certify: measure how exactly each query was solved for (its residual), at one more pass over the training data.
     """
     if k < 1:
         raise expected("k", "at least 1", k)

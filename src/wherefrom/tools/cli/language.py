@@ -27,20 +27,20 @@ class Language:
     """A language model and its training texts.
 
     Args:
-        hf: a language model in place of a target: a folder with its weights and tokenizer, or its name on the hub. If
-            it has adapters of peft, these are attributed.
+        hf: a language model in place of MODULE:FUNCTION: a folder with its weights and tokenizer, or its name on the
+            Hugging Face hub. Where it has adapters of peft, scores are taken through their parameters alone.
         dataset: its training texts: a .txt (documents between blank lines, or one a line), .jsonl, .json, .csv or
             .parquet file, a folder saved with datasets, or a name on the hub (name:configuration if it has several).
-        split: of the dataset.
-        column: with the texts or conversations; without it "text", "messages", the pair of "prompt" and "completion",
-            or the only one with texts. Conversations go through the tokenizer's chat template, and only what the
-            assistant wrote counts in the loss; of prompts and completions only the completions do.
+        split: which split of the dataset, such as train.
+        column: the column with the texts or conversations; without it "text", "messages", the pair of "prompt" and
+            "completion", or the only one with texts. Conversations go through the tokenizer's chat template, and only
+            what the assistant wrote counts in the loss; of prompts and completions only the completions do.
         length: tokens of a training sequence; without it 512, or as many as the model takes if these are fewer.
         pack: let sequences run over the ends of documents, as in pretraining; else each document is cut by itself.
-        prompt: what the model is given, a text for each query. Beside conversations it is a user's message, and goes
-            through the chat template.
-        completion: what it is asked about, a text for each prompt, with the space in front of it.
-        rendered: prompts are texts as the model reads them, beside conversations too.
+        prompt: what the model is given, a text for each query. Where the training texts are conversations, it is taken
+            for a user's message and goes through the chat template.
+        completion: the answer that is to be explained, one for each prompt, with the space that comes before it.
+        rendered: put no chat template around the prompts, even where the training texts are conversations.
     """
 
     hf: str | None = None

@@ -27,15 +27,17 @@ class Subject(Language):
     """What is looked at.
 
     Args:
-        target: the function that gives the model, its task and its data.
+        target: a function of yours that takes nothing and returns (model, task, training data), or these and queries.
         config: a TOML file with options by these names; those of the command line go first.
-        damping: lambda: a number, per_example(), relative(0.1) or from_training(lr=0.05, steps=300, momentum=0.9);
-            without it per_example(), or with --hf relative(0.1).
-        curvature: C: the Gauss-Newton matrix, the Hessian or the empirical Fisher matrix.
-        parameters: a regular expression; only parameters with such a name count. Without it all do, or with --hf those
-            of the MLPs; of all linear layers but the head, if none is called mlp; or of the adapters.
+        damping: what is added to the diagonal of C before it is inverted: a number, per_example(), relative(0.1)
+            or from_training(lr=0.05, steps=300, momentum=0.9); without it per_example(), or with --hf relative(0.1).
+        curvature: C, the second derivatives of the training loss or a matrix that stands for them: Gauss-Newton, the
+            Hessian itself, or the empirical Fisher matrix.
+        parameters: a regular expression: scores are taken through the parameters whose names it matches. Without it
+            through all; with --hf through the adapters if there are any, else the MLPs, else (if no layer is called
+            mlp) all linear layers but the head.
         batch_size: examples per pass of the model; changes speed and memory only.
-        seed: of what is random; replaces the seeds in a solver or method.
+        seed: for all random draws, in place of the seeds written in a solver or method.
     """
 
     target: tyro.conf.Positional[Annotated[str | None, tyro.conf.arg(metavar="MODULE:FUNCTION")]] = None
@@ -102,7 +104,8 @@ class Attributed(Subject):
         out: the folder of the results. A command that was stopped goes on from what is there.
         solver: such as "CG(preconditioner=EKFAC(), tolerance=0.01)"; auto chooses by size. Without it auto, or
             with --hf EKFAC().
-        method: another than influence functions, with its own settings: "TracIn()", "SOURCE(solver=ASTRA())", "TRAK()".
+        method: use this method in place of influence functions, with its own settings: "TracIn()",
+            "SOURCE(solver=ASTRA())", "TRAK()".
     """
 
     out: str = "wherefrom-run"

@@ -13,7 +13,7 @@ from wherefrom.tools.cli.results import say
 
 
 def spectrum(options: Flat[Subject]) -> None:
-    """Measure the spectrum of a model's curvature, and what it makes of the solvers.
+    """Measure the eigenvalues of a model's curvature, and say what they mean for the choice of a solver.
 
     For example: wherefrom spectrum wherefrom.tools.demo:problem --damping 0.01
 
