@@ -12,7 +12,7 @@ from wherefrom.errors import InputError
 
 
 def raw(t: Tensor) -> memoryview:
-    """A tensor's bytes, for hashing."""
+    """Read a tensor's bytes, for hashing."""
     if t.layout != torch.strided or t.is_nested or t.is_quantized:
         raise InputError(
             f"data must be dense tensors, got a {'nested' if t.is_nested else str(t.layout)} one of shape "
@@ -22,9 +22,9 @@ def raw(t: Tensor) -> memoryview:
 
 
 def digest(named: Mapping[str, Tensor]) -> str:
-    """A hash of tensors, their names, dtypes and shapes, in the order given."""
-    found = hashlib.blake2b(digest_size=16)
+    """Hash tensors, their names, dtypes and shapes, in the order given."""
+    state = hashlib.blake2b(digest_size=16)
     for name, t in named.items():
-        found.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
-        found.update(raw(t))
-    return found.hexdigest()
+        state.update(f"{name}{t.dtype}{tuple(t.shape)}".encode())
+        state.update(raw(t))
+    return state.hexdigest()

@@ -87,10 +87,10 @@ def batch_length(batch: Batch) -> int:
     """
     if (origin := origin_of(batch)) is not None:
         return len(origin.numbers)
-    found = [t.shape[0] for t in tensors(batch) if t.ndim] or [len(values) for values in lists(batch)]
-    if not found:
+    lengths = [t.shape[0] for t in tensors(batch) if t.ndim] or [len(values) for values in lists(batch)]
+    if not lengths:
         raise expected("a batch", "made of tensors", f"{type(batch).__name__} without any")
-    return found[0]
+    return lengths[0]
 
 
 def take(batch: Batch, index: Tensor) -> Batch:
@@ -102,9 +102,10 @@ def take(batch: Batch, index: Tensor) -> Batch:
     Raises:
         InputError: if the rows cannot be told and the batch comes from no data set.
     """
-    rows, origin = take_rows(batch, index), origin_of(batch)
+    rows = take_rows(batch, index)
     if rows is not None:
         return rows
+    origin = origin_of(batch)
     if origin is None:
         raise expected("a batch", f"made of leaves with its {batch_length(batch)} examples first", shapes(batch))
     return origin.source.batch([origin.numbers[i] for i in index.tolist()], origin.device, origin.dtype)
@@ -112,9 +113,11 @@ def take(batch: Batch, index: Tensor) -> Batch:
 
 def take_rows(batch: Batch, index: Tensor) -> Batch | None:
     """Take the same where each leaf has a row for each example; None where one has not."""
-    n, places, origin = batch_length(batch), index.tolist(), origin_of(batch)
+    n = batch_length(batch)
+    places = index.tolist()
     if places == list(range(n)):
         return batch
+    origin = origin_of(batch)
     if origin is None:
         return cut(batch, None, n, places)
     numbers = tuple(origin.numbers[i] for i in places)
@@ -154,7 +157,9 @@ def cut(batch: Batch, single: Batch | None, n: int, places: list[int]) -> Batch 
         places: of those that are wanted.
     """
     try:
-        return _cut(batch, single, n, places) if single is not None else _cut_alike(batch, n, places)
+        if single is None:
+            return _cut_alike(batch, n, places)
+        return _cut(batch, single, n, places)
     except _NotRows:
         return None
 
@@ -236,9 +241,9 @@ def leaves(batch: Batch) -> list[Any]:
     Raises:
         InputError: if there is something else in it.
     """
-    found: list[Any] = []
-    _append_leaves(batch, found)
-    return found
+    in_order: list[Any] = []
+    _append_leaves(batch, in_order)
+    return in_order
 
 
 def _append_leaves(batch: Batch, to: list[Any]) -> None:
@@ -289,9 +294,9 @@ def content(leaf: Any) -> bytes | memoryview:
 
 def shapes(batch: Batch) -> str:
     """List the shapes and dtypes of a batch's first few tensors, and how many more there are, for an error."""
-    found = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
-    more = f" and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-    return f"{found[:SHOWN]}{more}"
+    descriptions = [f"{tuple(t.shape)} {t.dtype}" for t in tensors(batch)]
+    more = f" and {len(descriptions) - SHOWN:,} more" if len(descriptions) > SHOWN else ""
+    return f"{descriptions[:SHOWN]}{more}"
 
 
 def _others(batch: Batch) -> list[Any]:

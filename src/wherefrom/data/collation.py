@@ -35,7 +35,8 @@ def check_count(name: str, asked: int, batch: Batch, single: Callable[[int], Bat
     counts = list(_counts(batch, single(0))) if asked > 1 else list(_containers(batch))
     if asked in counts:
         return
-    rows = " or ".join(f"{count:,}" for count in dict.fromkeys(counts if asked > 1 and counts else lengths)) or "no"
+    likely = counts if asked > 1 and counts else lengths
+    rows = " or ".join(f"{count:,}" for count in dict.fromkeys(likely)) or "no"
     raise InputError(
         f"{name}: a batch must have one row for each example, but the collate function was asked for {asked} examples "
         f"and gave {rows} rows. It may not drop, split or join examples: leave examples out of the data set itself "
@@ -63,28 +64,28 @@ def check_order_of_rows(
     n = len(numbers)
     singles: dict[int, Batch] = {}
 
-    def alone(i: int) -> Batch:
+    def collate_alone(i: int) -> Batch:
         if i not in singles:
             singles[i] = fetch([numbers[i]])
         return singles[i]
 
     differs = False
     for i in torch.linspace(0, n - 1, min(n, ROWS)).round().long().tolist():
-        own = alone(i)
+        own = collate_alone(i)
         for path in _rows(batch, own, n):
-            row, wanted = _at(batch, path)[i], _at(own, path)[0]
-            if _agrees(row, wanted):
+            row, wanted = _find_at(batch, path)[i], _find_at(own, path)[0]
+            if _rows_leaves_agree(row, wanted):
                 continue
             differs = True
             for j in range(n):
-                other = _at(alone(j), path)
-                if other is not None and _agrees(row, other[0]) and not _agrees(other[0], wanted):
+                other = _find_at(collate_alone(j), path)
+                if other is not None and _rows_leaves_agree(row, other[0]) and not _rows_leaves_agree(other[0], wanted):
                     raise InputError(
                         f"{name}: row i of a batch must be example i, but the collate function puts example "
                         f"{numbers[j]} where example {numbers[i]} belongs. Pass a collate_fn that does not sort, "
                         "shuffle or mix examples; a model that needs them sorted can sort them itself."
                     )
-    if differs and not _agrees(fetch(numbers), batch):
+    if differs and not _rows_leaves_agree(fetch(numbers), batch):
         raise InputError(
             f"{name} data must be the same in every pass, but examples {min(numbers)}..{max(numbers)} changed between "
             "two passes. Switch off random augmentation, masking or shuffling in the data set and its collate_fn."
@@ -124,26 +125,27 @@ def _rows(batch: Batch, single: Batch, n: int, path: Path = ()) -> Iterator[Path
             yield from _rows(parts[key], others[key], n, (*path, key))
 
 
-def _at(batch: Batch, path: Path) -> Batch:
+def _find_at(batch: Batch, path: Path) -> Batch:
     """Find what stands at a place; None if nothing does."""
     for key in path:
         batch = children(batch).get(key)
     return batch
 
 
-def _agrees(row: Batch, own: Batch) -> bool:
+def _rows_leaves_agree(row: Batch, own: Batch) -> bool:
     """Whether a row holds the same as one of an example collated alone, up to padding at one end of each axis."""
-    held, alone = list(leaves(row)), list(leaves(own))
-    return len(held) == len(alone) and all(_agree(a, b) for a, b in zip(held, alone, strict=True))
+    in_batch, alone = leaves(row), leaves(own)
+    return len(in_batch) == len(alone) and all(map(_leaves_agree, in_batch, alone))
 
 
-def _agree(held: object, alone: object) -> bool:
-    if not isinstance(held, Tensor) or not isinstance(alone, Tensor):
-        return type(held) is type(alone) and repr(held) == repr(alone)  # NaN is not equal to itself
-    if held.ndim != alone.ndim or held.dtype != alone.dtype:
+def _leaves_agree(in_batch: object, alone: object) -> bool:
+    if not isinstance(in_batch, Tensor) or not isinstance(alone, Tensor):
+        return type(in_batch) is type(alone) and repr(in_batch) == repr(alone)  # NaN is not equal to itself
+    if in_batch.ndim != alone.ndim or in_batch.dtype != alone.dtype:
         return False
-    if any(longer < shorter for longer, shorter in zip(held.shape, alone.shape, strict=True)):
+    if any(longer < shorter for longer, shorter in zip(in_batch.shape, alone.shape, strict=True)):
         return False
     starts = tuple(slice(0, size) for size in alone.shape)
-    ends = tuple(slice(whole - size, None) for whole, size in zip(held.shape, alone.shape, strict=True))
-    return any(torch.equal(held[part].nan_to_num(), alone.nan_to_num()) for part in (starts, ends))
+    ends = tuple(slice(whole - size, None) for whole, size in zip(in_batch.shape, alone.shape, strict=True))
+    # Padding is at the end of each axis, or at its start.
+    return any(torch.equal(in_batch[part].nan_to_num(), alone.nan_to_num()) for part in (starts, ends))

@@ -35,7 +35,7 @@ class Column:
     def __len__(self) -> int:
         return len(self.values)
 
-    def some(self, index: Tensor) -> Column:
+    def take(self, index: Tensor) -> Column:
         """Take the entries of the examples of the given numbers, in that order."""
         if isinstance(self.values, list):
             return Column([self.values[i] for i in index.tolist()])
@@ -43,8 +43,8 @@ class Column:
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor | list[Any]:
         """Take the same as a part of a batch; ``dtype`` is the model's."""
-        found = self.some(index).values
-        return found.to(dtype) if self.free and isinstance(found, Tensor) else found
+        values = self.take(index).values
+        return values.to(dtype) if self.free and isinstance(values, Tensor) else values
 
 
 def columns(data: Any, name: str) -> Any | None:
@@ -59,14 +59,14 @@ def columns(data: Any, name: str) -> Any | None:
     if is_frame(data):
         data = {str(key): data[key] for key in data.columns}
     if is_array(data):
-        found: Any = (_column(data, name),)
+        nest: Any = (_column(data, name),)
     elif isinstance(data, Mapping):
         if split := next((key for key, v in data.items() if hasattr(v, "column_names")), None):
             raise expected(name, "one data set", f"a dict of {len(data)}", f"Pick one, such as data[{split!r}].")
-        found = {key: _column(part, f"{name}[{key!r}]") for key, part in data.items()}
+        nest = {key: _column(part, f"{name}[{key!r}]") for key, part in data.items()}
     elif isinstance(data, tuple) and data and all(map(_may_be_column, data)):
         parts: Any = [_column(part, f"{name}[{i}]") for i, part in enumerate(data)]
-        found = type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
+        nest = type(data)(*parts) if hasattr(data, "_fields") else tuple(parts)
         _check_index(data, name)
     elif isinstance(data, list) and data and all(isinstance(v, (Tensor, np.ndarray)) and v.ndim for v in data):
         if len({len(v) for v in data}) != 1:
@@ -78,13 +78,15 @@ def columns(data: Any, name: str) -> Any | None:
                 f"a list of {len(data)} tensors of the shape {tuple(data[0].shape)}, which could be either",
                 "Pass tuple(data) if they are columns, or torch.stack(data) or a DataLoader if they are examples.",
             )
-        found = [_column(part, f"{name}[{i}]") for i, part in enumerate(data)]
+        nest = [_column(part, f"{name}[{i}]") for i, part in enumerate(data)]
     else:
         return None
-    lengths = [len(column) for column in (found.values() if isinstance(found, dict) else found)]
+
+    every_column = nest.values() if isinstance(nest, dict) else nest
+    lengths = [len(column) for column in every_column]
     if len(set(lengths)) > 1:
         raise InputError(f"{name} tensors must have the same number of examples, got {lengths}.")
-    return found
+    return nest
 
 
 def is_array(part: Any) -> bool:
@@ -106,7 +108,10 @@ def _may_be_column(part: Any) -> bool:
 def _column(part: Any, name: str) -> Column:
     if isinstance(part, Tensor):
         if not part.ndim or part.layout != torch.strided or part.is_nested:
-            kind = "nested" if part.is_nested else str(part.layout) if part.ndim else "0-dim"
+            if part.is_nested:
+                kind = "nested"
+            else:
+                kind = str(part.layout) if part.ndim else "0-dim"
             raise expected(name, "a dense tensor with the examples first", f"a {kind} one", "Use to_dense(), or pad.")
         return Column(part.detach())
     if isinstance(part, np.ma.MaskedArray):
@@ -119,7 +124,7 @@ def _column(part: Any, name: str) -> Column:
         values = list(part)
         if values and all(isinstance(value, str) for value in values):
             return Column(values)
-        part = _stacked(values, name)
+        part = _stack(values, name)
         if isinstance(part, Tensor):
             return Column(part.detach())
     if not isinstance(part, np.ndarray):
@@ -127,7 +132,7 @@ def _column(part: Any, name: str) -> Column:
     return _from_array(part, name)
 
 
-def _stacked(values: list[Any], name: str) -> Tensor | np.ndarray:
+def _stack(values: list[Any], name: str) -> Tensor | np.ndarray:
     """Make one tensor or array of a list of them, or of numbers and lists of numbers."""
     try:
         if values and all(isinstance(value, Tensor) for value in values):
@@ -154,17 +159,18 @@ def _from_array(array: np.ndarray, name: str) -> Column:
     if array.dtype == np.longdouble and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
     values = torch.as_tensor(np.require(array, requirements=["C", "W"]))
-    return Column(values, values.dtype == torch.float64 and _rounds_well(values))
+    return Column(values, values.dtype == torch.float64 and _survives_float32(values))
 
 
-def _rounds_well(values: Tensor) -> bool:
+def _survives_float32(values: Tensor) -> bool:
     """Whether float32 keeps what distinguishes the examples: not so for time stamps or large keys."""
     if not len(values):
         return True
-    lost = (values - values.float().double()).abs().nan_to_num(0).amax(0)
-    known = values.isfinite()
-    spread = values.where(known, -torch.inf).amax(0) - values.where(known, torch.inf).amin(0)
-    return bool(((lost <= ROUNDING * spread) | (spread <= 0)).all())
+    error = (values - values.float().double()).abs().nan_to_num(0).amax(0)
+    is_finite = values.isfinite()
+    spread = values.where(is_finite, -torch.inf).amax(0) - values.where(is_finite, torch.inf).amin(0)
+    is_constant = spread <= 0
+    return bool(((error <= ROUNDING * spread) | is_constant).all())
 
 
 def _check_index(parts: tuple[Any, ...], name: str) -> None:

@@ -79,7 +79,7 @@ class Examples:
         self._columns: Any = columns(data, name) if loader is None else None
         if self._columns is not None:
             self.data: Any = _map_columns(lambda column: column.values, self._columns)
-            self._length = len(next(_each(self._columns)))
+            self._length = len(next(_iterate_columns(self._columns)))
         else:
             if not _is_map_style(data):
                 raise InputError(
@@ -94,33 +94,39 @@ class Examples:
         if loader is not None:
             check_order(loader, name)
         rng = torch.Generator().manual_seed(0)
-        drawn = torch.randint(self._length, (DRAWN,), generator=rng).tolist()
-        self._unchecked = {0, self._length - 1, *drawn} if self._columns is None else set[int]()
-        self.batch_size = batch_size or max(1, min(256, 4096 // max(1, _tokens(self._fetch([0], torch.float64)))))
+        sample = torch.randint(self._length, (DRAWN,), generator=rng).tolist()
+        # Columns are taken by number: no collate function could mix their rows.
+        self._unchecked = {0, self._length - 1, *sample} if self._columns is None else set[int]()
+        if not batch_size:
+            tokens = max(1, _count_tokens(self._fetch([0], torch.float64)))
+            batch_size = max(1, min(256, 4096 // tokens))
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return self._length
 
-    def chosen(self, numbers: Any) -> Tensor:
+    def check_numbers(self, numbers: Any) -> Tensor:
         """Check numbers of examples, and make a tensor of them, (m,) int64 on the CPU.
 
         Raises:
             InputError: if there are none, or they are not whole numbers from 0 to N - 1 in one list.
         """
-        found = torch.as_tensor(numbers).cpu()
-        whole = not found.is_floating_point() and found.dtype != torch.bool
-        if not whole or found.ndim != 1 or not len(found) or not ((found >= 0) & (found < len(self))).all():
+        index = torch.as_tensor(numbers).cpu()
+        is_whole = not index.is_floating_point() and index.dtype != torch.bool
+        is_list = index.ndim == 1 and len(index) > 0
+        if not is_whole or not is_list or not ((index >= 0) & (index < len(self))).all():
             raise expected("index", f"numbers of {self.name} examples, 0..{len(self) - 1}", numbers)
-        return found.long()
+        return index.long()
 
     def subset(self, index: Tensor) -> Examples:
         """Take some of the examples, by number, in that order."""
         if self._columns is not None:
-            found = copy.copy(self)
-            found._columns = _map_columns(lambda column: column.some(index), self._columns)
-            found.data = _map_columns(lambda column: column.values, found._columns)
-            found._length, found._checksums = len(index), {}
-            return found
+            subset = copy.copy(self)
+            subset._columns = _map_columns(lambda column: column.take(index), self._columns)
+            subset.data = _map_columns(lambda column: column.values, subset._columns)
+            subset._length = len(index)
+            subset._checksums = {}  # those of other examples say nothing of these
+            return subset
         part = Subset(self.data, index.tolist())
         return Examples(DataLoader(part, self.batch_size, collate_fn=self._collate), self.name)
 
@@ -134,7 +140,8 @@ class Examples:
             InputError: if the collate function fails, drops, splits or joins examples, or changes their order.
         """
         numbers = torch.as_tensor(index).tolist()
-        return self._placed(numbers, self._gather(numbers, device, dtype), device, dtype)
+        batch = self._gather(numbers, device, dtype)
+        return self._move(numbers, batch, device, dtype)
 
     def single(self, number: int, device: torch.device, dtype: torch.dtype) -> Batch:
         """Collate the example of that number by itself, as a batch of one."""
@@ -183,18 +190,19 @@ class Examples:
                 self._unchecked.difference_update(numbers)
         return batch
 
-    def _placed(self, numbers: list[int], batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-        placed = map_tensors(lambda t: _place(t, device, dtype), batch)
-        return mark(placed, Origin(self, tuple(numbers), device, dtype))
+    def _move(self, numbers: list[int], batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+        """Put a batch on the device, and note where it comes from."""
+        moved = map_tensors(lambda t: _place(t, device, dtype), batch)
+        return mark(moved, Origin(self, tuple(numbers), device, dtype))
 
     def _fetch(self, numbers: Sequence[int], dtype: torch.dtype) -> Batch:
         """Collate examples by number, and turn arrays into tensors."""
         if self._columns is not None:
             index = torch.as_tensor(numbers)
             return _map_columns(lambda column: column.rows(index, dtype), self._columns)
-        return map_tensors(lambda t: t, self._collated([self.data[i] for i in numbers]))
+        return map_tensors(lambda t: t, self._call_collate([self.data[i] for i in numbers]))
 
-    def _collated(self, examples: list[Any]) -> Batch:
+    def _call_collate(self, examples: list[Any]) -> Batch:
         try:
             return self._collate(examples)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
@@ -207,7 +215,8 @@ class Examples:
 
     def _check(self, index: range, batch: Batch, accept: Callable[[Batch], bool] | None) -> None:
         """Refuse values that are not finite, in the first pass, and other bytes than in it, in later ones."""
-        key, checksum = (index.start, index.stop), 0
+        key = (index.start, index.stop)
+        checksum = 0
         for leaf in leaves(batch):
             checksum = zlib.crc32(content(leaf), checksum)
         if key not in self._checksums:
@@ -221,8 +230,7 @@ class Examples:
         elif self._checksums[key] != checksum:
             raise InputError(
                 f"{self.name} data must be the same in every pass, but examples {index.start}..{index.stop - 1} "
-                "changed "
-                "between two passes. Switch off random augmentation or shuffling inside the data set."
+                "changed between two passes. Switch off random augmentation or shuffling inside the data set."
             )
         self._checksums[key] = checksum
 
@@ -232,7 +240,7 @@ def _is_map_style(data: Any) -> bool:
     return not isinstance(data, other) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
-def _each(nest: Any) -> Iterator[Column]:
+def _iterate_columns(nest: Any) -> Iterator[Column]:
     return iter(nest.values() if isinstance(nest, dict) else nest)
 
 
@@ -245,7 +253,7 @@ def _map_columns(f: Callable[[Column], Any], nest: Any) -> Any:
     return type(nest)(map(f, nest))
 
 
-def _tokens(batch: Batch) -> int:
+def _count_tokens(batch: Batch) -> int:
     """Count the tokens of the example of a batch of one: numbers in its longest row of int64."""
     return max((t.numel() for t in tensors(batch) if t.dtype == torch.int64), default=0)
 

@@ -46,17 +46,17 @@ def check_order(loader: DataLoader[Any], name: str) -> None:
             "example once. Pass the data set itself, or Subset(dataset, indices) of those that can be drawn."
         )
     sequential = type(sampler) is SequentialSampler
-    given: Any = range(len(sampler.data_source)) if sequential else _drawn(sampler, custom, N)
+    order: Any = range(len(sampler.data_source)) if sequential else _draw_epoch(sampler, custom, N)
     if drops:
-        given = given[: len(given) // drops * drops]
-    if given == range(N):
+        order = order[: len(order) // drops * drops]
+    if order == range(N):
         return
-    if not all(isinstance(i, (int, np.integer)) for i in given):
+    if not all(isinstance(i, (int, np.integer)) for i in order):
         raise InputError(
-            f"{name}: the DataLoader's {kind} gives {given[0]!r:.50} where numbers of examples are expected. Pass the "
+            f"{name}: the DataLoader's {kind} gives {order[0]!r:.50} where numbers of examples are expected. Pass the "
             "data set itself."
         )
-    distinct = len(set(map(int, given)))
+    distinct = len(set(map(int, order)))
     if distinct < N:
         why = " with drop_last=True" if drops else ""
         raise InputError(
@@ -64,30 +64,32 @@ def check_order(loader: DataLoader[Any], name: str) -> None:
             "numbered by the data set, so make one of those examples: DataLoader(Subset(dataset, indices), batch_size, "
             "collate_fn=...), or pass it without the sampler if all of them count."
         )
-    if len(given) > N:
+    if len(order) > N:
         raise InputError(
             f"{name}: the DataLoader's {kind} gives examples more than once, where influence is asked of each example "
             "once. Pass the data set itself."
         )
 
 
-def _drawn(sampler: Iterable[Any], batched: bool, N: int) -> list[Any]:
+def _draw_epoch(sampler: Iterable[Any], batched: bool, N: int) -> list[Any]:
     """Draw what a sampler gives in one epoch, N + 1 at most; random states are as they were afterwards."""
-    with _undisturbed(getattr(sampler, "generator", None)):
+    with _keep_random_states(getattr(sampler, "generator", None)):
         flat = (i for batch in sampler for i in batch) if batched else iter(sampler)
         return list(islice(flat, N + 1))
 
 
 @contextmanager
-def _undisturbed(generator: Any) -> Iterator[None]:
+def _keep_random_states(generator: Any) -> Iterator[None]:
     mine = generator if isinstance(generator, torch.Generator) else None
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     own = None if mine is None else mine.get_state()
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         if mine is not None and own is not None:
             mine.set_state(own)

@@ -47,7 +47,7 @@ def rescored(fitted: FittedInfluence, queries: Any, index: Tensor | Sequence[int
         InputError: if there is none, or a number is not one of 0..N-1; and see `FittedInfluence.score`.
     """
     train = fitted.problem.train
-    numbers = train.chosen(index)
+    numbers = train.check_numbers(index)
     scores = fitted.score(queries, examples=train.subset(numbers), **options)
     return dataclasses.replace(scores, numbers=numbers)
 

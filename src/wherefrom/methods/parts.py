@@ -53,5 +53,5 @@ def by_token(problem: Problem, directions: Directions, examples: Indices) -> Ten
 
 def batches_of(problem: Problem, examples: Indices) -> Iterator[Batch]:
     """Yield batches of some training examples; the numbers are checked at once."""
-    index = problem.train.chosen(examples)
+    index = problem.train.check_numbers(examples)
     return (problem.batch(some) for some in index.split(problem.train.batch_size))

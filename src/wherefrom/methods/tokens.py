@@ -103,7 +103,7 @@ class QueryTokens:
     def score(self, inverse: Inverse, examples: Indices) -> Tensor:
         """Score n training examples by token of each query: (Q, T, n), 0 for tokens without a gradient."""
         problem = inverse.curvature.problem
-        numbers = problem.train.chosen(examples)  # before anything is solved
+        numbers = problem.train.check_numbers(examples)  # before anything is solved
         values = torch.zeros(self.count, self.widest, len(numbers), dtype=problem.dtype, device=problem.device)
         for directions, places in self.pieces or solve_tokens(inverse, self.gradients):
             batches = [problem.loss_gradients(batch) for batch in batches_of(problem, numbers)]

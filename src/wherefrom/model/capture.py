@@ -424,7 +424,7 @@ def _apply_rule(
         raise Unfactorable(use.module, f"was called with a shape {tuple(x.shape)} that its entry fails on") from error
 
     if isinstance(rows, Scattered):
-        return rows.gathered(n)
+        return rows.gather(n)
     return rows if length == n else forms.merge_positions(rows, n)
 
 

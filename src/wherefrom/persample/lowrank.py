@@ -38,15 +38,15 @@ class LowRank:
     right: Tensor
 
     def __len__(self) -> int:
-        """Number of directions Q."""
+        """Count the directions, Q."""
         return len(self.left)
 
     def __getitem__(self, index: slice) -> LowRank:
-        """Some of the directions."""
+        """Take some of the directions."""
         return LowRank(self.left[index], self.right[index])
 
     def numbers(self) -> int:
-        """How many numbers are stored."""
+        """Count the numbers that are stored."""
         return self.left.numel() + self.right.numel()
 
     def write(self) -> Tensor:
@@ -54,21 +54,21 @@ class LowRank:
         return self.left @ self.right
 
     def dot(self, rows: Rows) -> Tensor:
-        """Inner products with every row: (Q, n, R)."""
+        """Compute inner products with every row: (Q, n, R)."""
         if isinstance(rows, Several):
             return torch.stack([self.dot(part) for part in rows.parts]).sum(0)
         Q, G, O, r = self.left.shape
-        if isinstance(rows, Lookup) or (isinstance(rows, Factored) and self._thin(rows)):
+        if isinstance(rows, Lookup) or (isinstance(rows, Factored) and self._is_cheaper_thin(rows)):
             R, T = rows.g.shape[-3:-1]
             m = max(1, ROWS // T)
             k = max(1, CHUNK // (G * m * T * r * (1 + R)))
-            found = [self[j : j + k]._through(rows, m) for j in range(0, Q, k)]
+            products = [self[j : j + k]._contract_thin(rows, m) for j in range(0, Q, k)]
         else:
             k = max(1, TILE // (G * O * self.right.shape[3]))
-            found = [rows.dot(self[j : j + k].write()) for j in range(0, Q, k)]
-        return torch.cat(found)
+            products = [rows.dot(self[j : j + k].write()) for j in range(0, Q, k)]
+        return torch.cat(products)
 
-    def _thin(self, rows: Factored) -> bool:
+    def _is_cheaper_thin(self, rows: Factored) -> bool:
         """Whether the thin matrices cost less than V written out for this batch, per example and direction."""
         _, n, R, T, O, I = rows.sizes
         Q, r = len(self), self.left.shape[3]
@@ -76,13 +76,13 @@ class LowRank:
         matrix = O * I * (min(T, 1 + (T + MEMORY_COST) / Q) * R + (r + MEMORY_COST) / n)
         return thin < matrix
 
-    def _through(self, rows: Factored | Lookup, m: int) -> Tensor:
-        """The contraction by L^T g and R a, m examples at a time: (Q, n, R)."""
+    def _contract_thin(self, rows: Factored | Lookup, m: int) -> Tensor:
+        """Contract by L^T g and R a, m examples at a time: (Q, n, R)."""
         if isinstance(rows, Lookup):
-            return torch.cat([self._looked_up(rows[i : i + m]) for i in range(0, len(rows.ids), m)], 1)
-        return torch.cat([self._multiplied(rows[i : i + m]) for i in range(0, rows.a.shape[1], m)], 1)
+            return torch.cat([self._contract_lookup(rows[i : i + m]) for i in range(0, len(rows.ids), m)], 1)
+        return torch.cat([self._contract_factored(rows[i : i + m]) for i in range(0, rows.a.shape[1], m)], 1)
 
-    def _multiplied(self, rows: Factored) -> Tensor:
+    def _contract_factored(self, rows: Factored) -> Tensor:
         G, n, R, T, O, I = rows.sizes
         Q, r = len(self), self.left.shape[3]
         left, right = (t.transpose(0, 1).reshape(G, Q * r, -1).mT for t in (self.left.mT, self.right))
@@ -90,7 +90,7 @@ class LowRank:
         g = (rows.g.reshape(G, n * R * T, O) @ left.to(rows.g.dtype)).view(G, n, R, T, Q, r)
         return (g * a).sum((0, 3, 5)).permute(2, 0, 1)
 
-    def _looked_up(self, rows: Lookup) -> Tensor:
+    def _contract_lookup(self, rows: Lookup) -> Tensor:
         n, R, T, d = rows.g.shape
         Q, r = len(self), self.left.shape[3]
         g = (rows.g.reshape(n * R * T, d) @ self.right.reshape(Q * r, d).mT.to(rows.g.dtype)).view(n, R, T, Q, r)
@@ -131,16 +131,16 @@ def truncate(v: Tensor, rank: float) -> tuple[Form, Tensor]:
     Q, _, O, I = v.shape
     if most * (O + I) >= O * I:
         return v, torch.zeros(Q, dtype=torch.float64, device=v.device)
-    u, s, w = _singular(v, most + OVERSAMPLED)
+    u, s, w = _leading_singular(v, most + OVERSAMPLED)
     u, s, w = u[..., :most], s[..., :most], w[..., :most, :]
     if share is not None:
-        kept = s.double().square().cumsum(-1)
-        enough = kept >= share * v.double().square().sum((2, 3)).unsqueeze(-1)  # (Q, G, r)
+        energy = s.double().square().cumsum(-1)  # (Q, G, r), of the first 1..r values
+        enough = energy >= share * v.double().square().sum((2, 3)).unsqueeze(-1)  # (Q, G, r)
         ranks = (~enough).sum(-1, keepdim=True) + 1  # most + 1 if even that is too little
         s = s.where(torch.arange(most, device=s.device) < ranks, 0.0)
         most = min(most, int(ranks.max()))
     low = LowRank((u * s.unsqueeze(-2))[..., :most].contiguous(), w[..., :most, :].contiguous())
-    return low, torch.stack([_square(v[q] - low[q : q + 1].write()[0]) for q in range(Q)])
+    return low, torch.stack([_square_norm(v[q] - low[q : q + 1].write()[0]) for q in range(Q)])
 
 
 def concatenate(parts: Sequence[Form]) -> Form:
@@ -151,8 +151,8 @@ def concatenate(parts: Sequence[Form]) -> Form:
     return LowRank(join([p.left for p in low], 0), join([p.right for p in low], 0))
 
 
-def _singular(v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values of matrices (..., O, I): nearly, and exactly at the rank of a side."""
+def _leading_singular(v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the leading singular vectors and values of matrices (..., O, I): nearly; exactly at the rank of a side."""
     rank = min(rank, *v.shape[-2:])
     rng = torch.Generator().manual_seed(0)
     test = torch.randn(v.shape[-1], rank, generator=rng, dtype=torch.float64).to(v)
@@ -163,5 +163,5 @@ def _singular(v: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return q @ u, s, w
 
 
-def _square(v: Tensor) -> Tensor:
+def _square_norm(v: Tensor) -> Tensor:
     return v.double().square().sum()

@@ -214,7 +214,7 @@ class Scattered:
     groups: int
     length: int
 
-    def gathered(self, n: int) -> Routed:
+    def gather(self, n: int) -> Routed:
         """Gather the rows of n examples of length / n positions each; what has no cotangent is left out."""
         used = (self.g != 0).any(2).any(0)  # (P,) bool
         a, g, group, item = self.a[used], self.g[:, used], self.group[used], self.item[used]
