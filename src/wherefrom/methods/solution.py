@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -279,21 +279,27 @@ def solve_queries(
         stop = start + len(rows)
         name = "all" if rank is None else f"{start}-{stop}"
         with _name_piece(start, stop) if start else nullcontext():
-            x, certificate = _solve_piece(inverse, rows, certify, shards, name)
-        directions.append(cut(x) if cut else _choose_bases(x, rows, len(inverse.curvature.problem.train)))
+            # A low rank is cut in the eigenbasis, and comes out of it.
+            bases = inverse.scoring_basis if cut else _choose_bases(inverse, rows)
+            x, certificate = _solve_piece(inverse, rows, bases, certify, shards, name)
+        directions.append(cut(x) if cut else x)
         certificates.append(certificate)
         start = stop
     return concatenate(directions), Certificate.join(certificates), cut.report() if cut else None
 
 
 def _solve_piece(
-    inverse: Inverse, rows: Gradients, certify: bool, shards: Shards | None, name: str
+    inverse: Inverse,
+    rows: Gradients,
+    bases: Mapping[str, KroneckerBlock],
+    certify: bool,
+    shards: Shards | None,
+    name: str,
 ) -> tuple[Directions, Certificate]:
     """Solve for Q queries' gradients, R = 1; take the solution from the disk if it lies there, else keep it there."""
     if inverse.is_approximate:
-        # In the basis where the inverse is a division. What is factored is rotated position by position.
-        b = rows.to_directions().to_eigenbasis(inverse.scoring_basis)
-        return inverse.solve(b, certify=False)
+        # Solutions come in the bases that right-hand sides are in. What is factored is rotated position by position.
+        return inverse.solve(rows.to_directions().to_eigenbasis(bases), certify=False)
     if shards is None:
         return inverse.solve(rows.to_directions(), certify)
 
@@ -338,14 +344,18 @@ def _unpack_solution(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Dire
     return x, certificate
 
 
-def _choose_bases(x: Directions, rows: Gradients, examples: int) -> Directions:
-    """Give solutions as the parameters are where rotating them back costs less than rotating N examples' gradients."""
-    back = []
-    for name, basis in x.bases.items():
+def _choose_bases(inverse: Inverse, rows: Gradients) -> dict[str, KroneckerBlock]:
+    """Choose the blocks whose solutions stay in their eigenbasis, where N examples' gradients are then rotated to.
+
+    The others are rotated back, which costs less where the queries are few or the examples' rows are long.
+    """
+    N = len(inverse.curvature.problem.train)
+    bases = {}
+    for name, basis in inverse.scoring_basis.items():
         each_example, each_solution = basis.rotation_costs(rows.rows[name])
-        if each_example * examples > each_solution * len(rows):
-            back.append(name)
-    return x.from_eigenbasis(back)
+        if each_example * N <= each_solution * len(rows):
+            bases[name] = basis
+    return bases
 
 
 class RankCut:

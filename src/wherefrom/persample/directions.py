@@ -175,13 +175,7 @@ class Directions:
 
     def multiply(self, factor_of: Callable[[str], Tensor]) -> Directions:
         """Multiply the coordinates of each block, in the basis it is in, by a tensor (G, O, I)."""
-        forms: dict[str, Form] = {}
-        for name, form in self.forms.items():
-            written, factor = self._write(name), factor_of(name)
-            # What factored rows were written out to is nobody else's, so that it is multiplied in place.
-            in_place = not isinstance(form, (Tensor, LowRank, Written))
-            forms[name] = written.mul_(factor) if in_place else written * factor
-        return replace(self, forms=forms)
+        return replace(self, forms={name: _multiply(form, factor_of(name)) for name, form in self.forms.items()})
 
     def axpy(self, scale: Scalar | Mapping[str, float], other: Directions) -> Directions:
         """Return ``self + scale * other``; ``scale`` as for `scale`."""
@@ -290,6 +284,23 @@ class Directions:
                 forms[name] = self.bases[name].from_eigenbasis(self._write(name))
         return replace(self, forms=forms, bases={k: b for k, b in self.bases.items() if k not in names})
 
+    def multiply_in_eigenbasis(
+        self, bases: Mapping[str, KroneckerBlock], factor_of: Callable[[str], Tensor]
+    ) -> Directions:
+        """Multiply the coordinates of each block in an eigenbasis by a tensor (G, O, I).
+
+        Blocks come back as they were given: by their coordinates, or as the parameters are. The latter are rotated there
+        and back one after another, so that no more than one block is held twice.
+        """
+        forms: dict[str, Form] = {}
+        for name, form in self.forms.items():
+            if name in self.bases:
+                forms[name] = _multiply(form, factor_of(name))
+            else:
+                basis = bases[name]
+                forms[name] = basis.from_eigenbasis(_multiply(_rotate(form, basis), factor_of(name)))
+        return replace(self, forms=forms)
+
     def truncate(self, rank: float, factors: Mapping[str, KroneckerBlock]) -> tuple[Directions, Tensor]:
         """Cut each block of each direction to a low rank, out of its basis: that costs less than rotating rows.
 
@@ -325,13 +336,7 @@ class Directions:
 
     def _write(self, name: str) -> Tensor:
         """Write a form out, in its own basis and before it is mixed: (Q or p, G, O, I)."""
-        form = self.forms[name]
-        if isinstance(form, Tensor):
-            return form
-        if isinstance(form, LowRank):
-            return form.write()
-        written = form.written()
-        return written.rows.reshape(-1, *written.sides)
+        return _write_out(self.forms[name])
 
     def map(self, f: Callable[[str, Tensor], Tensor]) -> Directions:
         """Apply a function of the block's name and its matrices (Q, G, O, I) to every block."""
@@ -372,6 +377,24 @@ def _count(form: Form) -> int:
     if isinstance(form, Factored):
         return form.a.shape[1]
     return len(form.ids) if isinstance(form, Lookup) else len(form.rows)
+
+
+def _write_out(form: Form) -> Tensor:
+    """Write one block's form out, in the basis that it is in: (Q, G, O, I)."""
+    if isinstance(form, Tensor):
+        return form
+    if isinstance(form, LowRank):
+        return form.write()
+    written = form.written()
+    return written.rows.reshape(-1, *written.sides)
+
+
+def _multiply(form: Form, factor: Tensor) -> Tensor:
+    """Write one block's form out and multiply it by (G, O, I)."""
+    written = _write_out(form)
+    # What factored rows were written out to is nobody else's, so that it is multiplied in place.
+    in_place = not isinstance(form, (Tensor, LowRank, Written))
+    return written.mul_(factor) if in_place else written * factor
 
 
 def _take(form: Form, index: slice | Tensor) -> Form:

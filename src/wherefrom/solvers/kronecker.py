@@ -77,9 +77,7 @@ class EigenInverse(Inverse):
 
     def _multiply(self, b: Directions, factor_of: Callable[[str], Tensor]) -> Directions:
         """Multiply the coordinates in every block's eigenbasis."""
-        outside = [name for name in self.factors if name not in b.bases]
-        x = b.to_eigenbasis(self.factors).multiply(factor_of)
-        return x.from_eigenbasis(outside)
+        return b.multiply_in_eigenbasis(self.factors, factor_of)
 
     def self_influence(self, rows: Gradients) -> tuple[Tensor, Tensor]:
         """Return sum (Q_S^T W Q_A)^2 / (Lambda + damping) of each row W, R = 1: (n,)."""
