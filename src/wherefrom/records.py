@@ -74,6 +74,8 @@ def _describe(value: Any, path: str, given: set[str], tensors: dict[str, Tensor]
         return {"tuple": [_describe(item, _join(path, str(i)), given, tensors) for i, item in enumerate(value)]}
 
     if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise expected(f"the keys of {path} of a record", "text", [*value][:3])
         return {"mapping": {key: _describe(item, _join(path, key), given, tensors) for key, item in value.items()}}
 
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

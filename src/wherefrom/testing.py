@@ -189,7 +189,8 @@ def _layer(name: str, kind: LayerKind, layer: nn.Module, x: Tensor, g: Tensor, h
                 truth[part].append(row)
     block = Block("layer", {part: p.shape for part, p in held.items()}, kind.matrix(layer), transposed(kind))
     with torch.no_grad():
-        found = cast(Factored, kind.rows(layer, x, g, tuple(held)))  # or another form with the same methods
+        arguments = (((x,), {}),) if getattr(kind, "whole", False) else ()  # those of the call, where a rule wants them
+        found = cast(Factored, kind.rows(layer, x, g, tuple(held), *arguments))  # or another form with the same methods
         dense = found.written().rows
     _check_near(f"{name}: shape of the rows", torch.tensor(dense.shape), torch.tensor((n, R, block.size)), 0.0)
     wanted_rows = Directions.from_parameters((block,), {part: torch.stack(some) for part, some in truth.items()})

@@ -16,6 +16,7 @@ Parameter-shaped tensors appear only where autograd needs them: `from_parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,13 +161,13 @@ class Directions:
         total = torch.zeros((), dtype=torch.float64)
         for form in self.forms.values():
             if isinstance(form, Tensor):
-                flat = _widen(form.flatten(1))
-                squares = torch.linalg.vecdot(flat, flat)
+                # The largest number in absolute value: nothing is copied, and no square overflows.
+                sizes = torch.linalg.vector_norm(_widen(form.flatten(1)), ord=math.inf, dim=1)
             elif isinstance(form, LowRank):
-                squares = (form.left.square().sum((2, 1)) * form.right.square().sum((3, 1))).sum(1)
+                sizes = (form.left.square().sum((2, 1)) * form.right.square().sum((3, 1))).sum(1)
             else:
-                squares = form.square_norms()[:, 0]
-            total = total.to(squares.device) + squares.double()
+                sizes = form.square_norms()[:, 0]
+            total = total.to(sizes.device) + sizes.double()
         return total.isfinite()
 
     def scale(self, by: Scalar | Mapping[str, float]) -> Directions:
@@ -289,8 +290,8 @@ class Directions:
     ) -> Directions:
         """Multiply the coordinates of each block in an eigenbasis by a tensor (G, O, I).
 
-        Blocks come back as they were given: by their coordinates, or as the parameters are. The latter are rotated there
-        and back one after another, so that no more than one block is held twice.
+        Blocks come back as they were given: by their coordinates, or as the parameters are. The latter are rotated
+        there and back one after another, so that no more than one block is held twice.
         """
         forms: dict[str, Form] = {}
         for name, form in self.forms.items():

@@ -1,7 +1,7 @@
 """Ways of applying (C + damping I)^-1: solvers, frozen records, and the inverses that they fit."""
 
 from wherefrom.solvers.auto import Auto
-from wherefrom.solvers.base import Inverse, Solver
+from wherefrom.solvers.base import Inverse, Iterates, Solver
 from wherefrom.solvers.cg import CG
 from wherefrom.solvers.datainf import DataInf
 from wherefrom.solvers.gram import Dual
@@ -25,6 +25,7 @@ __all__ = [
     "HyperINF",
     "Identity",
     "Inverse",
+    "Iterates",
     "Neumann",
     "Nystrom",
     "RandProj",
