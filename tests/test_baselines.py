@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +30,10 @@ from wherefrom import (
     response_norms,
 )
 
-close = partial(solving.close, tolerance=1e-09)
+
+def close(found, wanted, tolerance: float = 1e-09) -> None:
+    solving.close(found, wanted, tolerance)
+
 
 DAMPING = 0.05
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,10 @@ from solving import library, right_hand_sides
 from wherefrom import GGN, Classification, EmpiricalFisher, Hessian, InputError, Problem, Task, UnsupportedError
 from wherefrom.persample import vectors
 
-close = partial(solving.close, tolerance=1e-10)
+
+def close(found, wanted, tolerance: float = 1e-10) -> None:
+    solving.close(found, wanted, tolerance)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 KINDS = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,10 @@ from wherefrom.data.batches import batch_length, has_rows, take
 from wherefrom.data.examples import Examples
 from wherefrom.errors import MESSAGE, ArtefactError, UnsupportedError, expected
 
-close = partial(solving.close, tolerance=1e-09)
+
+def close(found, wanted, tolerance: float = 1e-09) -> None:
+    solving.close(found, wanted, tolerance)
+
 
 N, QUERIES, DAMPING = 20, 4, 0.1
 F64, CPU = torch.float64, torch.device("cpu")

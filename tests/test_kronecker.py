@@ -1,7 +1,5 @@
 """What KFAC and EKFAC must fulfil exactly: traces, optimality, cases in which they are the Fisher itself."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
@@ -27,7 +25,10 @@ from wherefrom.persample import factored
 from wherefrom.persample.directions import concatenate
 from wherefrom.persample.eigenbasis import KroneckerBlock
 
-close = partial(solving.close, tolerance=1e-10)
+
+def close(found, wanted, tolerance: float = 1e-10) -> None:
+    solving.close(found, wanted, tolerance)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 SEQUENCES = ("masked_sequence", "masked_sequence_left", "tied_embedding", "positions")

@@ -79,7 +79,7 @@ def rows_of_every_form():
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("thin", [False, True])
 def test_every_order_of_contraction_gives_the_dense_inner_products(monkeypatch, thin, small):
-    monkeypatch.setattr(LowRank, "_thin", lambda *_: thin)
+    monkeypatch.setattr(LowRank, "_is_cheaper_thin", lambda *_: thin)
     if small:
         for name in ("CHUNK", "ROWS", "TILE"):
             monkeypatch.setattr(lowrank, name, 12)
@@ -94,9 +94,9 @@ def test_every_order_of_contraction_gives_the_dense_inner_products(monkeypatch, 
 def test_the_order_is_the_cheaper_one():
     low = LowRank(torch.empty(100, 1, 1024, 32), torch.empty(100, 1, 32, 257))
     sequences = Factored(torch.empty(1, 32, 128, 257), torch.empty(1, 32, 1, 128, 1024))
-    assert not low._thin(sequences), "128 positions: 100 matrices written out cost less"
-    assert low[:1]._thin(sequences), "one query: it costs less than writing the rows out"
-    assert low._thin(Factored(torch.empty(1, 32, 1, 257), torch.empty(1, 32, 1, 1, 1024))), "one position"
+    assert not low._is_cheaper_thin(sequences), "128 positions: 100 matrices written out cost less"
+    assert low[:1]._is_cheaper_thin(sequences), "one query: it costs less than writing the rows out"
+    assert low._is_cheaper_thin(Factored(torch.empty(1, 32, 1, 257), torch.empty(1, 32, 1, 1, 1024))), "one position"
 
 
 # --- truncation ---

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,10 @@ from problems import TinyProblem, problem
 from wherefrom import TRAK, Classification, DivergenceError, Exact, Fitted, InputError, Regression
 from wherefrom.curvature.lanczos import embedding
 
-close = partial(solving.close, tolerance=1e-09)
+
+def close(found, wanted, tolerance: float = 1e-09) -> None:
+    solving.close(found, wanted, tolerance)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*slow path:wherefrom.errors.AttributionWarning")
 NAMES = ["mlp", "mlp_regression", "mlp_regression_scalar", "masked_sequence", "tied_embedding", "cnn_groups", "norms"]
