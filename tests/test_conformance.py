@@ -631,8 +631,8 @@ class Reversed(LinearKind):
 class Swapped(NormKind):
     """Scale and shift in the wrong order."""
 
-    def rows(self, layer, x, g, parts):
-        found = super().rows(layer, x, g, parts)
+    def rows(self, layer, x, g, parts, arguments=None):
+        found = super().rows(layer, x, g, parts, arguments)
         return Written(found.rows.flip(-1), found.sides)
 
 

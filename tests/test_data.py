@@ -175,7 +175,7 @@ def one_less(some):
 
 
 @pytest.mark.parametrize("collate", [without_gaps, flattened, joined, split, one_less])
-@pytest.mark.parametrize("role", ["train", "queries", "candidates"])
+@pytest.mark.parametrize("role", ["train", "queries", "examples"])
 def test_a_collate_function_that_changes_the_number_of_rows(collate, role):
     """Refused by both counts. A batch of one, or three, may come before one of seven."""
     counts = {
@@ -188,11 +188,11 @@ def test_a_collate_function_that_changes_the_number_of_rows(collate, role):
     gaps = (5, 13) if collate is without_gaps else ()
     loader = DataLoader(items(gaps), 7, collate_fn=collate)
     good = DataLoader(items(), 7, collate_fn=without_gaps)
-    train, queries, candidates = (loader if role == name else good for name in ("train", "queries", "candidates"))
+    train, queries, examples = (loader if role == name else good for name in ("train", "queries", "examples"))
     said = "|".join(f"asked for {asked} examples and gave {rows} rows" for asked, rows in counts[collate])
 
     def act():
-        Influence(Identity(), DAMPING).fit(linear_data()[0], Named(), train).score(queries, examples=candidates)
+        Influence(Identity(), DAMPING).fit(linear_data()[0], Named(), train).score(queries, examples=examples)
 
     refused(f"{role}: a batch must have one row for each example, .*({said})", act)
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 transformers = pytest.importorskip("transformers")
 
+import solving  # noqa: E402
 import wherefrom  # noqa: E402
 from small_models import MODELS, close, found, gpt2, llama, made, next_token_loss, products, texts  # noqa: E402
 from wherefrom.errors import InputError, UnsupportedError  # noqa: E402
@@ -40,19 +41,25 @@ def loader(data, size):
     return DataLoader(data, size, collate_fn=pad)
 
 
+# transformers' own attention takes its softmax in float32 whatever the model's dtype, so that rounding depends on the
+# shape of a row and on the processor; what leaks between documents is of the size of the scores.
+TOLERANCE = {"sdpa": 1e-10, "eager": 1e-5}
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_packed_documents_stay_apart(model, attention, size):
     m = MODELS[model](attn_implementation=attention)
-    close(found(m, CausalLM(), loader(rows(), size)), right(m))
+    close(found(m, CausalLM(), loader(rows(), size)), right(m), TOLERANCE[attention])
 
 
 @pytest.mark.parametrize("model", ["MistralForCausalLM", "Qwen2ForCausalLM", "Gemma2ForCausalLM"])
 def test_packed_documents_stay_apart_in_windows_too(model):
     more = {"sliding_window": 3, "num_key_value_heads": 1}
     m = made(model, model.replace("ForCausalLM", "Config"), **more)
-    close(found(m, CausalLM(), loader(rows(), 3)), right(m))
+    attention = "eager" if model == "Gemma2ForCausalLM" else "sdpa"  # it caps its logits, which needs its own
+    close(found(m, CausalLM(), loader(rows(), 3)), right(m), TOLERANCE[attention])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -102,7 +109,7 @@ def test_accurate_scores_of_packed_rows_are_those_of_the_documents():
                 wanted += (((p.diag() - p.outer(p)) @ (jacobian @ v.flatten())) @ jacobian).view_as(v) / len(PACKS)
     for product in ("jvp", "rows"):
         curvature = wherefrom.GGN(problem, product=product)
-        close(curvature.product({name: v.unsqueeze(0)})[name][0], wanted)
+        close(solving.product(curvature, {name: v.unsqueeze(0)})[name][0], wanted)
 
 
 def test_packed_documents_under_a_mask_are_refused():

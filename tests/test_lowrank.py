@@ -358,9 +358,8 @@ def test_slopes_are_products_with_the_jacobian_of_the_losses(name):
     p, v = problem(name), right_hand_sides(problem(name), 4)
     lib = library(p, batch_size=4)
     assert bool(lib.layout.slow) == (name in SLOW)
-    directions = {q: t for b in lib.blocks for q, t in b.unpack(b.pack(p.unflatten(v))).items()}
-    for given in (p.unflatten(v), directions):
-        close(torch.cat([lib.slopes(batch, given) for _, batch in lib.batches()], 1), v @ p.loss_gradients().T)
+    directions = Directions.from_parameters(lib.blocks, p.unflatten(v))
+    close(torch.cat([lib.slopes(batch, directions) for _, batch in lib.batches()], 1), v @ p.loss_gradients().T)
 
 
 @pytest.mark.parametrize("solver", [Arnoldi(rank=12, steps=30), RandProj(rank=12)], ids=["arnoldi", "randproj"])

@@ -203,7 +203,8 @@ def test_sgd_on_the_objective_is_lissa():
     curvature = wherefrom.GGN(wherefrom.Problem(p.model, p.task, p.train, progress=False))
     inverse = solver.fit(curvature, damping)
     assert isinstance(inverse, neumann.StochasticNeumann)
-    path = [p.flatten(x)[0].clone() for x, _ in inverse.iterates(p.unflatten(p.loss_gradients()[[example]]))]
+    b = wherefrom.Directions.from_parameters(curvature.problem.blocks, p.unflatten(p.loss_gradients()[[example]]))
+    path = [p.flatten(x.to_parameters())[0].clone() for x, _ in inverse.iterates(b)]
     rng, trained = torch.Generator().manual_seed(5), p.outputs()
     start = {n: q.detach() for n, q in p.reference.named_parameters()}
     theta = {n: q.clone() for n, q in start.items()}
